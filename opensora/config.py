@@ -260,7 +260,9 @@ class StageConfig(Frozen):
         for name, pixels, patch in (("height", self.data.height, rows), ("width", self.data.width, columns)):
             step = self.autoencoder.factor * patch
             if pixels % step:
-                raise ValueError(f"data.{name} {pixels} is not a multiple of {step} (autoencoder factor {self.autoencoder.factor} x patch {patch})")
+                raise ValueError(
+                    f"data.{name} {pixels} is not a multiple of {step} (autoencoder factor {self.autoencoder.factor} x patch {patch})"
+                )
         if self.data.frames % self.model.patch[0]:
             raise ValueError(f"data.frames {self.data.frames} is not a multiple of patch frames {self.model.patch[0]}")
         if self.freeze == "temporal" and self.data.frames != 1:
