@@ -1,0 +1,295 @@
+"""The ledger's objects, as written to the object store: schema 1, one class an object, one function a key (docs/contracts.md §2).
+
+Pure: turns bytes into values and back, computes digests and keys. Refuses to read or write anything (`orchestrator.ledger` does).
+An object of an unknown schema, or with a field too many, is an error: a ledger is never half understood.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+
+from opensora.config import StageConfig
+
+ExitClass = Literal["completed", "drained", "config", "parent", "nan", "oom", "hang", "store", "disk", "code", "signal", "lost"]
+
+EXIT_CODES: dict[ExitClass, int] = {
+    "completed": 0, "code": 1, "config": 64, "parent": 65, "nan": 66, "oom": 67, "hang": 68, "store": 69, "disk": 70, "drained": 143,
+}  # fmt: skip
+"""Exit codes of the agent. A signal n ends it with 128 + n; `lost` has none, since nobody saw it."""
+
+HELD = ("preflight", "stage_in", "init", "data_wait", "step", "checkpoint", "evaluate", "publish", "hang", "drain", "lost", "unaccounted")
+"""Categories of time in which a device is bound to us; they cost, and sum to devices × wall time."""
+WAITING = ("queue", "schedule", "pull")
+"""Categories of time in which no device is held: weight 0."""
+
+
+class Damaged(Exception):
+    """Bytes that are no object of this ledger. `str()` says which field and why."""
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    schema_: Literal[1] = Field(default=1, alias="schema")
+
+    def encode(self) -> bytes:
+        """Canonical JSON: equal values give equal bytes, so that a repeated write is the same write."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+    def digest(self) -> str:
+        return sha256(self.encode())
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """Raises Damaged."""
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise Damaged(f"{cls.__name__}: {'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}") from error
+
+
+class ParentRef(Record):
+    """The verified result that a stage starts from."""
+
+    stage: str
+    key: str
+    """Key of the parent's MANIFEST.json."""
+    manifest_digest: str
+    committed_digest: str
+
+
+class ResumeRef(Record):
+    """The checkpoint of the same stage that an attempt goes on from."""
+
+    key: str
+    manifest_digest: str
+    step: NonNegativeInt
+
+
+class Intent(Record):
+    """Everything an agent needs, written before anything is started."""
+
+    run_key: str
+    pipeline: str
+    stage: str
+    inputs: str
+    attempt: PositiveInt
+    epoch: NonNegativeInt
+    """The driver's lease epoch: an agent whose intent is older than the lease does not start."""
+    created: float
+    config: StageConfig
+    config_digest: str
+    nodes: PositiveInt
+    devices_per_node: PositiveInt
+    device: str
+    """Name in the price list, e.g. `h800`, `cpu-core`."""
+    trainer: tuple[str, ...]
+    """Command that obeys the run-directory contract; `{run_dir}` and `{devices}` are filled in. Empty: torchrun with opensora.train."""
+    hang_timeout_s: float
+    """No heartbeat for so long is a hang."""
+    flush_s: float
+    """Seconds between journal pieces."""
+    parent: ParentRef | None
+    resume: ResumeRef | None
+    code: str
+    """Version (and revision, where known) of this package."""
+
+
+class JournalPiece(Record):
+    """What an interval of one node's time was spent on. Pieces of a node are contiguous and `spent` sums to `end - start`."""
+
+    node: NonNegativeInt
+    seq: NonNegativeInt
+    start: float
+    end: float
+    devices: PositiveInt
+    spent: dict[str, NonNegativeFloat]
+    """Seconds by category of HELD."""
+    first_step: NonNegativeInt | None = None
+    last_step: NonNegativeInt | None = None
+    metrics: tuple[dict[str, Any], ...] = ()
+    """Lines of metrics.jsonl that ended in this interval (node 0 alone)."""
+
+
+class Report(Record):
+    """The agent's last word on how the trainer ended."""
+
+    class_: ExitClass = Field(alias="class")
+    reason: str
+    step: NonNegativeInt | None
+    rank: NonNegativeInt | None = None
+    evaluation: dict[str, float] = {}
+    started: float
+    ended: float
+    node: NonNegativeInt = 0
+
+
+class FileRef(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    size: NonNegativeInt
+    sha256: str
+
+
+class Manifest(Record):
+    """What a published checkpoint consists of. Written last, by the agent alone."""
+
+    run_key: str
+    pipeline: str
+    stage: str
+    inputs: str
+    attempt: PositiveInt
+    step: NonNegativeInt
+    complete: bool
+    """Whether this is the stage's last step."""
+    config_digest: str
+    code: str
+    parent_manifest: str | None
+    """Digest of the parent stage's manifest."""
+    files: dict[str, FileRef]
+    weights_digest: str
+    """sha256 over the sha256s of model.safetensors and ema.safetensors."""
+
+
+class Outcome(Record):
+    """The driver's last word on an attempt."""
+
+    class_: ExitClass = Field(alias="class")
+    exit_code: int | None
+    reason: str
+    step: NonNegativeInt | None
+    """Step of the last published checkpoint at the attempt's end."""
+    bound: float | None
+    """When devices were first held; none: never."""
+    ended: float
+    devices: PositiveInt
+    unaccounted_s: NonNegativeFloat
+    """Seconds a device between the last journal piece and death."""
+    evaluation: dict[str, float] = {}
+    epoch: NonNegativeInt
+
+
+class Committed(Record):
+    """A stage's result."""
+
+    run_key: str
+    stage: str
+    inputs: str
+    attempt: PositiveInt
+    step: NonNegativeInt
+    manifest: str
+    """Key of MANIFEST.json."""
+    manifest_digest: str
+    weights_digest: str
+    parent_committed: str | None
+    """Digest of the parent's COMMITTED.json."""
+    evaluation: dict[str, float]
+    time: float
+    epoch: NonNegativeInt
+
+
+class Event(Record):
+    """One decision or observation of a driver."""
+
+    epoch: NonNegativeInt
+    seq: NonNegativeInt
+    time: float
+    kind: Literal["launched", "attempt", "observed", "outcome", "committed", "retry", "cancel", "ended"]
+    """`cancel` asks the driver to drain; `ended` closes a launch with succeeded, failed, cancelled or suspended in `detail`."""
+    stage: str | None = None
+    attempt: int | None = None
+    detail: str = ""
+
+
+class Lease(Record):
+    """Who drives a pipeline."""
+
+    holder: str
+    """user@host:pid, for people."""
+    host: str
+    pid: PositiveInt
+    started: float
+    """Start time of the process: a pid used again is another process."""
+    boot: str
+    """Boot id of the host: after a reboot every local holder is dead."""
+    epoch: NonNegativeInt
+    expires: float
+
+
+class Revision(Record):
+    """A resolved pipeline as it was launched."""
+
+    created: float
+    pipeline: dict[str, Any]
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def inputs_digest(config: StageConfig, devices: int, parent_committed: str | None) -> str:
+    """12 hex digits that name a stage's inputs. Devices count, since the global batch is batch_size × devices."""
+    content = {"config": config.digest(), "devices": devices, "parent": parent_committed}
+    return sha256(json.dumps(content, sort_keys=True).encode())[:12]
+
+
+def weights_digest(files: dict[str, FileRef]) -> str:
+    """Equal runs have equal ones, whatever happened on the way. Files that are not there count as empty."""
+    names = ("model.safetensors", "ema.safetensors")
+    return sha256("".join(files[name].sha256 if name in files else "-" for name in names).encode())
+
+
+class Keys:
+    """Keys of a pipeline's objects. `Keys("demo").committed("stage1", "0a1b2c3d4e5f")`."""
+
+    CHECKPOINT_FORMAT: ClassVar[str] = "step-{step:08d}-a{attempt}"
+
+    def __init__(self, pipeline: str):
+        self.pipeline = pipeline
+
+    def revision(self, number: int) -> str:
+        return f"{self.pipeline}/revisions/{number:06d}.json"
+
+    @property
+    def lease(self) -> str:
+        return f"{self.pipeline}/lease.json"
+
+    def event(self, epoch: int, seq: int) -> str:
+        return f"{self.pipeline}/events/{epoch:06d}-{seq:06d}.json"
+
+    def stage(self, stage: str, inputs: str) -> str:
+        return f"{self.pipeline}/stages/{stage}@{inputs}"
+
+    def committed(self, stage: str, inputs: str) -> str:
+        return f"{self.stage(stage, inputs)}/COMMITTED.json"
+
+    def attempt(self, stage: str, inputs: str, attempt: int) -> str:
+        return f"{self.stage(stage, inputs)}/attempts/{attempt}"
+
+    def intent(self, stage: str, inputs: str, attempt: int) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/intent.json"
+
+    def journal(self, stage: str, inputs: str, attempt: int, node: int, seq: int) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/journal/{node:03d}-{seq:06d}.json"
+
+    def log(self, stage: str, inputs: str, attempt: int, node: int, seq: int) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/log/{node:03d}-{seq:06d}.txt"
+
+    def sample(self, stage: str, inputs: str, attempt: int, name: str) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/samples/{name}"
+
+    def report(self, stage: str, inputs: str, attempt: int) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/report.json"
+
+    def outcome(self, stage: str, inputs: str, attempt: int) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/outcome.json"
+
+    def checkpoint(self, stage: str, inputs: str, step: int, attempt: int) -> str:
+        return f"{self.stage(stage, inputs)}/checkpoints/{self.CHECKPOINT_FORMAT.format(step=step, attempt=attempt)}"
+
+
+def run_key(pipeline: str, stage: str, inputs: str, attempt: int) -> str:
+    return f"{pipeline}/{stage}@{inputs}/a{attempt}"
