@@ -1,0 +1,1 @@
+"""From captioned clips to batches of latents: sources, the latent cache, the loader."""
