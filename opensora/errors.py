@@ -1,15 +1,46 @@
-"""The trainer's one error: something a person or a machine can act on, named by its class."""
+"""The trainer's errors, one small tree: `kind` is the `class` that `result.json` reports.
+
+    TrainerError        code     the program is wrong
+    ├── ConfigError     config   the stage cannot be run as written
+    ├── ParentError     parent   the weights that the stage starts from do not fit it
+    │   └── WeightsRefused
+    ├── NotFinite       nan      a loss or a gradient is not finite
+    ├── OutOfMemory     oom      the device has no memory left
+    └── DiskFull        disk     the run directory cannot be written
+
+A message has three parts: subject, fact (with both values), next step.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 Kind = Literal["config", "parent", "nan", "oom", "disk", "code"]
 
 
 class TrainerError(Exception):
-    """An end of training with a reason. `kind` is the `class` of result.json."""
+    kind: ClassVar[Kind] = "code"
 
-    def __init__(self, message: str, kind: Kind) -> None:
-        super().__init__(message)
-        self.kind: Kind = kind
+
+class ConfigError(TrainerError):
+    kind = "config"
+
+
+class ParentError(TrainerError):
+    kind = "parent"
+
+
+class WeightsRefused(ParentError):
+    """Keys or shapes of a state dict are not those of the model."""
+
+
+class NotFinite(TrainerError):
+    kind = "nan"
+
+
+class OutOfMemory(TrainerError):
+    kind = "oom"
+
+
+class DiskFull(TrainerError):
+    kind = "disk"
