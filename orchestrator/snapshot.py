@@ -1,0 +1,187 @@
+"""What is known of a pipeline right now, folded out of its ledger: the one view that status, watch, compare and the launch's own display share.
+
+Owns the fold. Refuses to write, to guess (a live attempt that nobody has heard of is `starting`) and to ask anyone but the ledger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from orchestrator.config import Pipeline, Stage
+from orchestrator.cost import AttemptTime, Bill, Prices, account
+from orchestrator.ledger import Ledger
+from orchestrator.records import Committed, Event, JournalPiece, inputs_digest
+
+LIVE_S = 60.0
+"""An attempt without an outcome and without a journal piece for so long is shown as silent. Arbitrary: twelve pieces at the default interval."""
+
+
+@dataclass(frozen=True)
+class AttemptStatus:
+    number: int
+    state: str
+    """running, starting, silent, or the class of its end."""
+    step: int | None
+    reason: str
+    bound: float | None
+    ended: float | None
+    usd: Decimal
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    name: str
+    parent: str | None
+    state: str
+    """blocked, ready, running, committed, failed."""
+    inputs: str | None
+    step: int
+    steps: int
+    loss: float | None
+    """Mean over the last tenth of the steps that were reported."""
+    step_s: float | None
+    """Median wall seconds of a step, waiting included."""
+    eta_s: float | None
+    why: str
+    """Why it is not running, or how it failed."""
+    attempts: tuple[AttemptStatus, ...]
+    bill: Bill
+    evaluation: dict[str, float]
+    committed: Committed | None
+    published_gpu_hours: float | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    name: str
+    state: str
+    """pending, running, succeeded, failed, suspended, cancelled."""
+    driver: str | None
+    """Who holds the lease, if anyone does."""
+    stages: tuple[StageStatus, ...]
+
+    @property
+    def usd(self) -> Decimal:
+        return sum((stage.bill.usd for stage in self.stages), Decimal(0))
+
+
+def take(pipeline: Pipeline, ledger: Ledger, prices: Prices, now: float) -> Snapshot:
+    """Read the ledger once. Raises Unreachable, Damaged."""
+    stages: list[StageStatus] = []
+    results: dict[str, Committed] = {}
+    lease = ledger.lease()
+    driven = lease is not None and lease.expires > now
+    events = list(ledger.events())
+    for stage in pipeline.stages:
+        status = _stage(stage, ledger, prices, results, now)
+        if status.committed is not None:
+            results[stage.name] = status.committed
+        stages.append(status)
+    return Snapshot(pipeline.name, _state(stages, events, driven), lease.holder if lease is not None and driven else None, tuple(stages))
+
+
+def _state(stages: Sequence[StageStatus], events: Sequence[Event], driven: bool) -> str:
+    if all(stage.state == "committed" for stage in stages):
+        return "succeeded"
+    if driven:
+        return "running"
+    ended = [event for event in events if event.kind == "ended"]
+    if not events:
+        return "pending"
+    # A driver that was killed leaves no last word: what it left can be taken up again, which is what suspended means.
+    return ended[-1].detail.split(":")[0] if ended and ended[-1] is events[-1] else "suspended"
+
+
+def _stage(stage: Stage, ledger: Ledger, prices: Prices, results: dict[str, Committed], now: float) -> StageStatus:
+    parent = stage.spec.parent
+    published = stage.spec.published.gpu_hours if stage.spec.published else None
+    if parent is not None and parent not in results:
+        return StageStatus(
+            stage.name, parent, "blocked", None, 0, stage.config.steps, None, None, None, f"waits for {parent}", (),
+            account([], prices), {}, None, published,
+        )  # fmt: skip
+    inputs = inputs_digest(stage.config, stage.devices, results[parent].digest() if parent else None)
+    committed = ledger.committed(stage.name, inputs)
+    times, attempts, lines = _attempts(stage, inputs, ledger, prices, now)
+    steps = [line for line in lines if "step" in line and line.get("loss") is not None]
+    reached = committed.step if committed else steps[-1]["step"] if steps else 0
+    pace = _median([line["step_s"] + line["data_wait_s"] + line["checkpoint_s"] for line in steps[-200:]])
+    tail = [line["loss"] for line in steps[-max(1, len(steps) // 10) :]]
+    last = attempts[-1] if attempts else None
+    state = "committed" if committed else "ready" if last is None else "running" if last.ended is None else "ended"
+    return StageStatus(
+        name=stage.name,
+        parent=parent,
+        state=state if state != "ended" else "ready" if last is not None and last.state in ("drained", "lost") else "failed",
+        inputs=inputs,
+        step=reached,
+        steps=stage.config.steps,
+        loss=sum(tail) / len(tail) if tail else None,
+        step_s=pace,
+        eta_s=(stage.config.steps - reached) * pace if pace is not None and not committed else None,
+        why="" if committed or last is None else last.reason,
+        attempts=tuple(attempts),
+        bill=account(times, prices),
+        evaluation=committed.evaluation if committed else {},
+        committed=committed,
+        published_gpu_hours=published,
+    )
+
+
+def _attempts(
+    stage: Stage, inputs: str, ledger: Ledger, prices: Prices, now: float
+) -> tuple[list[AttemptTime], list[AttemptStatus], list[dict[str, Any]]]:
+    times: list[AttemptTime] = []
+    attempts: list[AttemptStatus] = []
+    lines: dict[int, dict[str, Any]] = {}
+    for time, intent_created, pieces, outcome in attempt_times(stage, inputs, ledger):
+        times.append(time)
+        for piece in pieces:
+            for line in piece.metrics:
+                if "step" in line:
+                    lines[line["step"]] = line  # a redone step counts with its last reading
+        heard = pieces[-1].end if pieces else intent_created
+        live = ("running" if pieces else "starting") if now - heard < LIVE_S else "silent"
+        attempts.append(
+            AttemptStatus(
+                number=time.attempt,
+                state=outcome.class_ if outcome else live,
+                step=max((piece.last_step or 0 for piece in pieces), default=None),
+                reason=outcome.reason if outcome else "" if live != "silent" else f"nothing heard for {now - heard:.0f} s",
+                bound=time.bound,
+                ended=outcome.ended if outcome else None,
+                usd=account([time], prices).usd,
+            )
+        )
+    return times, attempts, [lines[step] for step in sorted(lines)]
+
+
+def attempt_times(stage: Stage, inputs: str, ledger: Ledger) -> list[tuple[AttemptTime, float, list[JournalPiece], Any]]:
+    """Every attempt of a stage as the bill wants it: (time, intent's creation, journal pieces, outcome or None)."""
+    found = []
+    manifests = ledger.checkpoints(stage.name, inputs)
+    for number in ledger.attempts(stage.name, inputs):
+        intent = ledger.intent(stage.name, inputs, number)
+        if intent is None:
+            continue
+        outcome = ledger.outcome(stage.name, inputs, number)
+        pieces = ledger.journal(stage.name, inputs, number)
+        time = AttemptTime(
+            attempt=number,
+            devices=intent.nodes * intent.devices_per_node,
+            device=intent.device,
+            bound=outcome.bound if outcome else pieces[0].start if pieces else None,
+            ended=outcome.ended if outcome else None,
+            pieces=pieces,
+            resumed_from=intent.resume.step if intent.resume else 0,
+            last_published=max((m.step for _, m in manifests if m.attempt == number), default=intent.resume.step if intent.resume else 0),
+        )
+        found.append((time, intent.created, pieces, outcome))
+    return found
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
