@@ -211,7 +211,7 @@ class STDiT(nn.Module):
     """The whole network, for latents of one size. The weights fit every size; the position tables are made for this one.
 
     Args:
-        config: depth, width and the like; the defaults are XL/2, 724M parameters.
+        config: depth, width and the like; the defaults are XL/2, 760 million parameters (724 x 2^20, hence the report's 724M).
         input_size: latent frames, rows and columns (T, H, W).
         out_channels: channels of the prediction, of which the first `latent_channels` are guided.
         grad_checkpoint: recompute each block in the backward pass.

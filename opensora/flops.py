@@ -1,0 +1,97 @@
+"""Floating-point operations and parameters of an STDiT, from its configuration alone: no torch, so the control plane can plan.
+
+Counts what the arithmetic needs: multiplications and additions of every linear layer and of attention's two products,
+as torch's FlopCounterMode does. Leaves out what is not a matrix product (norms, gates, softmax, GELU: below 1% at XL/2),
+recomputation under gradient checkpointing, and the frozen encoders: a speed measured against these numbers counts useful
+work only.
+
+Legend: T latent frames · S spatial tokens of a frame · D width · L text tokens · C latent channels. Tokens of a clip: T·S.
+"""
+
+from __future__ import annotations
+
+import math
+
+from opensora.config import ModelConfig, StageConfig
+
+TIME_WAVES = 256
+"""Sines and cosines of the time embedding."""
+
+BACKWARD = 2
+"""A backward pass costs two forward ones: gradients of the inputs and of the weights (Kaplan et al., arXiv:2001.08361 §2.1)."""
+
+
+def parameters(model: ModelConfig, out_channels: int) -> int:
+    """Trained numbers; the null caption is a buffer and not among them.
+
+    XL/2 with 8 output channels has 759,620,768: the 724M of Open-Sora 1.0's report, which counts in units of 2^20.
+    """
+    width, hidden = model.width, int(model.width * model.mlp_ratio)
+    patch = math.prod(model.patch)
+
+    def linear(rows: int, columns: int) -> int:
+        return rows * columns + columns
+
+    self_attention = linear(width, 3 * width) + linear(width, width)
+    cross_attention = linear(width, width) + linear(width, 2 * width) + linear(width, width)
+    mlp = linear(width, hidden) + linear(hidden, width)
+    block = 2 * self_attention + cross_attention + mlp + 6 * width
+    time = linear(TIME_WAVES, width) + linear(width, width) + linear(width, 6 * width)
+    caption = linear(model.caption_width, width) + linear(width, width)
+    ends = linear(model.latent_channels * patch, width) + linear(width, patch * out_channels) + 2 * width
+    return model.depth * block + time + caption + ends
+
+
+def forward_flops(
+    model: ModelConfig, out_channels: int, frames: int, tokens: int, *, captions: int | None = None, temporal: bool = True
+) -> int:
+    """One clip through the network once.
+
+    Args:
+        frames: T.
+        tokens: S.
+        captions: L, padding included; none: `caption_tokens`.
+        temporal: whether the temporal attention is computed; frozen at zero effect it is not.
+    """
+    spatial = _self_attention(model.width, frames * tokens, tokens)
+    across = _self_attention(model.width, frames * tokens, frames) if temporal else 0
+    return _forward(model, out_channels, frames * tokens, spatial + across, model.caption_tokens if captions is None else captions)
+
+
+def full_attention_flops(model: ModelConfig, out_channels: int, frames: int, tokens: int) -> int:
+    """The same for a DiT of equal size whose one self-attention joins all T·S tokens: what STDiT saves."""
+    return _forward(
+        model, out_channels, frames * tokens, _self_attention(model.width, frames * tokens, frames * tokens), model.caption_tokens
+    )
+
+
+def train_flops_per_clip(stage: StageConfig) -> float:
+    """Forward and backward of one clip, without recomputation."""
+    frames, tokens = stage.tokens
+    forward = forward_flops(stage.model, stage.out_channels, frames, tokens, temporal=stage.freeze != "temporal")
+    return float(forward * (1 + BACKWARD))
+
+
+def stage_flops(stage: StageConfig, devices: int) -> float:
+    """Every step of a stage on so many devices, each with its own batch."""
+    return train_flops_per_clip(stage) * stage.steps * stage.batch_size * devices
+
+
+def _linear(rows: int, width_in: int, width_out: int) -> int:
+    """A multiplication and an addition per weight and row."""
+    return 2 * rows * width_in * width_out
+
+
+def _self_attention(width: int, tokens: int, keys: int) -> int:
+    """qkv, output layer (8 D² a token), and queries by keys and weights by values (4 D a token and key)."""
+    return _linear(tokens, width, 4 * width) + 2 * _linear(tokens, width, keys)
+
+
+def _forward(model: ModelConfig, out_channels: int, tokens: int, self_attention: int, captions: int) -> int:
+    width, hidden, patch = model.width, int(model.width * model.mlp_ratio), math.prod(model.patch)
+    cross_attention = _linear(tokens, width, 2 * width) + _linear(captions, width, 2 * width) + 2 * _linear(tokens, width, captions)
+    mlp = 2 * _linear(tokens, width, hidden)
+    time = _linear(1, TIME_WAVES, width) + _linear(1, width, width) + _linear(1, width, 6 * width)
+    caption = _linear(captions, model.caption_width, width) + _linear(captions, width, width)
+    ends = _linear(tokens, model.latent_channels * patch, width) + _linear(tokens, width, patch * out_channels)
+    return model.depth * (self_attention + cross_attention + mlp) + time + caption + ends
