@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -72,3 +72,75 @@ class Backend(Protocol):
 
     def kill(self, run_key: str) -> None:
         """End it now. Returns when it is gone."""
+
+
+RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of a metric. The same point twice is one point."""
+
+    key: str
+    value: float
+    time: float
+    """Unix seconds."""
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as the tracker shows it now. `id` is the tracker's own: it may be lost and made anew."""
+
+    id: str
+    status: RunStatus
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    """The latest value of each."""
+    datasets: tuple[tuple[str, str], ...] = ()
+    """(name, digest)."""
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    number: int
+    tags: Mapping[str, str]
+
+
+class Tracker(Protocol):
+    """Where people look at runs (MLflow). Every method raises Unreachable; none is waited for by training."""
+
+    url: str
+
+    def runs(self, experiment: str, tags: Mapping[str, str]) -> list[TrackedRun]:
+        """Living runs that carry all these tags, oldest first. Makes the experiment where it is missing."""
+
+    def create(self, experiment: str, name: str, tags: Mapping[str, str], start: float) -> str:
+        """A new running run; its id. Not idempotent: look with `runs` before."""
+
+    def log(self, run: str, *, points: Sequence[Point] = (), params: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None) -> None:
+        """Points first, tags last: a tag that says what was logged is there only if it is true."""
+
+    def status(self, run: str, status: RunStatus, ended: float | None) -> None: ...
+
+    def delete(self, run: str) -> None: ...
+
+    def dataset(self, run: str, name: str, digest: str, source: str) -> None:
+        """What a run trained on. Idempotent."""
+
+    def artifacts(self, run: str, folder: str) -> dict[str, int]:
+        """Bytes of each file under a run's artifact folder."""
+
+    def attach(self, run: str, folder: str, path: Path) -> None:
+        """Put a file into a run's artifact folder, in place of one of the same name."""
+
+    def models(self, model: str) -> tuple[list[ModelVersion], dict[str, int]]:
+        """Versions of a registered model, oldest first, and its aliases. Both empty where there is no such model."""
+
+    def register(self, model: str, source: str, run: str, tags: Mapping[str, str]) -> int:
+        """A new version, the model with it where it is missing; its number. Not idempotent: look with `models` before."""
+
+    def alias(self, model: str, alias: str, version: int) -> None: ...
+
+    def unregister(self, model: str, version: int) -> None: ...
