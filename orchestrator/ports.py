@@ -30,8 +30,11 @@ class Store(Protocol):
     def replace(self, key: str, data: bytes, etag: str) -> str:
         """Put if the object still has this etag; the new etag. Raises StoreConflict, NotFound."""
 
-    def list(self, prefix: str) -> Iterator[str]:
-        """Keys that start with `prefix` (a plain string prefix), in lexical order."""
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
+        """Keys that start with `prefix` (a plain string prefix) and sort behind `after`, in lexical order."""
+
+    def children(self, prefix: str) -> Sequence[str]:
+        """Names of the folders right below `prefix`, which is empty or ends in `/`; in lexical order, in one request."""
 
     def upload(self, key: str, path: Path) -> None:
         """`create` from a file of any size. Raises StoreConflict where other content is there."""
@@ -41,6 +44,9 @@ class Store(Protocol):
 
     def size(self, key: str) -> int:
         """Bytes. Raises NotFound."""
+
+    def probe(self) -> None:
+        """Try that the store is there and holds its conditional writes. Raises Unreachable, Refused."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,9 @@ class Tracker(Protocol):
     def create(self, experiment: str, name: str, tags: Mapping[str, str], start: float) -> str:
         """A new running run; its id. Not idempotent: look with `runs` before."""
 
-    def log(self, run: str, *, points: Sequence[Point] = (), params: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None) -> None:
+    def log(
+        self, run: str, *, points: Sequence[Point] = (), params: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None
+    ) -> None:
         """Points first, tags last: a tag that says what was logged is there only if it is true."""
 
     def status(self, run: str, status: RunStatus, ended: float | None) -> None: ...

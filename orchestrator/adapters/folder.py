@@ -1,0 +1,257 @@
+"""A folder as an object store, with the same promises as S3: put-if-absent, put-if-match, no half object is ever seen.
+
+Owns the layout below the root and the two races that `link(2)` decides:
+
+- `create` writes a temporary file, syncs it and links it to its key; the file system lets one writer win.
+- `replace` links the next generation, `key@N+1`, and never touches the one before. Readers take the highest generation.
+
+Old generations are cleared away, but the last `KEPT` stay: a writer that stood still between reading generation N and linking
+N+1 could otherwise find N+1 free again. One that slept through more than `KEPT` generations sees it after its link and loses.
+
+Refuses keys that leave the root, through `..` or a symbolic link. Not for NFS without a working `link`: `probe` finds out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from orchestrator.adapters import check_key
+from orchestrator.errors import NotFound, Refused, StoreConflict, Unreachable
+from orchestrator.ports import Object
+
+GENERATION = re.compile(r"^(?P<name>.+)@(?P<number>\d+)$")
+TEMPORARY = ".tmp"
+"""Folder below the root in which files are written before they are linked to their keys."""
+KEPT = 16
+"""Generations of an object that stay behind the newest one. A lease is renewed every 5 s: a writer may stand still for 80 s."""
+STALE_S = 24 * 3600.0
+"""Temporary files of this age belong to writers that were killed."""
+
+
+class FolderStore:
+    def __init__(self, root: Path):
+        self.root = Path(root).expanduser().resolve()
+        self.url = str(self.root)
+
+    def read(self, key: str) -> Object:
+        with self._errors("read", key), self._open_newest(key) as (file, generation):
+            data = file.read()
+        return Object(data, _etag(generation, data))
+
+    def create(self, key: str, data: bytes) -> str:
+        def write(file: BinaryIO) -> None:
+            file.write(data)
+
+        with self._errors("write", key), self._temporary(write) as temporary:
+            if self._link(temporary, self._path(key)):
+                return _etag(0, data)
+        there = self.read(key)
+        if there.data != data:
+            raise StoreConflict(f"{key}: is there already, with other content")
+        return there.etag
+
+    def replace(self, key: str, data: bytes, etag: str) -> str:
+        def write(file: BinaryIO) -> None:
+            file.write(data)
+
+        there = self.read(key)
+        if there.etag != etag:
+            raise StoreConflict(f"{key}: changed since it was read")
+        generation = int(etag.partition("-")[0])
+        path = self._path(key)
+        with self._errors("write", key), self._temporary(write) as temporary:
+            if not self._link(temporary, _generation_path(path, generation + 1)):
+                raise StoreConflict(f"{key}: changed since it was read")
+            newest = self._newest(path)
+            if newest is None or generation + 1 <= newest - KEPT:
+                # Generation N+1 had come and gone before we linked it: no reader ever looks at ours.
+                raise StoreConflict(f"{key}: changed {(newest or 0) - generation} times since it was read")
+            self._clear(path, newest)
+        return _etag(generation + 1, data)
+
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
+        folder = self._folder(prefix)
+        with self._errors("list", prefix):
+            keys = sorted(key for key in self._walk(folder) if key.startswith(prefix) and key > after)
+        return iter(keys)
+
+    def children(self, prefix: str) -> list[str]:
+        folder = self._folder(prefix)
+        with self._errors("list", prefix):
+            names = sorted(entry.name for entry in _entries(folder) if entry.is_dir(follow_symlinks=False) and not self._hidden(entry))
+            return [name for name in names if any(True for _ in self._walk(folder / name))]
+
+    def upload(self, key: str, path: Path) -> None:
+        def write(file: BinaryIO) -> None:
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, file, 1 << 20)
+
+        with self._errors("write", key):
+            with self._temporary(write) as temporary:
+                if self._link(temporary, self._path(key)):
+                    return
+            with self._open_newest(key) as (there, _):
+                if not _same_content(there, path):
+                    raise StoreConflict(f"{key}: is there already, with other content")
+
+    def download(self, key: str, path: Path) -> None:
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            with self._errors("read", key), self._open_newest(key) as (source, _), partial.open("xb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def size(self, key: str) -> int:
+        with self._errors("read", key), self._open_newest(key) as (file, _):
+            return os.fstat(file.fileno()).st_size
+
+    def probe(self) -> None:
+        with self._errors("write", "."):
+            with self._temporary(lambda file: None) as one, self._temporary(lambda file: None) as two:
+                target = self.root / TEMPORARY / f"probe-{uuid.uuid4().hex}"
+                try:
+                    if not self._link(one, target) or self._link(two, target):
+                        raise Refused(f"store {self.url}: its file system does not hold `link` to one winner; use another folder")
+                finally:
+                    target.unlink(missing_ok=True)
+            for entry in _entries(self.root / TEMPORARY):
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime > STALE_S:
+                    Path(entry.path).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        """Raises Refused where the key would leave the root or meet our own names."""
+        name = check_key(key).rpartition("/")[2]
+        if GENERATION.match(name) or key.split("/")[0] == TEMPORARY:
+            raise Refused(f"key {key!r}: names of the form name@number, and {TEMPORARY}, are the store's own")
+        path = self.root / key
+        if not path.parent.resolve().is_relative_to(self.root) or path.is_symlink():
+            raise Refused(f"key {key!r}: a symbolic link leads out of the store {self.url}")
+        return path
+
+    def _folder(self, prefix: str) -> Path:
+        folder = prefix.rpartition("/")[0]
+        return self._path(f"{folder}/-").parent if folder else self.root
+
+    @contextlib.contextmanager
+    def _open_newest(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
+        path = self._path(key)
+        while True:
+            generation = self._newest(path)
+            if generation is None:
+                raise NotFound(key)
+            try:
+                handle = os.open(_generation_path(path, generation), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # cleared away by a writer that is ahead of us: there is a newer one
+            with os.fdopen(handle, "rb") as file:
+                yield file, generation
+            return
+
+    def _newest(self, path: Path) -> int | None:
+        """Number of the highest generation. Generation 1 is never cleared away, so that objects that were never replaced need no listing."""
+        if not _generation_path(path, 1).exists():
+            return 0 if path.is_file() else None
+        return max(self._generations(path))
+
+    def _generations(self, path: Path) -> Iterator[int]:
+        yield 0
+        for entry in _entries(path.parent):
+            match = GENERATION.match(entry.name)
+            if match and match["name"] == path.name:
+                yield int(match["number"])
+
+    def _clear(self, path: Path, newest: int) -> None:
+        for generation in self._generations(path):
+            if 1 < generation <= newest - KEPT:
+                _generation_path(path, generation).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _temporary(self, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
+        folder = self.root / TEMPORARY
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{os.getpid()}-{uuid.uuid4().hex}"
+        try:
+            with path.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _link(self, temporary: Path, path: Path) -> bool:
+        """Whether we were first."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        return True
+
+    def _walk(self, folder: Path) -> Iterator[str]:
+        for entry in _entries(folder):
+            if self._hidden(entry):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from self._walk(Path(entry.path))
+            elif entry.is_file(follow_symlinks=False) and not GENERATION.match(entry.name):
+                yield Path(entry.path).relative_to(self.root).as_posix()
+
+    def _hidden(self, entry: os.DirEntry[str]) -> bool:
+        return entry.name == TEMPORARY and Path(entry.path).parent == self.root
+
+    @contextlib.contextmanager
+    def _errors(self, action: str, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise NotFound(key) from error
+        except (IsADirectoryError, NotADirectoryError) as error:
+            if action == "read":
+                raise NotFound(key) from error
+            raise Refused(f"store {self.url}: {key} lies below an object; a folder cannot hold both") from error
+        except OSError as error:
+            reason = f"store {self.url}: cannot {action} {key}: {error.strerror or error}"
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise Refused(f"{reason}; give this user the right to, or choose another store") from error
+            raise Unreachable(f"{reason}; nothing was written") from error
+
+
+def _etag(generation: int, data: bytes) -> str:
+    return f"{generation}-{hashlib.sha256(data).hexdigest()}"
+
+
+def _generation_path(path: Path, generation: int) -> Path:
+    return path.with_name(f"{path.name}@{generation}") if generation else path
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _same_content(there: BinaryIO, path: Path) -> bool:
+    if os.fstat(there.fileno()).st_size != path.stat().st_size:
+        return False
+    with path.open("rb") as ours:
+        return hashlib.file_digest(there, "sha256").digest() == hashlib.file_digest(ours, "sha256").digest()
