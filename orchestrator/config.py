@@ -1,22 +1,32 @@
 """A pipeline: which stages, on what, from what, at which price. Read from files, frozen once resolved.
 
-Owns the schema of `pipeline.yaml` and the resolved `Pipeline`. Refuses to do anything but read files.
+Owns the schema of `pipeline.yaml`, the resolved `Pipeline`, and the way from the one to the other: files, then `OSCTL_*`, then `--set`.
+Refuses to do anything but read files, and to resolve a pipeline whose stages cannot follow one another.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import csv
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from opensora.config import Frozen, StageConfig
+from opensora.config import FolderSource, Frozen, StageConfig
+from orchestrator.document import Document, Loc, closest, parse_value, read, shown, validate
+from orchestrator.errors import UsageError
 
 Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9.-]{0,38}[a-z0-9])?$")]
-"""Lower-case letters, digits, `-` and `.`; starts with a letter; 40 characters at most, since names of cluster objects are built from it."""
+"""Lower-case letters, digits, `-` and `.`; from a letter; 40 characters at most, since names of cluster objects are built from it."""
 
 
 class Resources(Frozen):
+    """Where a stage runs."""
+
     nodes: PositiveInt = 1
+    """Machines; each runs one agent."""
     devices_per_node: PositiveInt = 1
     """Processes of a node, one a device."""
     device: str = "cpu-core"
@@ -27,31 +37,39 @@ class Published(Frozen):
     """What the reference run took for this stage."""
 
     gpu_hours: NonNegativeFloat
+    """Hours of all its GPUs together."""
     usd: NonNegativeFloat
+    """What they cost."""
     source: str
+    """Where this was published."""
 
 
 class StageSpec(Frozen):
     """A stage as a pipeline file names it."""
 
     name: Name
+    """How commands, the ledger and MLflow call it."""
     config: str
     """Stage file, relative to the pipeline file."""
     parent: Name | None = None
     """Stage whose committed checkpoint this one starts from."""
     resources: Resources = Resources()
+    """Machines and devices."""
     max_attempts: PositiveInt = 5
     """Counted attempts (docs/contracts.md: how an attempt ends) before the stage has failed."""
     hang_timeout_s: PositiveFloat = 300
     """Without a heartbeat for so many seconds the attempt counts as hung."""
     published: Published | None = None
+    """The reference that plans and bills are compared with."""
 
 
 class PipelineFile(Frozen):
     """`pipeline.yaml`."""
 
     name: Name
+    """Top folder of its ledger in the store; two pipelines in one store need two names."""
     backend: Literal["local", "kubernetes"] = "local"
+    """local: processes of this machine; kubernetes: a PyTorchJob an attempt."""
     store: str = ".osctl/store"
     """Folder, or s3://bucket/prefix."""
     tracking: str = "sqlite"
@@ -65,6 +83,7 @@ class PipelineFile(Frozen):
     trainer: tuple[str, ...] = ()
     """Another trainer's command; it must obey the run-directory contract. `{run_dir}` and `{devices}` are filled in."""
     stages: tuple[StageSpec, ...] = Field(min_length=1)
+    """In any order; `parent` says what follows what."""
 
 
 class Stage(Frozen):
@@ -102,3 +121,263 @@ class Pipeline(Frozen):
             if stage.name == name:
                 return stage
         raise KeyError(name)
+
+
+MAX_PROMPTS = 8
+"""Captions of a folder that become prompts: as many rows as a contact sheet shows on one screen. Arbitrary."""
+
+_SCALARS = tuple(name for name in PipelineFile.model_fields if name not in ("stages", "trainer"))
+_TEXTS = ("name", "backend", "store", "tracking", "experiment")
+
+
+_PATHS: tuple[Loc, ...] = (("data", "source", "path"), ("weights",))
+"""Local paths of a stage file. Encoders are not among them: `org/name` is a model of the hub as well as a path."""
+
+
+def home(env: Mapping[str, str]) -> Path:
+    """Where local state lies: store, run directories, MLflow's database. `OSCTL_HOME`, else `./.osctl`."""
+    return Path(env.get("OSCTL_HOME") or ".osctl")
+
+
+def shipped() -> dict[str, Path]:
+    """Pipelines that come with this package, by name."""
+    return {path.parent.name: path for path in sorted(shipped_folder().glob("*/pipeline.yaml"))}
+
+
+def shipped_folder() -> Path:
+    """`configs/`: inside the package once installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def find(file: str | None) -> Path:
+    """The pipeline file that is meant: a file, a folder with a `pipeline.yaml`, or a shipped name; none: `./osctl.yaml`, else the demo.
+
+    Raises:
+        UsageError: there is no such file, folder or name.
+    """
+    if file is None:
+        return Path("osctl.yaml") if Path("osctl.yaml").is_file() else shipped()["demo"]
+    path = Path(file)
+    if path.is_file():
+        return path
+    if (path / "pipeline.yaml").is_file():
+        return path / "pipeline.yaml"
+    names = shipped()
+    if file in names:
+        return names[file]
+    if path.is_dir():
+        raise UsageError(f"{file}: a folder without a pipeline.yaml. Name the pipeline file in it")
+    raise UsageError(f"{file}: no such file, folder or shipped pipeline. {closest(file, list(names))}")
+
+
+def load(path: Path, *, overrides: Mapping[str, str] | None = None, env: Mapping[str, str] | None = None) -> Pipeline:
+    """A pipeline file and its stage files, resolved.
+
+    Args:
+        overrides: `store`, `stage2.steps`, `stage2.resources.nodes`, … → a YAML value. They win over everything.
+        env: `OSCTL_STORE`, `OSCTL_TRACKING`, `OSCTL_BACKEND`, … win over the file; `OSCTL_HOME` moves the default store.
+
+    Raises:
+        UsageError: one line that names file, line and key, what was found, what was expected, and what to do.
+    """
+    env = env or {}
+    document = _with_environment(read(path), env)
+    names = _stage_names(document)
+    stage_overrides: list[tuple[str, Loc, Any, str]] = []
+    for key, text in (overrides or {}).items():
+        label = f"--set {key}={text}"
+        place, target = _override_target(key, label, names)
+        value = _value(place, text, label) if target is None else parse_value(text, label)
+        if target is None:
+            document = document.with_value(place, value, label)
+        else:
+            is_path = place in _PATHS and isinstance(value, str)
+            stage_overrides.append((target, place, _absolute(value, Path.cwd()) if is_path else value, label))
+    file = validate(PipelineFile, document, "pipeline")
+    specs = _parents_first(file.stages, document)
+    documents = {spec.name: _stage_document(spec, path, document, stage_overrides) for spec in specs}
+    stages = {spec.name: Stage(spec=spec, config=validate(StageConfig, documents[spec.name], "stage")) for spec in specs}
+    for stage in stages.values():
+        if stage.spec.parent is not None:
+            _check_follows(stage, stages[stage.spec.parent], documents[stage.name])
+    return Pipeline(
+        name=file.name,
+        backend=file.backend,
+        store=file.store if "store" in file.model_fields_set else str(home(env) / "store"),
+        tracking=file.tracking,
+        experiment=file.experiment or file.name,
+        budget_usd=file.budget_usd,
+        flush_s=file.flush_s,
+        trainer=file.trainer,
+        stages=tuple(stages.values()),
+    )
+
+
+def with_data(pipeline: Pipeline, folder: str) -> Pipeline:
+    """The same pipeline on a person's own clips: every stage trains on the folder, nothing is judged by the demo's judge of digits,
+    and the prompts are captions of the folder.
+
+    Raises:
+        UsageError: no folder, no `captions.csv` in it, or no caption in that.
+    """
+    captions = _captions(Path(folder))
+    source = FolderSource(kind="folder", path=str(Path(folder).resolve()))
+    changed: list[Stage] = []
+    for stage in pipeline.stages:
+        data = stage.config.data.model_copy(update={"source": source})
+        prompts = captions[:MAX_PROMPTS] if stage.config.prompts else ()
+        config = stage.config.model_copy(update={"data": data, "evaluate": None, "prompts": prompts})
+        changed.append(stage.model_copy(update={"config": config}))
+    return pipeline.model_copy(update={"stages": tuple(changed)})
+
+
+def _captions(folder: Path) -> tuple[str, ...]:
+    """Different captions, in the file's order."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder. Name a folder of clips with a captions.csv (columns path,text)")
+    path = folder / "captions.csv"
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            rows = csv.DictReader(lines)
+            columns = rows.fieldnames or []
+            if not {"path", "text"} <= set(columns):
+                raise UsageError(f"{path}: columns are {', '.join(columns) or 'none'}, expected path and text. Add a line `path,text`")
+            captions = tuple(dict.fromkeys(text for row in rows if (text := (row["text"] or "").strip())))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file. Write a captions.csv with the columns path,text") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: byte {error.start} is not UTF-8. Save it as UTF-8") from None
+    if not captions:
+        raise UsageError(f"{path}: holds no caption. Write one line `path,text` a clip")
+    return captions
+
+
+def _with_environment(document: Document, env: Mapping[str, str]) -> Document:
+    for name in _SCALARS:
+        variable = f"OSCTL_{name.upper()}"
+        if text := env.get(variable):
+            label = f"{variable}={text}"
+            document = document.with_value((name,), _value((name,), text, label), label)
+    return document
+
+
+def _value(loc: Loc, text: str, label: str) -> Any:
+    """What was typed, as YAML reads it; where only text is possible, as it was typed (a folder may be called 2026)."""
+    return text if len(loc) == 1 and loc[0] in _TEXTS else parse_value(text, label)
+
+
+def _stage_names(document: Document) -> list[str]:
+    """Names before anything is validated: overrides are applied first, so that they are validated like the file."""
+    stages = document.value.get("stages")
+    items = stages if isinstance(stages, list) else []
+    return [str(item.get("name")) if isinstance(item, dict) else "" for item in items]
+
+
+def _override_target(key: str, label: str, names: Sequence[str]) -> tuple[Loc, str | None]:
+    """Where an override belongs: (place in the pipeline file, None) or (place in the stage file, stage).
+
+    A key's first part is a field of the pipeline, or a stage's name (which may hold dots: the longest one that fits).
+    """
+    if key in PipelineFile.model_fields:
+        return (key,), None
+    plain = key.removeprefix("stages.")
+    stage = max((name for name in names if name and plain.startswith(f"{name}.")), key=len, default=None)
+    if stage is None:
+        first, dot, _ = plain.partition(".")
+        known = [name for name in names if name] if dot else [*_SCALARS, *(f"{name}.steps" for name in names if name)]
+        raise UsageError(f"{label}: no stage or field {first!r} in this pipeline. {closest(first, known)}")
+    rest = tuple(plain.removeprefix(f"{stage}.").split("."))
+    # `parent` names a stage, `parent.weights` says what is taken from it.
+    if rest[0] in StageSpec.model_fields and not (rest[0] == "parent" and len(rest) > 1):
+        return ("stages", names.index(stage), *rest), None
+    return rest, stage
+
+
+def _stage_document(spec: StageSpec, pipeline: Path, document: Document, overrides: Iterable[tuple[str, Loc, Any, str]]) -> Document:
+    path = pipeline.parent / spec.config
+    if not path.is_file():
+        place = next(index for index, stage in enumerate(document.value["stages"]) if stage["name"] == spec.name)
+        raise document.error(("stages", place, "config"), f"no such file: {path}", "The path is relative to the pipeline file; correct it")
+    stage = _with_absolute_paths(read(path), path.parent)
+    for target, loc, value, label in overrides:
+        if target == spec.name:
+            stage = stage.with_value(loc, value, label)
+    return stage
+
+
+def _with_absolute_paths(document: Document, folder: Path) -> Document:
+    """A trainer runs elsewhere, so the paths of a stage file, which are relative to the file, are made absolute."""
+    for loc in _PATHS:
+        inner: Any = document.value
+        for part in loc:
+            inner = inner.get(part) if isinstance(inner, dict) else None
+        if isinstance(inner, str):
+            document = document.with_value(loc, _absolute(inner, folder))
+    return document
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return path if "://" in path else os.path.normpath(folder.absolute() / Path(path).expanduser())
+
+
+def _parents_first(specs: Sequence[StageSpec], document: Document) -> list[StageSpec]:
+    """In the file's order, but every parent before its children. Raises UsageError: a name twice, an unknown parent, a cycle."""
+    by_name: dict[str, StageSpec] = {}
+    for place, spec in enumerate(specs):
+        if spec.name in by_name:
+            first = next(index for index, other in enumerate(specs) if other.name == spec.name)
+            fact = f"{spec.name!r} names two stages, number {first + 1} and number {place + 1}"
+            raise document.error(("stages", place, "name"), fact, "Rename one")
+        by_name[spec.name] = spec
+    for place, spec in enumerate(specs):
+        if spec.parent is not None and spec.parent not in by_name:
+            fact = f"no stage {spec.parent!r} in this pipeline"
+            raise document.error(("stages", place, "parent"), fact, closest(spec.parent, [n for n in by_name if n != spec.name]))
+    ordered: dict[str, StageSpec] = {}
+    for place, spec in enumerate(specs):
+        chain = [spec]
+        while (parent := chain[-1].parent) is not None and parent not in ordered:
+            if by_name[parent] in chain:
+                circle = " -> ".join(each.name for each in [*chain[chain.index(by_name[parent]) :], by_name[parent]])
+                raise document.error(("stages", place, "parent"), f"stages start from each other: {circle}", "Let one have no parent")
+            chain.append(by_name[parent])
+        ordered.update((each.name, each) for each in reversed(chain))
+    return list(ordered.values())
+
+
+_CARRIED: tuple[tuple[str, ...], ...] = (
+    ("model", "depth"),
+    ("model", "width"),
+    ("model", "heads"),
+    ("model", "mlp_ratio"),
+    ("model", "patch"),
+    ("model", "latent_channels"),
+    ("model", "caption_width"),
+    ("model", "caption_tokens"),
+    ("objective", "kind"),
+    ("autoencoder", "kind"),
+    ("autoencoder", "factor"),
+    ("text", "kind"),
+)
+"""What a checkpoint's weights are bound to. Frames, height and width are not among them: position tables are made anew."""
+
+
+def _check_follows(stage: Stage, parent: Stage, document: Document) -> None:
+    """Whether the parent's weights fit, as far as files can tell; the checkpoint itself is verified before the stage starts."""
+    if stage.config.weights is not None:
+        fact = f"imports {shown(stage.config.weights)}, but the stage starts from its parent {parent.name!r}"
+        raise document.error(("weights",), fact, "Remove one of the two")
+    for loc in _CARRIED:
+        own, inherited = _field(stage.config, loc), _field(parent.config, loc)
+        if own != inherited:
+            fact = f"is {own}, but its parent {parent.name!r} has {inherited}, and weights are carried over"
+            raise document.error(loc, fact, "Make them equal, or remove the parent")
+
+
+def _field(config: StageConfig, loc: Sequence[str]) -> Any:
+    value: Any = config
+    for name in loc:
+        value = getattr(value, name)
+    return value
