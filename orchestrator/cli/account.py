@@ -1,0 +1,196 @@
+"""Commands that account for what was done: compare, cost, lineage, sync, mlflow."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.cli import options, output
+from orchestrator.cli.look import launched, stage_names, take
+from orchestrator.cli.workspace import Workspace, home
+
+
+def compare(file: options.File = None, store: options.Store = None, output_: options.Output = output.Format.table) -> None:
+    """Stages side by side: loss, quality, GPU-hours, cost, ratio.
+
+    Readings come with their 95% interval; chance and ceiling stand in the heading.
+
+    Example: osctl compare -f demo -o yaml
+    """
+    from orchestrator.cli import display
+
+    lines = display.comparison(take(launched(Workspace.open(file, store=store))))
+    if output_ is output.Format.table:
+        output.table(*display.comparison_cells(lines))
+    else:
+        output.emit(lines, output_)
+
+
+def cost(
+    file: options.File = None,
+    store: options.Store = None,
+    by_attempt: Annotated[bool, typer.Option("--by-attempt", help="One line an attempt instead of one a stage.")] = False,
+    output_: options.Output = output.Format.table,
+) -> None:
+    """The bill: what each held device-second was spent on.
+
+    Held categories sum to devices x wall time; queueing holds nothing and costs nothing. The price's source is printed with it.
+
+    Example: osctl cost --by-attempt -o json
+    """
+    from orchestrator import snapshot
+    from orchestrator.cost import account
+
+    workspace = launched(Workspace.open(file, store=store))
+    current = take(workspace)
+    rows: list[dict[str, Any]] = []
+    for stage in current.stages:
+        if not by_attempt:
+            rows.append({"name": stage.name, **bill_row(stage.bill)})
+        elif stage.inputs is not None:
+            for found in snapshot.attempt_times(workspace.pipeline.stage(stage.name), stage.inputs, workspace.ledger):
+                rows.append({"name": stage.name, "attempt": found.time.attempt, **bill_row(account([found.time], workspace.prices))})
+    if output_ is not output.Format.table:
+        output.emit(rows, output_)
+        return
+    categories = [
+        key for key in dict.fromkeys(key for row in rows for key in row["spent_s"]) if any(row["spent_s"].get(key) for row in rows)
+    ]
+    cells = [
+        {
+            **row,
+            **{key: output.duration(row["spent_s"].get(key, 0.0)) for key in categories},
+            "held": output.duration(row["held_s"]),
+            "usd": output.dollars(row["usd"]),
+        }
+        for row in rows
+    ]
+    total = sum((row["usd"] for row in rows), start=type(rows[0]["usd"])(0)) if rows else 0
+    columns = {"name": "stage", **({"attempt": "attempt"} if by_attempt else {}), **{key: key.replace("_", " ") for key in categories}}
+    output.table(
+        cells, {**columns, "held": "held", "device_hours": "device-h", "gpu_hours": "GPU-h", "usd": "cost"}, title="device-seconds"
+    )
+    output.note(f"total {output.dollars(total)}")
+    for device in sorted({stage.spec.resources.device for stage in workspace.pipeline.stages}):
+        output.note(workspace.prices.describe(device))
+
+
+def bill_row(bill: Any) -> dict[str, Any]:
+    return {
+        "spent_s": dict(bill.spent), "held_s": bill.held_s, "device_hours": bill.device_hours, "gpu_hours": bill.gpu_hours, "usd": bill.usd,
+        "goodput": bill.goodput,
+    }  # fmt: skip
+
+
+def lineage(
+    stage: Annotated[
+        str | None, typer.Argument(help="Stage to start from; default: the last committed.", autocompletion=stage_names)
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read and hash every file of every checkpoint.")] = False,
+    file: options.File = None,
+    store: options.Store = None,
+    output_: options.Output = output.Format.table,
+) -> None:
+    """Walk a checkpoint back to its root, and verify it.
+
+    With --verify a flipped byte, a missing or exchanged file, an edited manifest are found and named (exit 4).
+
+    Example: osctl lineage stage3 --verify
+    """
+    from orchestrator.errors import CorruptCheckpoint, Refused
+
+    workspace = launched(Workspace.open(file, store=store))
+    committed = [status for status in take(workspace).stages if status.committed]
+    chosen = [status for status in committed if stage in (None, status.name)]
+    if not chosen:
+        raise Refused(
+            f"lineage {stage or workspace.pipeline.name}: nothing is committed. Make it with: osctl launch{f' {stage}' if stage else ''}"
+        )
+    last = chosen[-1]
+    assert last.inputs is not None
+    links = list(workspace.ledger.lineage(last.name, last.inputs, full=verify))
+    rows = [
+        {
+            "name": link.stage,
+            "inputs": link.inputs,
+            "attempt": link.committed.attempt if link.committed else None,
+            "step": link.committed.step if link.committed else None,
+            "weights": link.committed.weights_digest[:12] if link.committed else None,
+            "manifest": link.committed.manifest_digest[:12] if link.committed else None,
+            "verdict": "; ".join(fault.text for fault in link.faults) or ("verified" if verify else "present"),
+        }
+        for link in links
+    ]
+    output.emit(
+        rows,
+        output_,
+        {
+            "name": "stage",
+            "inputs": "inputs",
+            "attempt": "attempt",
+            "step": "step",
+            "weights": "weights",
+            "manifest": "manifest",
+            "verdict": "verdict",
+        },
+    )
+    faults = [fault for link in links for fault in link.faults]
+    if faults:
+        raise CorruptCheckpoint(
+            f"lineage {last.name}: {len(faults)} fault{'s' * (len(faults) > 1)}, first: {faults[0].text}. Do not train on it; make the stage again"
+        )
+
+
+def sync(file: options.File = None, store: options.Store = None, tracking: options.Tracking = None) -> None:
+    """Bring MLflow up to the ledger, whatever it missed. Repeating it doubles nothing.
+
+    Example: osctl sync --tracking http://mlflow.internal:5000
+    """
+    import subprocess
+    import sys
+
+    from orchestrator.errors import UsageError
+
+    workspace = launched(Workspace.open(file, store=store))
+    uri = tracking or workspace.pipeline.tracking
+    if uri == "none":
+        raise UsageError(
+            f"sync {workspace.pipeline.name}: tracking is none. Name an MLflow with --tracking sqlite or --tracking http://host:port"
+        )
+    started = time.monotonic()
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "orchestrator.projection",
+            "--store",
+            workspace.store_url,
+            "--pipeline",
+            workspace.pipeline.name,
+            "--tracking",
+            uri,
+        ],
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    output.note(f"MLflow ({uri}) shows {workspace.pipeline.name} as the ledger has it, after {time.monotonic() - started:.1f} s")
+
+
+def mlflow(
+    file: options.File = None,
+    tracking: options.Tracking = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one.")] = 5000,
+    open_: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser where there is one.")] = True,
+) -> None:
+    """Open MLflow's pages on the pipeline, its stages side by side. Ctrl-C ends the server.
+
+    Example: osctl mlflow --no-open --port 5001
+    """
+    from orchestrator.adapters.mlflow_ui import serve
+
+    workspace = Workspace.open(file, tracking=tracking)
+    serve(workspace.pipeline.tracking, home(), workspace.pipeline.experiment, port=port, open_browser=open_, say=output.note)
+

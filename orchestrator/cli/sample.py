@@ -1,0 +1,57 @@
+"""`osctl sample`: a video from a prompt, out of a committed and verified checkpoint."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli import options, output
+from orchestrator.cli.look import launched, stage_names, take
+from orchestrator.cli.workspace import Workspace, home
+
+
+def sample(
+    prompt: Annotated[str, typer.Argument(help='What to draw, e.g. "a digit 3 moving left".')],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="Where the clip goes: .mp4, or .png for a sheet of its frames.")
+    ] = Path("sample.mp4"),
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="Stage whose weights draw; default: the last committed.", autocompletion=stage_names)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise: the same seed draws the same clip.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the stage's.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; default: the stage's.")] = None,
+    file: options.File = None,
+    store: options.Store = None,
+) -> None:
+    """Draw a video from a prompt with a committed stage.
+
+    Example: osctl sample "a digit 3 moving left" --out three.mp4
+    """
+    from orchestrator.errors import Refused
+
+    workspace = launched(Workspace.open(file, store=store))
+    chosen = [status for status in take(workspace).stages if status.committed and stage in (None, status.name)]
+    if not chosen:
+        raise Refused(
+            f"sample {stage or workspace.pipeline.name}: nothing is committed to draw with. Make it with: osctl launch{f' {stage}' if stage else ''}"
+        )
+    committed = chosen[-1].committed
+    assert committed is not None
+    # The cache's name is the manifest's digest: what lies there was verified once when it came, file by file.
+    folder = home() / "cache" / committed.manifest_digest
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        workspace.ledger.fetch(committed.manifest, committed.manifest_digest, folder)
+    command = [sys.executable, "-m", "opensora.sample", str(folder), "--prompt", prompt, "--out", str(out), "--seed", str(seed)]
+    command += ["--steps", str(steps)] if steps is not None else []
+    command += ["--guidance", str(guidance)] if guidance is not None else []
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise SystemExit(code)
+    output.note(f"drew {out} with {committed.run_key}, step {committed.step}")
+
