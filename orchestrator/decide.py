@@ -1,0 +1,423 @@
+"""What a driver does next: a pure function of the pipeline, of what was observed and of the clock.
+
+Owns the retry rules (docs/contracts.md, "How an attempt ends") and the order of things: a stage starts only from a committed parent,
+has at most one live attempt, is never run again once it is committed, and an attempt that cannot be seen (`unknown`) is left alone.
+Refuses to read, write or start anything (`orchestrator.runner` does): a driver may be killed between any two actions, and the next
+one, observing afresh, decides the rest.
+
+Failures are counted within one launch (attempts of this lease epoch): launching again is a person's decision to try again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.config import Pipeline, Stage
+from orchestrator.ports import Life
+from orchestrator.records import EXIT_CODES, ExitClass, Outcome, Report
+
+# --- What a driver sees ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint that nobody has found broken yet."""
+
+    key: str
+    """Key of its MANIFEST.json."""
+    digest: str
+    step: int
+    attempt: int
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Attempt:
+    stage: str
+    inputs: str
+    number: int
+    epoch: int
+    """Lease epoch of the driver that intended it."""
+    resumed_from: int
+    """Step of the checkpoint it goes on from; 0: from the start."""
+    life: Life
+    """`absent` where an outcome is there: nobody asks any more."""
+    published: int = 0
+    """Step of the last checkpoint that it published; 0: none."""
+    left_traces: bool = False
+    """Whether it wrote a journal, a report or a checkpoint: it lived, even if the backend has forgotten it."""
+    report: Report | None = None
+    outcome: Outcome | None = None
+    draining: bool = False
+    """Whether this driver has asked it to save and leave."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it holds devices, or may hold them."""
+        return self.outcome is None and self.life.state in ("running", "unknown")
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over, and only its outcome has not been written."""
+        return self.outcome is None and (self.life.state == "ended" or (self.life.state == "absent" and self.left_traces))
+
+    @property
+    def unborn(self) -> bool:
+        """Intended, and never started."""
+        return self.outcome is None and self.life.state == "absent" and not self.left_traces
+
+    @property
+    def progressed(self) -> bool:
+        return self.published > self.resumed_from
+
+
+@dataclass(frozen=True)
+class StageView:
+    name: str
+    inputs: str | None
+    """None: the parent is not committed, so nobody knows them yet."""
+    committed: bool = False
+    attempts: tuple[Attempt, ...] = ()
+    """Those of these inputs, ascending."""
+    checkpoints: tuple[Checkpoint, ...] = ()
+    """Ascending by (step, attempt)."""
+    strays: tuple[Attempt, ...] = ()
+    """Attempts of other inputs without an outcome: left by a launch of an earlier configuration."""
+    refused: str | None = None
+    """Why this driver must not start the stage: its parent is not what was committed, or the backend says no."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    epoch: int
+    """Lease epoch of this driver."""
+    stages: Mapping[str, StageView]
+    targets: frozenset[str]
+    """Stages to run; the others are only looked at."""
+    stop: Literal["drain", "kill"] | None = None
+    """What a person asked for."""
+    cancelled: bool = False
+    """Whether the drain was asked for by `osctl cancel`."""
+
+
+# --- What a driver can do ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StartAttempt:
+    """Write the intent if it is not there, then submit."""
+
+    stage: str
+    inputs: str
+    number: int
+    resume: Checkpoint | None
+    why: str
+
+
+@dataclass(frozen=True)
+class CloseAttempt:
+    """Write the outcome of an attempt that is over."""
+
+    attempt: Attempt
+    class_: ExitClass
+    reason: str
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Verify the complete checkpoint and make it the stage's result."""
+
+    attempt: Attempt
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class Drain:
+    attempt: Attempt
+
+
+@dataclass(frozen=True)
+class Kill:
+    attempt: Attempt
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Nothing to do until an attempt's life changes, or until this time."""
+
+    reason: str
+    until: float | None = None
+
+
+@dataclass(frozen=True)
+class Finish:
+    status: Literal["succeeded", "failed", "cancelled", "suspended"]
+    exit_code: int
+    reason: str
+
+
+Action = StartAttempt | CloseAttempt | Commit | Drain | Kill | Wait | Finish
+
+# --- How an attempt ends, and what follows -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    then: Literal["commit", "suspend", "retry", "retry once", "stop"]
+    counted: Literal["never", "always", "unless progress"]
+    """Whether the end counts against `max_attempts`."""
+    hint: str = ""
+    """What a person can do about it."""
+
+
+RULES: dict[ExitClass, Rule] = {
+    "completed": Rule("commit", "always"),
+    "drained":   Rule("suspend", "never"),
+    "config":    Rule("stop", "always", "change the stage's configuration"),
+    "parent":    Rule("stop", "always", "`osctl lineage --verify` shows what is wrong with the parent"),
+    "nan":       Rule("stop", "always", "lower the learning rate or look at the data"),
+    "oom":       Rule("stop", "always", "lower batch_size or turn on grad_checkpoint"),
+    "disk":      Rule("stop", "always", "make space"),
+    "hang":      Rule("retry", "always"),
+    "store":     Rule("retry", "always"),
+    "code":      Rule("retry once", "always", "`osctl logs` shows the traceback"),
+    "signal":    Rule("retry", "unless progress"),
+    "lost":      Rule("retry", "unless progress"),
+}  # fmt: skip
+
+STALLS = 3
+"""So many ends in a row without a new checkpoint stop a stage, whatever their class."""
+
+BACKOFF_S = (0.0, 5.0, 20.0)
+"""Seconds before the next attempt, by the number of ends in a row without a new checkpoint (beyond the first: most faults are passing)."""
+
+
+def classify(report: Report | None, exit_code: int | None) -> tuple[ExitClass, str]:
+    """Class and reason of an attempt that is over. The agent's own word counts first; an exit code only says why there is none."""
+    if report is not None:
+        return report.class_, report.reason
+    said: dict[int, ExitClass] = {code: name for name, code in EXIT_CODES.items() if name not in ("completed", "drained")}
+    if exit_code in said:
+        return said[exit_code], f"the agent left with exit code {exit_code} and no report"
+    seen = "nobody saw how" if exit_code is None else f"exit code {exit_code}"
+    return "lost", f"the agent vanished without a report ({seen})"
+
+
+def progress_free(ends: Sequence[Attempt]) -> int:
+    """How many of the last ends brought no new checkpoint."""
+    count = 0
+    for attempt in reversed(ends):
+        if attempt.progressed:
+            break
+        count += 1
+    return count
+
+
+def counted(attempt: Attempt) -> bool:
+    """Whether a closed attempt counts against `max_attempts`."""
+    assert attempt.outcome is not None
+    rule = RULES[attempt.outcome.class_]
+    return rule.counted == "always" or (rule.counted == "unless progress" and not attempt.progressed)
+
+
+def not_before(ends: Sequence[Attempt]) -> float:
+    """Unix time before which no other attempt starts; 0 where nothing has ended yet."""
+    stalled = progress_free(ends)
+    if not stalled or not ends:
+        return 0.0
+    outcome = ends[-1].outcome
+    assert outcome is not None
+    return outcome.ended + BACKOFF_S[min(stalled, len(BACKOFF_S)) - 1]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a stage may have another attempt, and if not, why."""
+
+    state: Literal["go", "suspended", "failed"]
+    reason: str = ""
+    exit_code: int = 0
+
+
+def judge(ends: Sequence[Attempt], max_attempts: int) -> Verdict:
+    """What the ends of this launch say about a stage that is not committed. `ends`: closed attempts, ascending."""
+    if not ends:
+        return Verdict("go")
+    last = ends[-1]
+    assert last.outcome is not None
+    class_, rule = last.outcome.class_, RULES[last.outcome.class_]
+    what = f"{last.stage}: attempt {last.number} ended with {class_}: {last.outcome.reason}"
+    advice = f". {rule.hint[0].upper()}{rule.hint[1:]}" if rule.hint else ""
+    if rule.then == "suspend":
+        return Verdict("suspended", f"{what}. `osctl launch` goes on from step {max(last.published, last.resumed_from)}", 130)
+    if rule.then == "stop":
+        return Verdict("failed", what + advice, 4 if class_ == "parent" else 3)
+    if rule.then == "retry once" and (again := _seen_before(ends)):
+        return Verdict("failed", f"{what}, {again}{advice}", 3)
+    if (stalled := progress_free(ends)) >= STALLS:
+        return Verdict("failed", f"{what}. {stalled} attempts in a row published no new checkpoint{advice}", 3)
+    if (used := sum(map(counted, ends))) >= max_attempts:
+        return Verdict("failed", f"{what}. {used} of {max_attempts} counted attempts are used up{advice}", 3)
+    return Verdict("go", what)
+
+
+def _seen_before(ends: Sequence[Attempt]) -> str | None:
+    """How the last end repeats an earlier one of its class: at the same step, or with no new checkpoint between them."""
+    last = ends[-1]
+    assert last.outcome is not None
+    for number, earlier in enumerate(ends[:-1]):
+        assert earlier.outcome is not None
+        if earlier.outcome.class_ != last.outcome.class_:
+            continue
+        if _failed_at(earlier) is not None and _failed_at(earlier) == _failed_at(last):
+            return f"at the same step {_failed_at(last)} as attempt {earlier.number}"
+        if not any(attempt.progressed for attempt in ends[number + 1 :]):
+            return f"after attempt {earlier.number} ended so too, with no new checkpoint between"
+    return None
+
+
+def _failed_at(attempt: Attempt) -> int | None:
+    return attempt.report.step if attempt.report is not None else None
+
+
+# --- Deciding ----------------------------------------------------------------------------------------------------------------------
+
+
+def decide(pipeline: Pipeline, observed: Observed, now: float) -> list[Action]:
+    """The next actions, in order; never empty. What is over is settled first, and everything is observed again before anything starts.
+
+    Args:
+        now: Unix time of the driver's clock.
+    """
+    views = [observed.stages[stage.name] for stage in pipeline.stages]
+    settled = [action for view in views for action in _settle(view, observed)]
+    if settled:
+        return settled
+    if observed.stop is not None:
+        return _stop(views, observed)
+    return _go(pipeline, observed, now)
+
+
+def _settle(view: StageView, observed: Observed) -> list[Action]:
+    """Write down what is over: outcomes, the stage's result; drain what an earlier configuration left running."""
+    actions: list[Action] = []
+    for attempt in (*view.strays, *view.attempts):
+        stray = attempt in view.strays
+        if attempt.ended and attempt.report is None and observed.stop == "kill":
+            actions.append(CloseAttempt(attempt, "lost", "ended at once, as asked"))
+        elif attempt.ended:
+            actions.append(CloseAttempt(attempt, *classify(attempt.report, attempt.life.exit_code)))
+        elif attempt.unborn and (stray or attempt.epoch < observed.epoch):
+            # An agent whose intent is older than the lease refuses to start, so its number is spent.
+            actions.append(CloseAttempt(attempt, "lost", "its driver ended before it was started"))
+        elif attempt.unborn and observed.stop is not None:
+            actions.append(CloseAttempt(attempt, "drained", "stopped before it was started"))
+        elif stray and attempt.life.state == "running" and not attempt.draining:
+            actions.append(Drain(attempt))
+    if not view.committed and not actions and (commit := _commit(view)):
+        actions.append(commit)
+    return actions
+
+
+def _commit(view: StageView) -> Commit | None:
+    """A completed attempt's own complete checkpoint, or the one that it found complete when it resumed."""
+    for attempt in reversed(view.attempts):
+        if attempt.outcome is None or attempt.outcome.class_ != "completed":
+            continue
+        complete = [checkpoint for checkpoint in view.checkpoints if checkpoint.complete and checkpoint.attempt <= attempt.number]
+        if complete:
+            return Commit(attempt, max(complete, key=lambda checkpoint: checkpoint.attempt))
+    return None
+
+
+def _stop(views: Sequence[StageView], observed: Observed) -> list[Action]:
+    alive = [attempt for view in views for attempt in (*view.strays, *view.attempts) if attempt.alive]
+    if observed.stop == "kill":
+        running = [attempt for attempt in alive if attempt.life.state == "running"]
+        if running:
+            return [Kill(attempt) for attempt in running]
+    else:
+        asked: list[Action] = [Drain(attempt) for attempt in alive if attempt.life.state == "running" and not attempt.draining]
+        if asked:
+            return asked
+        if alive:
+            return [Wait(f"{_names(alive)} saves and leaves")]
+    if all(view.committed for view in views if view.name in observed.targets):
+        return [Finish("succeeded", 0, "every stage is committed")]
+    if observed.cancelled:
+        return [Finish("cancelled", 130, "cancelled; `osctl launch` goes on from the last checkpoint")]
+    return [Finish("suspended", 130, "stopped; `osctl launch` goes on from the last checkpoint")]
+
+
+def _go(pipeline: Pipeline, observed: Observed, now: float) -> list[Action]:
+    starts: list[Action] = []
+    waits: list[Wait] = []
+    ends: list[Verdict] = []
+    for stage in pipeline.stages:
+        view = observed.stages[stage.name]
+        if view.committed or stage.name not in observed.targets:
+            continue
+        step = _next(stage, view, observed, now)
+        if isinstance(step, StartAttempt):
+            starts.append(step)
+        elif isinstance(step, Wait):
+            waits.append(step)
+        elif step is not None:
+            ends.append(step)
+    alive = [attempt for view in observed.stages.values() for attempt in (*view.strays, *view.attempts) if attempt.alive]
+    if pipeline.backend == "local":
+        # One machine: two stages at once would share its devices, and both bills would be wrong.
+        starts = [] if alive else starts[:1]
+    if starts:
+        return starts
+    if waits:
+        timed = [wait.until for wait in waits if wait.until is not None]
+        return [Wait("; ".join(dict.fromkeys(wait.reason for wait in waits)), min(timed, default=None))]
+    if alive:
+        return [Wait(f"{_names(alive)} runs")]
+    return [_finish(ends)]
+
+
+def _next(stage: Stage, view: StageView, observed: Observed, now: float) -> StartAttempt | Wait | Verdict | None:
+    """What a wanted, uncommitted stage needs. None: its parent, which somebody else must finish first."""
+    alive = [attempt for attempt in (*view.strays, *view.attempts) if attempt.alive]
+    if alive:
+        unseen = [attempt for attempt in alive if attempt.life.state == "unknown"]
+        return Wait(f"the backend cannot say whether {_names(unseen)} lives" if unseen else f"{_names(alive)} runs")
+    parent = stage.spec.parent
+    if parent is not None and not observed.stages[parent].committed:
+        return None if parent in observed.targets else Verdict("failed", parentless(stage), 4)
+    assert view.inputs is not None, f"{stage.name} has a committed parent and no inputs"
+    if view.refused is not None:
+        return Verdict("failed", view.refused, 4)
+    mine = [attempt for attempt in view.attempts if attempt.epoch == observed.epoch]
+    ends = [attempt for attempt in mine if attempt.outcome is not None]
+    verdict = judge(ends, stage.spec.max_attempts)
+    if verdict.state != "go":
+        return verdict
+    if now < (until := not_before(ends)):
+        return Wait(f"{verdict.reason}; waits before attempt {ends[-1].number + 1}", until)
+    resume = view.checkpoints[-1] if view.checkpoints else None
+    unborn = [attempt for attempt in mine if attempt.unborn]
+    number = unborn[-1].number if unborn else max((attempt.number for attempt in view.attempts), default=0) + 1
+    return StartAttempt(stage.name, view.inputs, number, resume, verdict.reason)
+
+
+def parentless(stage: Stage) -> str:
+    """Why a stage whose parent is neither committed nor wanted cannot run."""
+    parent = stage.spec.parent
+    return f"{stage.name}: its parent {parent} is not committed with the current configuration. Run: osctl launch {parent}"
+
+
+def _finish(ends: Sequence[Verdict]) -> Finish:
+    for state in ("failed", "suspended"):
+        for verdict in ends:
+            if verdict.state == state:
+                return Finish("failed" if state == "failed" else "suspended", verdict.exit_code, verdict.reason)
+    return Finish("succeeded", 0, "every stage is committed")
+
+
+def _names(attempts: Sequence[Attempt]) -> str:
+    return ", ".join(f"{attempt.stage} attempt {attempt.number}" for attempt in attempts)

@@ -1,0 +1,635 @@
+"""The driver: observe, decide, act, until there is nothing left to do.
+
+Owns the lease while it runs, and every record that a driver writes: intents, outcomes, COMMITTED, events. What to do is decided in
+`orchestrator.decide`; how records lie in a store is known to `orchestrator.ledger`; how a process or job is started, to the backend.
+
+It keeps nothing that it could not read again. Every effect is written down before it is done (an intent before a submit) or can be
+repeated (put-if-absent), so a driver may be killed after any single one, and the next one carries on from what it observes. Before
+each effect the lease is checked, and renewed when a third of its life is over; a driver that finds it taken stops at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+from orchestrator.config import Pipeline, Stage
+from orchestrator.decide import (
+    Action,
+    Attempt,
+    Checkpoint,
+    CloseAttempt,
+    Commit,
+    Drain,
+    Finish,
+    Kill,
+    Observed,
+    StageView,
+    StartAttempt,
+    Wait,
+    decide,
+    parentless,
+)
+from orchestrator.errors import CorruptCheckpoint, Refused, StoreConflict, Unreachable, UsageError
+from orchestrator.ledger import LeaseHandle, Ledger
+from orchestrator.ports import Backend, Life
+from orchestrator.records import (
+    EXIT_CODES,
+    Committed,
+    Event,
+    Intent,
+    JournalPiece,
+    Manifest,
+    Outcome,
+    ParentRef,
+    ResumeRef,
+    inputs_digest,
+    run_key,
+)
+
+log = logging.getLogger(__name__)
+
+LEASE_TTL_S = 15.0
+
+POLL_S = {"local": 0.05, "kubernetes": 2.0}
+"""Seconds between two looks at the attempts that live. Local: one read of /proc. It bounds the idle time between two stages."""
+
+CANCEL_POLL_S = 1.0
+"""Seconds between two looks for a `cancel` in the ledger; on S3 each is a request."""
+
+UNREACHABLE_POLL_S = 2.0
+"""Seconds before a store or cluster that did not answer is asked again. Attempts go on meanwhile."""
+
+HASH_AT_MOST_BYTES = 64 * 2**20
+"""A parent in a folder is hashed here before an attempt is intended, up to this size (0.1 s). The agent hashes every parent anyway."""
+
+
+class Clock(Protocol):
+    def now(self) -> float:
+        """Unix time in seconds."""
+
+    def sleep(self, seconds: float) -> None: ...
+
+
+class SystemClock:
+    def now(self) -> float:
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    name: str
+    state: Literal["committed", "failed", "open", "blocked", "not asked for"]
+    inputs: str | None
+    attempts: int
+    step: int
+    """Step of the newest published checkpoint; of the committed one where there is one."""
+    weights_digest: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a launch ended."""
+
+    status: Literal["succeeded", "failed", "cancelled", "suspended"]
+    exit_code: int
+    """0 succeeded · 3 failed · 4 refused (a parent that is not what was committed) · 130 stopped."""
+    reason: str
+    stages: tuple[StageResult, ...]
+
+
+class Runner:
+    """Drives one pipeline. One instance, one launch."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        ledger: Ledger,
+        backend: Backend,
+        clock: Clock | None = None,
+        on_event: Callable[[Event], None] = lambda event: None,
+        *,
+        lease_ttl_s: float = LEASE_TTL_S,
+    ):
+        self.pipeline, self.ledger, self.backend = pipeline, ledger, backend
+        self.clock: Clock = clock or SystemClock()
+        self.on_event = on_event
+        self.lease_ttl_s = lease_ttl_s
+        self._stop: Literal["drain", "kill"] | None = None
+        self._cancelled = False
+        self._lease: _HeldLease
+        self._finished: dict[str, Attempt] = {}
+        """Attempts with an outcome, by run key. Their records never change again, so they are read once."""
+        self._results: dict[tuple[str, str], Committed] = {}
+        self._strays: dict[str, set[tuple[str, int]]] | None = None
+        """By stage: (inputs, number) of open attempts of other inputs. Only a driver makes attempts, so they are listed once."""
+        self._draining: set[str] = set()
+        self._broken: set[str] = set()
+        """Keys of manifests that did not verify."""
+        self._refused: dict[str, str] = {}
+        self._said = ""
+        self._heard: tuple[int, int] | None = None
+        self._listened = 0.0
+
+    # --- For the caller ------------------------------------------------------------------------------------------------------------
+
+    def run(self, targets: Sequence[str] | None = None) -> Result:
+        """Run the stages named, or all, until they are committed or cannot be.
+
+        Raises:
+            UsageError: an unknown stage.
+            Refused: a parent that is neither committed nor asked for; another driver holds the lease, or took it over.
+            Unreachable: the store did not answer at the start; nothing was done.
+        """
+        wanted = self._wanted(targets)
+        lease = self.ledger.acquire(self.clock.now(), self.lease_ttl_s)
+        try:
+            with _HeldLease(lease, self.clock, self.lease_ttl_s, self.pipeline.name) as self._lease:
+                self._heard = (lease.epoch, -1)
+                self.ledger.add_revision(self.pipeline.model_dump(mode="json"), self.clock.now())
+                self._event("launched", detail=",".join(stage.name for stage in self.pipeline.stages if stage.name in wanted))
+                self._repair_events()
+                finish = self._drive(wanted)
+                self._event("ended", detail=f"{finish.status}: {finish.reason}")
+                return Result(finish.status, finish.exit_code, finish.reason, tuple(self._summary(wanted, finish)))
+        finally:
+            lease.release()
+
+    def drain(self) -> None:
+        """Save and stop. Only sets a flag, so a signal handler may call it."""
+        self._stop = self._stop or "drain"
+
+    def kill(self) -> None:
+        """Stop without saving. Only sets a flag, so a signal handler may call it."""
+        self._stop = "kill"
+
+    # --- The loop ------------------------------------------------------------------------------------------------------------------
+
+    def _drive(self, wanted: frozenset[str]) -> Finish:
+        while True:
+            try:
+                observed = self._observe(wanted)
+                for action in decide(self.pipeline, observed, self.clock.now()):
+                    if isinstance(action, Finish):
+                        return action
+                    if isinstance(action, Wait):
+                        self._wait(observed, action)
+                    else:
+                        self._lease.check()
+                        self._act(action)
+            except Unreachable as error:
+                log.warning("%s; asking again in %.0f s", error, UNREACHABLE_POLL_S)
+                self.clock.sleep(UNREACHABLE_POLL_S)
+
+    def _wait(self, observed: Observed, wait: Wait) -> None:
+        """Until an attempt's life changes, the time has come, or somebody wants a stop."""
+        if wait.reason != self._said:
+            self._said = wait.reason
+            self._event("observed", detail=wait.reason)
+        views = observed.stages.values()
+        alive = {_run_key(self.pipeline, one): one.life.state for view in views for one in (*view.strays, *view.attempts) if one.alive}
+        while self._stop == observed.stop and (wait.until is None or self.clock.now() < wait.until):
+            if any(self.backend.observe(key).state != state for key, state in alive.items()):
+                return
+            self._lease.check()
+            self._listen()
+            if self._stop == observed.stop:
+                self.clock.sleep(POLL_S[self.pipeline.backend])
+
+    def _listen(self) -> None:
+        """Look for a `cancel` that another process wrote into our epoch."""
+        now = self.clock.now()
+        if 0 <= now - self._listened < CANCEL_POLL_S:
+            return
+        self._listened = now
+        for event in self.ledger.events(after=self._heard):
+            self._heard = (event.epoch, event.seq)
+            if event.kind == "cancel" and event.epoch == self._lease.epoch and not self._cancelled:
+                self._cancelled = True
+                self.drain()
+
+    # --- Observing -----------------------------------------------------------------------------------------------------------------
+
+    def _observe(self, wanted: frozenset[str]) -> Observed:
+        first = self._strays is None
+        strays: dict[str, set[tuple[str, int]]] = {} if self._strays is None else self._strays
+        views: dict[str, StageView] = {}
+        for stage in self.pipeline.stages:
+            inputs = self._inputs(stage)
+            if first:
+                strays[stage.name] = {
+                    (other, number)
+                    for other in self.ledger.inputs_of(stage.name)
+                    if other != inputs
+                    for number in self.ledger.attempts(stage.name, other)
+                }
+            views[stage.name] = self._look(stage, inputs, strays[stage.name])
+            strays[stage.name] = {(attempt.inputs, attempt.number) for attempt in views[stage.name].strays}
+        self._strays = strays
+        return Observed(self._lease.epoch, views, wanted, self._stop, self._cancelled)
+
+    def _inputs(self, stage: Stage) -> str | None:
+        """None while the parent is not committed."""
+        if stage.spec.parent is None:
+            return inputs_digest(stage.config, stage.devices, None)
+        parent = self._result(self.pipeline.stage(stage.spec.parent))
+        return inputs_digest(stage.config, stage.devices, parent.digest()) if parent else None
+
+    def _result(self, stage: Stage) -> Committed | None:
+        inputs = self._inputs(stage)
+        if inputs is None:
+            return None
+        key = stage.name, inputs
+        if key not in self._results:
+            committed = self.ledger.committed(stage.name, inputs)
+            if committed is None:
+                return None
+            self._results[key] = committed
+        return self._results[key]
+
+    def _look(self, stage: Stage, inputs: str | None, strays: set[tuple[str, int]]) -> StageView:
+        open_strays = tuple(
+            attempt
+            for other, number in sorted(strays)
+            if (attempt := self._attempt(stage.name, other, number, 0)) is not None and attempt.outcome is None
+        )
+        refused = self._refused.get(stage.name)
+        if inputs is None:
+            return StageView(stage.name, None, strays=open_strays, refused=refused)
+        # Lives are read before checkpoints: what an attempt that is seen dead has published is then seen too.
+        lives = [self._attempt(stage.name, inputs, number, 0) for number in self.ledger.attempts(stage.name, inputs)]
+        attempts = [attempt for attempt in lives if attempt is not None]
+        committed = self._result(stage) is not None
+        if committed and all(attempt.outcome is not None for attempt in attempts):
+            return StageView(stage.name, inputs, True, tuple(attempts), strays=open_strays, refused=refused)
+        manifests = self.ledger.checkpoints(stage.name, inputs)
+        published = {number: max(m.step for _, m in manifests if m.attempt == number) for number in {m.attempt for _, m in manifests}}
+        attempts = [_with_published(attempt, published.get(attempt.number, 0)) for attempt in attempts]
+        self._finished |= {_run_key(self.pipeline, attempt): attempt for attempt in attempts if attempt.outcome is not None}
+        checkpoints = tuple(
+            Checkpoint(key, manifest.digest(), manifest.step, manifest.attempt, manifest.complete)
+            for key, manifest in manifests
+            if key not in self._broken
+        )
+        return StageView(stage.name, inputs, committed, tuple(attempts), checkpoints, open_strays, refused)
+
+    def _attempt(self, stage: str, inputs: str, number: int, published: int) -> Attempt | None:
+        """None: a folder without an intent, which nobody wrote through the ledger."""
+        key = run_key(self.pipeline.name, stage, inputs, number)
+        if key in self._finished:
+            return self._finished[key]
+        intent = self.ledger.intent(stage, inputs, number)
+        if intent is None:
+            return None
+        outcome = self.ledger.outcome(stage, inputs, number)
+        life = self.backend.observe(key) if outcome is None else Life("absent")
+        report = self.ledger.report(stage, inputs, number)  # after its life: one that is seen dead has no more to say
+        traces = report is not None or (life.state == "absent" and outcome is None and bool(self.ledger.journal(stage, inputs, number)))
+        resumed_from = intent.resume.step if intent.resume else 0
+        return Attempt(
+            stage, inputs, number, intent.epoch, resumed_from, life, published, traces, report, outcome, draining=key in self._draining
+        )
+
+    # --- Acting --------------------------------------------------------------------------------------------------------------------
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case StartAttempt():
+                self._start(action)
+            case CloseAttempt():
+                self._close(action)
+            case Commit():
+                self._commit(action)
+            case Drain(attempt):
+                self._draining.add(_run_key(self.pipeline, attempt))
+                self.backend.drain(_run_key(self.pipeline, attempt))
+                self._event("observed", attempt, "asked to save and leave")
+            case Kill(attempt):
+                self.backend.kill(_run_key(self.pipeline, attempt))
+                self._event("observed", attempt, "killed")
+            case Wait() | Finish():
+                raise AssertionError(f"{action} is no effect")
+
+    def _start(self, action: StartAttempt) -> None:
+        intent = self.ledger.intent(action.stage, action.inputs, action.number)
+        if intent is None:
+            intent = self._intend(action)
+        if intent is None:
+            return
+        self._lease.check()
+        try:
+            self.backend.submit(self.ledger.keys.intent(intent.stage, intent.inputs, intent.attempt), intent.run_key)
+        except Refused as error:
+            self._refused[action.stage] = str(error)
+
+    def _intend(self, action: StartAttempt) -> Intent | None:
+        """Write the intent. None where what it would start from does not verify: then something else is to be decided."""
+        stage = self.pipeline.stage(action.stage)
+        try:
+            parent = self._verified_parent(stage)
+        except Refused as error:
+            self._refused[stage.name] = str(error)
+            return None
+        if action.resume is not None and not self._verified(action.resume, stage, action.inputs):
+            return None
+        resume = action.resume
+        resources = stage.spec.resources
+        self._lease.check()
+        intent = self.ledger.create_intent(
+            Intent(
+                run_key=run_key(self.pipeline.name, stage.name, action.inputs, action.number),
+                pipeline=self.pipeline.name,
+                stage=stage.name,
+                inputs=action.inputs,
+                attempt=action.number,
+                epoch=self._lease.epoch,
+                created=self.clock.now(),
+                config=stage.config,
+                config_digest=stage.config.digest(),
+                nodes=resources.nodes,
+                devices_per_node=resources.devices_per_node,
+                device=resources.device,
+                trainer=self.pipeline.trainer,
+                hang_timeout_s=stage.spec.hang_timeout_s,
+                flush_s=self.pipeline.flush_s,
+                parent=parent,
+                resume=ResumeRef(key=resume.key, manifest_digest=resume.digest, step=resume.step) if resume else None,
+                code=code_version(),
+            )
+        )
+        start = f"from step {resume.step}" if resume else f"from {parent.stage}" if parent else "from the start"
+        detail = f"{start}, after {action.why}" if action.why else start
+        self._event("retry" if action.why else "attempt", stage=stage.name, attempt=action.number, detail=detail)
+        return intent
+
+    def _verified_parent(self, stage: Stage) -> ParentRef | None:
+        """Raises Refused where the parent's result is not what was committed."""
+        if stage.spec.parent is None:
+            return None
+        parent = self.pipeline.stage(stage.spec.parent)
+        inputs = self._inputs(parent)
+        assert inputs is not None
+        ref = self.ledger.parent_ref(parent.name, inputs)
+        known = self._results[parent.name, inputs].digest()
+        if ref.committed_digest != known:
+            raise CorruptCheckpoint(
+                f"{parent.name}: COMMITTED.json is {ref.committed_digest[:12]}, was {known[:12]} when {stage.name} was planned. "
+                "See: osctl lineage --verify"
+            )
+        self._check_event(parent.name, inputs, ref)
+        manifest = self.ledger.verify(ref.key, ref.manifest_digest, full=False)
+        size = sum(file.size for file in manifest.files.values())
+        if not self.ledger.store.url.startswith("s3://") and size <= HASH_AT_MOST_BYTES:
+            self.ledger.verify(ref.key, ref.manifest_digest, full=True)
+        return ref
+
+    def _check_event(self, stage: str, inputs: str, ref: ParentRef) -> None:
+        """The event log pins COMMITTED.json: one that was exchanged for another well-formed one is found here."""
+        said = [event.detail.split() for event in self.ledger.events() if event.kind == "committed" and event.stage == stage]
+        digests = [words[1] for words in said if len(words) == 2 and words[0] == inputs]
+        if digests and ref.committed_digest not in digests:
+            raise CorruptCheckpoint(
+                f"{stage}: COMMITTED.json is {ref.committed_digest[:12]}, the event log says {digests[-1][:12]}. "
+                "See: osctl lineage --verify"
+            )
+
+    def _verified(self, checkpoint: Checkpoint, stage: Stage, inputs: str) -> Manifest | None:
+        """The manifest, its files there in their sizes; None, and never used again, where it is not whole or not of this stage."""
+        try:
+            manifest = self.ledger.verify(checkpoint.key, checkpoint.digest, full=False)
+        except CorruptCheckpoint as error:
+            return self._broke(checkpoint, stage, str(error))
+        if (manifest.stage, manifest.inputs, manifest.config_digest) != (stage.name, inputs, stage.config.digest()):
+            return self._broke(
+                checkpoint, stage, f"{checkpoint.key}: is of {manifest.stage}@{manifest.inputs}, not of {stage.name}@{inputs}"
+            )
+        return manifest
+
+    def _broke(self, checkpoint: Checkpoint, stage: Stage, reason: str) -> None:
+        self._broken.add(checkpoint.key)
+        self._event("observed", stage=stage.name, attempt=checkpoint.attempt, detail=f"step {checkpoint.step} is not used: {reason}")
+
+    def _close(self, action: CloseAttempt) -> None:
+        attempt = action.attempt
+        intent = self.ledger.intent(attempt.stage, attempt.inputs, attempt.number)
+        assert intent is not None
+        pieces = self.ledger.journal(attempt.stage, attempt.inputs, attempt.number)
+        bound, ended, unaccounted_s = held_time(attempt, pieces, intent.nodes, self.clock.now())
+        manifests = self.ledger.checkpoints(attempt.stage, attempt.inputs)
+        published = max((manifest.step for _, manifest in manifests if manifest.attempt == attempt.number), default=attempt.resumed_from)
+        exit_code = attempt.life.exit_code
+        if exit_code is None and attempt.report is not None:
+            exit_code = EXIT_CODES.get(attempt.report.class_)
+        outcome = Outcome.model_validate(
+            {
+                "class": action.class_,
+                "exit_code": exit_code,
+                "reason": action.reason,
+                "step": published or None,
+                "bound": bound,
+                "ended": ended,
+                "devices": intent.nodes * intent.devices_per_node,
+                "unaccounted_s": unaccounted_s,
+                "evaluation": attempt.report.evaluation if attempt.report else {},
+                "epoch": self._lease.epoch,
+            }
+        )
+        written = self.ledger.write_outcome(intent, outcome)
+        self._event("outcome", attempt, f"{written.class_}: {written.reason}")
+
+    def _commit(self, action: Commit) -> None:
+        attempt, outcome = action.attempt, action.attempt.outcome
+        assert outcome is not None
+        stage = self.pipeline.stage(attempt.stage)
+        manifest = self._verified(action.checkpoint, stage, attempt.inputs)
+        if manifest is None:
+            return
+        parent = self._result(self.pipeline.stage(stage.spec.parent)) if stage.spec.parent else None
+        # Nothing in it depends on who commits or when: a driver that takes over commits the very same bytes.
+        committed = Committed(
+            run_key=_run_key(self.pipeline, attempt),
+            stage=attempt.stage,
+            inputs=attempt.inputs,
+            attempt=attempt.number,
+            step=manifest.step,
+            manifest=action.checkpoint.key,
+            manifest_digest=action.checkpoint.digest,
+            weights_digest=manifest.weights_digest,
+            parent_committed=parent.digest() if parent else None,
+            evaluation=outcome.evaluation,
+            time=outcome.ended,
+            epoch=outcome.epoch,
+        )
+        self._lease.check()
+        try:
+            written = self.ledger.commit(committed)
+        except StoreConflict as error:
+            raise Refused(f"{attempt.stage}: another result is already committed ({error}). See: osctl lineage --verify") from error
+        self._log_committed(written)
+
+    # --- Events --------------------------------------------------------------------------------------------------------------------
+
+    def _event(
+        self,
+        kind: Literal["launched", "attempt", "observed", "outcome", "retry", "ended"],
+        about: Attempt | None = None,
+        detail: str = "",
+        *,
+        stage: str | None = None,
+        attempt: int | None = None,
+    ) -> None:
+        if about is not None:
+            stage, attempt = about.stage, about.number
+        with self._lease.ours():
+            event = self.ledger.append_event(self._lease.handle, kind, now=self.clock.now(), stage=stage, attempt=attempt, detail=detail)
+        self.on_event(event)
+
+    def _log_committed(self, committed: Committed) -> None:
+        with self._lease.ours():
+            self.on_event(self.ledger.append_committed(self._lease.handle, committed, self.clock.now()))
+
+    def _repair_events(self) -> None:
+        """A driver that was killed between COMMITTED.json and its event left it to us. Says nothing twice."""
+        for stage in self.pipeline.stages:
+            committed = self._result(stage)
+            if committed is not None:
+                with self._lease.ours():
+                    self.ledger.append_committed(self._lease.handle, committed, self.clock.now())
+
+    # --- Targets and result --------------------------------------------------------------------------------------------------------
+
+    def _wanted(self, targets: Sequence[str] | None) -> frozenset[str]:
+        names = [stage.name for stage in self.pipeline.stages]
+        for target in targets or ():
+            if target not in names:
+                raise UsageError(f"launch {target}: {self.pipeline.name} has no such stage; it has {', '.join(names)}")
+        wanted = frozenset(targets or names)
+        for name in names:
+            stage = self.pipeline.stage(name)
+            parent = stage.spec.parent
+            if name in wanted and parent is not None and parent not in wanted and self._result(self.pipeline.stage(parent)) is None:
+                raise Refused(parentless(stage))
+        return wanted
+
+    def _summary(self, wanted: frozenset[str], finish: Finish) -> Iterator[StageResult]:
+        for name, view in self._observe(wanted).stages.items():
+            committed = self._result(self.pipeline.stage(name))
+            last = view.attempts[-1].outcome if view.attempts else None
+            step = committed.step if committed else max((checkpoint.step for checkpoint in view.checkpoints), default=0)
+            failed = finish.status == "failed" and name in wanted and (view.refused is not None or last is not None)
+            state: Literal["committed", "failed", "open", "blocked", "not asked for"] = (
+                "committed" if committed
+                else "not asked for" if name not in wanted
+                else "blocked" if view.inputs is None
+                else "failed" if failed
+                else "open"
+            )  # fmt: skip
+            reason = "" if committed else view.refused or (last.reason if last else "")
+            yield StageResult(name, state, view.inputs, len(view.attempts), step, committed.weights_digest if committed else None, reason)
+
+
+class _HeldLease:
+    """A lease that is kept alive by a thread while the driver acts or waits for a slow store, and checked before each effect."""
+
+    def __init__(self, handle: LeaseHandle, clock: Clock, ttl_s: float, pipeline: str):
+        self.handle, self.clock, self.ttl_s, self.pipeline = handle, clock, ttl_s, pipeline
+        self._lock = threading.Lock()
+        self._renewed = clock.now()
+        self._lost = False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+
+    def __enter__(self) -> _HeldLease:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @property
+    def epoch(self) -> int:
+        return self.handle.epoch
+
+    def check(self) -> None:
+        """Renew where a third of its life is over. Raises Refused where another driver has taken it."""
+        with self.ours(), self._lock:
+            if self._lost:
+                raise StoreConflict(f"{self.pipeline}: lease")
+            now = self.clock.now()
+            if not 0 <= now - self._renewed < self.ttl_s / 3:
+                self.handle.renew(now)
+                self._renewed = now
+
+    @contextlib.contextmanager
+    def ours(self) -> Iterator[None]:
+        """Turns the loss of the lease into a refusal."""
+        try:
+            yield
+        except StoreConflict as error:
+            self._lost = True
+            raise Refused(
+                f"{self.pipeline}: another launch has taken over the lease (epoch {self.epoch} is over). "
+                "This one stops; follow the other with: osctl watch"
+            ) from error
+
+    def _keep(self) -> None:
+        while not self._over.wait(self.ttl_s / 3):
+            try:
+                self.check()
+            except Refused:
+                return
+            except Unreachable as error:
+                log.warning("lease not renewed: %s", error)
+
+
+def held_time(attempt: Attempt, pieces: Sequence[JournalPiece], nodes: int, now: float) -> tuple[float | None, float, float]:
+    """(bound, ended, unaccounted_s) of an attempt that is over.
+
+    `ended` is death as seen from outside; where nobody saw it, the last thing that was heard. `unaccounted_s` is the time between a
+    node's last journal piece and death, averaged over the nodes, so that devices × unaccounted_s is what the bill must add.
+    """
+    if attempt.unborn:
+        return None, now, 0.0
+    heard = [piece.end for piece in pieces] + ([attempt.report.ended] if attempt.report else [])
+    bound = attempt.life.bound if attempt.life.bound is not None else min((piece.start for piece in pieces), default=None)
+    ended = (
+        max([attempt.life.ended, *(piece.end for piece in pieces)]) if attempt.life.ended is not None else max(heard, default=bound or now)
+    )
+    if bound is None:
+        return None, ended, 0.0
+    last = dict.fromkeys(range(nodes), bound)
+    for piece in pieces:
+        last[piece.node] = max(last.get(piece.node, bound), piece.end)
+    return bound, ended, max(0.0, sum(ended - end for end in last.values()) / len(last))
+
+
+def _with_published(attempt: Attempt, step: int) -> Attempt:
+    return replace(attempt, published=step, left_traces=attempt.left_traces or step > 0)
+
+
+def _run_key(pipeline: Pipeline, attempt: Attempt) -> str:
+    return run_key(pipeline.name, attempt.stage, attempt.inputs, attempt.number)
+
+
+def code_version() -> str:
+    """Version of this package, and the git revision where it runs from a checkout."""
+    version = importlib.metadata.version("osctl")
+    git = Path(__file__).resolve().parents[1] / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        revision = (git / head.removeprefix("ref: ")).read_text().strip() if head.startswith("ref: ") else head
+    except OSError:
+        return version
+    return f"{version}+g{revision[:12]}"
