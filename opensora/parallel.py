@@ -1,0 +1,109 @@
+"""Ranks: how the processes of one training job meet, agree and die.
+
+Owns the process group (gloo on a CPU, NCCL on CUDA), the device of a rank and its threads. Every rank holds the whole model;
+all that a step needs from the others travels in one all-reduce of one flat buffer. DDP was not taken for that: it re-orders its
+buckets after the first step, so on three or more ranks a resumed run would add the same gradients in another order than the
+unbroken one. Sharding (FSDP, sequence parallelism) is not here yet: a model must fit on each device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from opensora.errors import ConfigError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LONGEST_TEXT = 4096
+"""Bytes that `Ranks.share` carries: a path's limit on Linux."""
+
+
+class PeerLost(Exception):
+    """Another rank went away in the middle of an exchange. The cause is there, not here: whoever gets this reports nothing."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers. A job of one process needs no process group."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add `tensor` over all ranks, in place; the same bits on every rank.
+
+        Raises:
+            PeerLost: a rank is gone.
+        """
+        if self.world > 1:
+            try:
+                dist.all_reduce(tensor)
+            except RuntimeError as error:  # gloo and NCCL both say it this way; an all-reduce of a plain tensor has no other failure
+                raise PeerLost(str(error)) from error
+        return tensor
+
+    def barrier(self) -> None:
+        """Return when every rank got here. Raises PeerLost."""
+        self.sum_(torch.zeros(1, device=self.device))
+
+    def share(self, text: str) -> str:
+        """The first rank's text, on every rank. Raises PeerLost."""
+        content = torch.zeros(LONGEST_TEXT, dtype=torch.uint8)
+        if self.is_first:
+            content[: len(text.encode())] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        return bytes(self.sum_(content.to(self.device)).tolist()).rstrip(b"\0").decode()
+
+
+@contextmanager
+def join() -> Iterator[Ranks]:
+    """Meet the other ranks of the launcher (torchrun's environment), or be the only one.
+
+    Raises:
+        ConfigError: a rank has no device of its own.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if world == 1 and "MASTER_ADDR" not in os.environ:
+        yield Ranks(rank, world, device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, timeout=timedelta(minutes=10))
+    yield Ranks(rank, world, device)
+    dist.destroy_process_group()  # only after a good end: with a peer gone this would wait for it
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {local_rank} of this node has no device: {torch.cuda.device_count()} CUDA devices are visible; start one rank per device"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def die_with_launcher() -> None:
+    """Ask the kernel to SIGKILL this process when the one that started it dies, so that no rank is left holding a device.
+
+    A launcher that died before the call is noticed by the changed parent; one that a subreaper replaced is noticed by
+    `join`, whose store lived in it.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
