@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from opensora import config
-from opensora.data.source import Clips
-from opensora.errors import TrainerError
+from opensora.data.source import Clips, none_usable
+from opensora.errors import ConfigError, ParentError
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
 TEXT_FILE = "text.safetensors"
@@ -61,7 +61,7 @@ class TextEncoder(Protocol):
         """Vectors float32 (B, tokens, width), zero where padded, and mask bool (B, tokens), true on tokens. Longer captions are cut.
 
         Raises:
-            TrainerError: kind "config", for a caption that cannot be encoded.
+            ConfigError: for a caption that cannot be encoded.
         """
 
     def save(self, directory: Path) -> None:
@@ -82,13 +82,12 @@ class PatchAutoencoder:
         """The components of these frames, uint8 (N, 3, H, W) each. Closed form: equal frames give equal bits, whatever the thread count.
 
         Raises:
-            TrainerError: kind "config", where a patch has fewer values than `channels`.
+            ConfigError: where a patch has fewer values than `channels`.
         """
         values = 3 * factor * factor
         if channels > values:
-            raise TrainerError(
-                f"model.latent_channels {channels}: a patch of {factor}x{factor} pixels has {values} values, so at most as many channels",
-                kind="config",
+            raise ConfigError(
+                f"model.latent_channels {channels}: a patch of {factor}x{factor} pixels has {values} values, so at most as many channels"
             )
         count, total, products = 0, torch.zeros(values, dtype=torch.float64), torch.zeros(values, values, dtype=torch.float64)
         for batch in frames:  # sums of products of bytes are integers below 2^53: exact in fp64, in any order of summation
@@ -122,7 +121,7 @@ class PatchAutoencoder:
 
     @classmethod
     def load(cls, path: Path) -> PatchAutoencoder:
-        """Raises TrainerError, kind "parent", where the file is not a whole patch autoencoder."""
+        """Raises ParentError, where the file is not a whole patch autoencoder."""
         tensors, metadata = _read(path, "patch", ("mean", "components", "deviation"))
         return cls(tensors["mean"], tensors["components"], tensors["deviation"], int(metadata["factor"]))
 
@@ -144,10 +143,10 @@ class WordEncoder:
         for row, caption in enumerate(captions):
             words = split_words(caption)[:tokens]
             if not words:
-                raise TrainerError(f"caption {caption!r} has no words. Write at least one", kind="config")
+                raise ConfigError(f"caption {caption!r} has no words. Write at least one")
             for column, word in enumerate(words):
                 if word not in self._vectors:
-                    raise TrainerError(f"caption {caption!r}: unknown word {word!r}. Known words: {self._known()}", kind="config")
+                    raise ConfigError(f"caption {caption!r}: unknown word {word!r}. Known words: {self._known()}")
                 vectors[row, column] = self._vectors[word]
             mask[row, : len(words)] = True
         return vectors, mask
@@ -162,7 +161,7 @@ class WordEncoder:
 
     @classmethod
     def load(cls, path: Path) -> WordEncoder:
-        """Raises TrainerError, kind "parent", where the file is not a whole word encoder."""
+        """Raises ParentError, where the file is not a whole word encoder."""
         tensors, metadata = _read(path, "words", ("vectors",))
         encoder = cls((), tensors["vectors"].shape[1])
         encoder.vocabulary = tuple(json.loads(metadata["vocabulary"]))
@@ -191,7 +190,8 @@ def build(stage: config.StageConfig, clips: Clips, carried: Path | None) -> tupl
     A carried vocabulary grows by the words of the clips.
 
     Raises:
-        TrainerError: kind "config" for encoders that are not part of this release or do not fit; "parent" for files that are not whole.
+        ConfigError: for encoders that are not part of this release or do not fit.
+        ParentError: for files that are not whole.
     """
     _refuse_real(stage)
     if carried is not None:
@@ -201,8 +201,13 @@ def build(stage: config.StageConfig, clips: Clips, carried: Path | None) -> tupl
     return PatchAutoencoder.fit(_some_frames(clips), stage.autoencoder.factor, stage.model.latent_channels), text
 
 
+def read(directory: Path) -> tuple[Autoencoder, TextEncoder]:
+    """The encoders that lie in a directory. Raises ParentError, for files that are not whole."""
+    return PatchAutoencoder.load(directory / AUTOENCODER_FILE), WordEncoder.load(directory / TEXT_FILE)
+
+
 def load(directory: Path, stage: config.StageConfig) -> tuple[Autoencoder, TextEncoder]:
-    """The encoders of a checkpoint. Raises TrainerError as `build`."""
+    """The encoders of a checkpoint. Raises as `build`."""
     _refuse_real(stage)
     return _load(directory, stage)
 
@@ -228,9 +233,8 @@ def decode_clips(autoencoder: Autoencoder, latents: torch.Tensor) -> torch.Tenso
 def _refuse_real(stage: config.StageConfig) -> None:
     for key, encoder, embedded in (("autoencoder", stage.autoencoder, "patch"), ("text", stage.text, "words")):
         if encoder.kind != embedded:
-            raise TrainerError(
-                f"{key}.kind {encoder.kind}: not part of this release, it arrives with the full-fidelity encoders. Use kind: {embedded}",
-                kind="config",
+            raise ConfigError(
+                f"{key}.kind {encoder.kind}: not part of this release, it arrives with the full-fidelity encoders. Use kind: {embedded}"
             )
 
 
@@ -242,7 +246,7 @@ def _load(directory: Path, stage: config.StageConfig) -> tuple[PatchAutoencoder,
         ("model.caption_width", stage.model.caption_width, text.width),
     ):
         if wanted != found:
-            raise TrainerError(f"{key} is {wanted}, but the encoders in {directory} have {found}. Make them equal", kind="config")
+            raise ConfigError(f"{key} is {wanted}, but the encoders in {directory} have {found}. Make them equal")
     return autoencoder, text
 
 
@@ -250,11 +254,15 @@ def _some_frames(clips: Clips) -> Iterator[torch.Tensor]:
     """Frames of the first clips, uint8 (N, 3, H, W), until there are enough."""
     seen = 0
     for start in range(0, len(clips), READ_AT_ONCE):
-        batch = rearrange(clips.read(start, min(start + READ_AT_ONCE, len(clips))), "b t h w c -> (b t) c h w")[: FITTED_FRAMES - seen]
-        yield batch
-        seen += len(batch)
+        batch, _ = clips.read(start, min(start + READ_AT_ONCE, len(clips)))
+        frames = rearrange(batch, "b t h w c -> (b t) c h w")[: FITTED_FRAMES - seen]
+        if len(frames):
+            yield frames
+        seen += len(frames)
         if seen >= FITTED_FRAMES:
             return
+    if not seen:
+        raise none_usable(clips)
 
 
 def _read(path: Path, kind: str, names: Sequence[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -263,7 +271,7 @@ def _read(path: Path, kind: str, names: Sequence[str]) -> tuple[dict[str, torch.
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except (OSError, SafetensorError) as error:
-        raise TrainerError(f"{path}: cannot be read ({error}). Take the checkpoint from the store again", kind="parent") from error
+        raise ParentError(f"{path}: cannot be read ({error}). Take the checkpoint from the store again") from error
     if metadata.get("kind") != kind:
-        raise TrainerError(f"{path}: kind is {metadata.get('kind')}, the stage wants {kind}. Take the right checkpoint", kind="parent")
+        raise ParentError(f"{path}: kind is {metadata.get('kind')}, the stage wants {kind}. Take the right checkpoint")
     return tensors, metadata

@@ -4,8 +4,8 @@ Owns the drawing, the captions, the split of handwritten images into train and t
 Training clips use images of the train split alone and never show a held-out combination; the judge's own clips use the test split.
 Refuses to judge: `opensora.judge` reads clips back.
 
-A digit is half as high as the frame and crosses it once, from one side towards the other, whatever the number of frames. So it neither wraps
-nor bounces, its direction is one word, and a clip of 16 frames is a slower one of 8.
+A digit is half as high as the frame and crosses it once, from one side towards the other, whatever the number of frames: it neither wraps
+nor bounces, so its direction is one word, and a clip of 16 frames is a slower one of 8.
 
 Clip i is a pure function of (seed, split, i, size, frames, quality): clips are drawn in blocks of 256, each from a generator of its own.
 """
@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from opensora.config import DataConfig, DigitsSource
-from opensora.errors import TrainerError
+from opensora.errors import ConfigError
 
 Split = Literal["train", "test"]
 Quality = Literal["plain", "high"]
@@ -48,7 +48,7 @@ SPLIT_SEED = 0
 
 
 def caption(digit: int, direction: int | None) -> str:
-    """"a digit 3 moving left"; without a direction "a digit 3", so that what an image model learns of the words holds for video."""
+    """ "a digit 3 moving left"; without a direction "a digit 3", so that what an image model learns of the words holds for video."""
     return f"a digit {digit}" if direction is None else f"a digit {digit} moving {DIRECTIONS[direction]}"
 
 
@@ -68,7 +68,7 @@ def _stamps(split: Split, size: int) -> NDArray[np.uint8]:
     images = torch.from_numpy(handwritten(split)[0])[:, None]
     if size != 8:
         images = torch.nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-    return (images[:, 0] * 255).round().to(torch.uint8).numpy()
+    return np.asarray((images[:, 0] * 255).round().to(torch.uint8).numpy())
 
 
 @cache
@@ -112,22 +112,27 @@ class Canvas:
 
     def draw(self, rng: np.random.Generator, digits: NDArray[np.int64], directions: NDArray[np.int64], split: Split) -> Drawing:
         """One clip for each (digit, direction), with handwriting, place, jitter and background from `rng`."""
-        count, size = len(digits), self.digit_size
-        pick = rng.random(count)
-        images = np.array([_images_of(split)[d][int(p * len(_images_of(split)[d]))] for d, p in zip(digits, pick, strict=True)])
+        choices = _images_of(split)
+        images = np.array([choices[digit][int(u * len(choices[digit]))] for digit, u in zip(digits, rng.random(len(digits)), strict=True)])
+        return Drawing(self.animate(rng, images, directions, split), digits, directions)
+
+    def animate(
+        self, rng: np.random.Generator, images: NDArray[np.int64], directions: NDArray[np.int64], split: Split
+    ) -> NDArray[np.uint8]:
+        """One clip (n, T, H, W) for each handwritten image (n,) and direction (n,)."""
+        count, size = len(images), self.digit_size
         corners = self._corners(rng, directions)  # (n, T, 2)
-        if self.quality == "plain":
-            clips = rng.integers(0, NOISE + 1, (count, self.frames, self.height, self.width), dtype=np.uint8)
-        else:
-            clips = np.zeros((count, self.frames, self.height, self.width), np.uint8)
+        shape = (count, self.frames, self.height, self.width)
+        clips = rng.integers(0, NOISE + 1, shape, dtype=np.uint8) if self.quality == "plain" else np.zeros(shape, np.uint8)
         span = np.arange(size)
-        clip = np.arange(count)[:, None, None, None]
-        frame = np.arange(self.frames)[None, :, None, None]
-        rows = (corners[:, :, 0, None] + span)[:, :, :, None]  # (n, T, size, 1)
-        columns = (corners[:, :, 1, None] + span)[:, :, None, :]  # (n, T, 1, size)
-        stamp = _stamps(split, size)[images][:, None]  # (n, 1, size, size)
-        clips[clip, frame, rows, columns] = np.maximum(clips[clip, frame, rows, columns], stamp)
-        return Drawing(clips, np.asarray(digits), np.asarray(directions))
+        place = (
+            np.arange(count)[:, None, None, None],
+            np.arange(self.frames)[None, :, None, None],
+            (corners[:, :, 0, None] + span)[:, :, :, None],  # rows (n, T, size, 1)
+            (corners[:, :, 1, None] + span)[:, :, None, :],  # columns (n, T, 1, size)
+        )
+        clips[place] = np.maximum(clips[place], _stamps(split, size)[images][:, None])  # ink covers the background
+        return clips
 
     def _corners(self, rng: np.random.Generator, directions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Upper left corner of the digit in each frame, (n, T, 2) in pixels; always wholly inside the frame."""
@@ -135,8 +140,8 @@ class Canvas:
         free = np.array([self.height - self.digit_size, self.width - self.digit_size])
         start = rng.random((count, 1, 2)) * free  # anywhere; overwritten along the axis of motion
         if self.frames == 1:
-            return np.rint(start).astype(np.int64)
-        axis, sign = directions // 2 ^ 1, STEP[directions].sum(1)  # left and right: columns (1); up and down: rows (0)
+            return self._whole(start)
+        axis, sign = 1 - directions // 2, STEP[directions].sum(1)  # left and right: columns (1); up and down: rows (0)
         slack = rng.random(count) * 0.25 if self.quality == "plain" else np.zeros(count)
         shift = rng.random(count) * slack
         progress = np.linspace(0, 1, self.frames)[None] * (1 - slack[:, None]) + shift[:, None]  # (n, T) from about 0 to about 1
@@ -145,7 +150,12 @@ class Canvas:
         if self.quality == "plain":  # an unsteady hand: up to half a pixel (of 16) around the line of motion
             path = path + rng.uniform(-0.5, 0.5, path.shape) * self.height / 16
         path[np.arange(count), :, axis] = progress * free[axis][:, None]
-        return np.clip(np.rint(path), 0, free).astype(np.int64)
+        return self._whole(path)
+
+    def _whole(self, corners: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Rounded to pixels, and back inside the frame."""
+        free = (self.height - self.digit_size, self.width - self.digit_size)
+        return np.asarray(np.clip(np.rint(corners), 0, free), np.int64)
 
 
 class DigitClips:
@@ -158,28 +168,29 @@ class DigitClips:
         self._count = data.source.clips
         self._last: tuple[int, Drawing] | None = None
         self.skipped: Mapping[str, str] = {}
-        self.words = tuple(caption(digit, direction) for digit, direction in COMBINATIONS)
-        self.captions: Sequence[str] = self._captions()
+        self.words: Sequence[str] = [caption(digit, direction) for digit, direction in COMBINATIONS]
         made_of = [VERSION, seed, self._count, data.model_dump(mode="json")]
         self.digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
         return self._count
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        parts = []
-        for index in range(start // BLOCK, -(-stop // BLOCK)):
-            first = index * BLOCK
-            parts.append(self._block(index).clips[max(start - first, 0) : stop - first])
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor, list[int]]:
+        stop = min(stop, self._count)
+        parts = [
+            self._block(index).clips[max(start - index * BLOCK, 0) : stop - index * BLOCK]
+            for index in range(start // BLOCK, -(-stop // BLOCK))
+        ]
         grey = torch.from_numpy(np.concatenate(parts))
-        return grey[..., None].expand(*grey.shape, 3)
+        return grey[..., None].expand(*grey.shape, 3), list(range(start, stop))
 
     def _block(self, index: int) -> Drawing:
         if self._last is None or self._last[0] != index:
             self._last = index, self._canvas.block(self._seed, index, "train", TRAINED)
         return self._last[1]
 
-    def _captions(self) -> list[str]:
+    @cached_property
+    def captions(self) -> Sequence[str]:
         captions: list[str] = []
         for index in range(-(-self._count // BLOCK)):
             block = self._block(index)
@@ -192,19 +203,17 @@ def canvas(data: DataConfig, frames: int | None = None) -> Canvas:
     """The canvas of a stage's digits, with another number of frames where given.
 
     Raises:
-        TrainerError: kind "config", where no digit can be drawn at this size.
+        ConfigError: where no digit can be drawn at this size.
     """
     if not isinstance(data.source, DigitsSource):
-        raise TrainerError(f"data.source.kind is {data.source.kind}: only digits can be drawn and judged. Drop `evaluate`", kind="config")
+        raise ConfigError(f"data.source.kind is {data.source.kind}: only digits can be drawn and judged. Drop `evaluate`")
     if data.height < 16 or data.width < data.height or data.height % 2:
-        raise TrainerError(
+        raise ConfigError(
             f"data {data.height}x{data.width}: digits are half as high as the frame and need an even height of at least 16 "
-            "and a width of at least the height",
-            kind="config",
+            "and a width of at least the height"
         )
     if data.frame_interval != 1:
-        raise TrainerError(
-            f"data.frame_interval {data.frame_interval}: a digit crosses the frame once in however many frames; set frame_interval 1",
-            kind="config",
+        raise ConfigError(
+            f"data.frame_interval {data.frame_interval}: a digit crosses the frame once in however many frames; set frame_interval 1"
         )
     return Canvas(frames or data.frames, data.height, data.width, data.source.quality)

@@ -11,32 +11,41 @@ from typing import Protocol
 import torch
 
 from opensora.config import DataConfig, DigitsSource, FolderSource, ManifestSource
-from opensora.errors import TrainerError
+from opensora.errors import ConfigError
 
 
 class Clips(Protocol):
-    """Captioned clips of one size. Clip i and its caption never change while the source lives."""
+    """Captioned clips of one size. Clip i and its caption never change while the source lives; some may turn out unreadable."""
 
-    captions: Sequence[str]
-    """Caption of clip i."""
     words: Sequence[str]
-    """Captions that prompts may use beside `captions`: later stages and prompts know their words too."""
+    """What prompts may say beside `captions`: later stages and prompts know these words too."""
     skipped: Mapping[str, str]
-    """Name of each clip that was left out → reason."""
+    """Each clip that could not be read so far → the reason."""
     digest: str
-    """Hex digest over everything that the frames and captions depend on."""
+    """Hex digest over everything that frames and captions depend on. Cheap: nothing is decoded for it."""
 
-    def __len__(self) -> int: ...
+    @property
+    def captions(self) -> Sequence[str]:
+        """Caption of clip i, readable or not."""
 
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Clips start..stop−1, uint8 (n, T, H, W, 3)."""
+    def __len__(self) -> int:
+        """Clips, readable or not."""
+
+    def read(self, start: int, stop: int) -> tuple[torch.Tensor, list[int]]:
+        """Of clips start..stop−1 those that can be read, uint8 (n, T, H, W, 3), and their n indices."""
+
+
+def none_usable(clips: Clips) -> ConfigError:
+    """What to raise where not one clip could be read."""
+    name, reason = next(iter(clips.skipped.items()))
+    return ConfigError(f"data.source: none of {len(clips)} clips can be used; {name}: {reason}. Mend the files, or ask for fewer frames")
 
 
 def open_clips(data: DataConfig, seed: int) -> Clips:
     """The clips that a stage trains on; `seed` makes synthetic ones.
 
     Raises:
-        TrainerError: kind "config", for a source that cannot be used.
+        ConfigError: for a source that cannot be used.
     """
     # Imported here: a folder needs PyAV, digits need scikit-learn, and a stage needs one of the two.
     match data.source:
@@ -49,7 +58,6 @@ def open_clips(data: DataConfig, seed: int) -> Clips:
 
             return FolderClips(data)
         case ManifestSource(path=path):
-            raise TrainerError(
-                f"data.source {path}: a manifest can be planned but not trained on in this release. Use a folder of clips (kind: folder)",
-                kind="config",
+            raise ConfigError(
+                f"data.source {path}: a manifest can be planned but not trained on in this release. Use a folder of clips (kind: folder)"
             )

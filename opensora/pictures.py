@@ -1,0 +1,63 @@
+"""Clips as files that people open: mp4 and a contact sheet.
+
+Owns scaling up (nearest neighbour: a reader should see the model's own pixels) and the layout of the sheet. Refuses to sample and to judge.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+SHORTEST_MP4_SIDE = 128
+"""Pixels; players show smaller clips as a stamp."""
+SHEET_CELL = 64
+"""Pixels of a frame's height on the sheet, at least."""
+SHEET_FRAMES = 8
+"""Columns at most; longer clips show as many frames, evenly spread from the first to the last."""
+MARGIN, FONT_SIZE, LABEL_WIDTH = 8, 16, 220
+PAPER, TEXT = (250, 250, 250), (20, 20, 20)
+
+
+def write_mp4(path: Path, clip: torch.Tensor, fps: int = 8) -> None:
+    """Clip uint8 (T, H, W, 3) as h264 at `fps`, scaled up by a whole factor to at least 128 pixels."""
+    frames = _scaled(clip.numpy(), -(-SHORTEST_MP4_SIDE // min(clip.shape[1:3])))
+    rows, columns = (side - side % 2 for side in frames.shape[1:3])  # yuv420 halves the colour planes
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps))
+        stream.width, stream.height, stream.pix_fmt = columns, rows, "yuv420p"
+        stream.options = {"crf": "12"}  # tiny clips: nearly lossless costs a few KB
+        for pixels in frames[:, :rows, :columns]:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_sheet(path: Path, clips: torch.Tensor, captions: Sequence[str]) -> None:
+    """Clips uint8 (n, T, H, W, 3) as a PNG: a row per clip with its caption before it, time runs to the right."""
+    frames = clips.shape[1]
+    columns = min(frames, SHEET_FRAMES)
+    chosen = torch.linspace(0, frames - 1, columns).round().long()
+    factor = max(1, -(-SHEET_CELL // clips.shape[2]))
+    height, width = clips.shape[2] * factor, clips.shape[3] * factor
+    sheet = Image.new("RGB", (LABEL_WIDTH + columns * (width + MARGIN) + MARGIN, len(captions) * (height + MARGIN) + MARGIN), PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
+    for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
+        top = MARGIN + row * (height + MARGIN)
+        label = "\n".join(
+            textwrap.wrap(caption, LABEL_WIDTH // (FONT_SIZE * 9 // 16), max_lines=max(1, height // (FONT_SIZE + 4)), placeholder="…")
+        )
+        draw.text((MARGIN, top + height // 2), label, TEXT, font, anchor="lm")
+        for column, pixels in enumerate(_scaled(clip[chosen].numpy(), factor)):
+            sheet.paste(Image.fromarray(pixels), (LABEL_WIDTH + column * (width + MARGIN), top))
+    sheet.save(path, "PNG")
+
+
+def _scaled(frames: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
+    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
