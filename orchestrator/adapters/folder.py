@@ -21,7 +21,8 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -85,7 +86,7 @@ class FolderStore:
             keys = sorted(key for key in self._walk(folder) if key.startswith(prefix) and key > after)
         return iter(keys)
 
-    def children(self, prefix: str) -> list[str]:
+    def children(self, prefix: str) -> Sequence[str]:
         folder = self._folder(prefix)
         with self._errors("list", prefix):
             names = sorted(entry.name for entry in _entries(folder) if entry.is_dir(follow_symlinks=False) and not self._hidden(entry))
@@ -93,10 +94,9 @@ class FolderStore:
 
     def upload(self, key: str, path: Path) -> None:
         def write(file: BinaryIO) -> None:
-            with path.open("rb") as source:
-                shutil.copyfileobj(source, file, 1 << 20)
+            shutil.copyfileobj(source, file, 1 << 20)
 
-        with self._errors("write", key):
+        with path.open("rb") as source, self._errors("write", key):
             with self._temporary(write) as temporary:
                 if self._link(temporary, self._path(key)):
                     return
@@ -105,6 +105,7 @@ class FolderStore:
                     raise StoreConflict(f"{key}: is there already, with other content")
 
     def download(self, key: str, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
             with self._errors("read", key), self._open_newest(key) as (source, _), partial.open("xb") as target:
@@ -145,7 +146,7 @@ class FolderStore:
         return self._path(f"{folder}/-").parent if folder else self.root
 
     @contextlib.contextmanager
-    def _open_newest(self, key: str) -> Iterator[tuple[BinaryIO, int]]:
+    def _open_newest(self, key: str) -> Iterator[tuple[BufferedReader, int]]:
         path = self._path(key)
         while True:
             generation = self._newest(path)
@@ -160,7 +161,7 @@ class FolderStore:
             return
 
     def _newest(self, path: Path) -> int | None:
-        """Number of the highest generation. Generation 1 is never cleared away, so that objects that were never replaced need no listing."""
+        """Number of the highest generation. Generation 1 is never cleared away, so that an object never replaced needs no listing."""
         if not _generation_path(path, 1).exists():
             return 0 if path.is_file() else None
         return max(self._generations(path))
@@ -250,7 +251,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
-def _same_content(there: BinaryIO, path: Path) -> bool:
+def _same_content(there: BufferedReader, path: Path) -> bool:
     if os.fstat(there.fileno()).st_size != path.stat().st_size:
         return False
     with path.open("rb") as ours:
