@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from opensora.config import SamplingConfig
+from opensora.errors import ConfigError
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
@@ -27,8 +28,16 @@ BIN = 1 / 255  # half the width of a bin in the discretised likelihood, as if la
 
 
 def linear_betas(steps: int) -> Tensor:
-    """(N,) fp64 variances of the forward steps."""
+    """(N,) fp64 variances of the forward steps.
+
+    Raises:
+        ConfigError: so few steps that the last would add more noise than there is.
+    """
     scale = 1000 / steps
+    if scale * BETA_LAST >= 1:
+        raise ConfigError(
+            f"objective iddpm: steps {steps} leave no signal, the linear schedule needs more than {1000 * BETA_LAST:.0f}. Use 1000"
+        )
     return torch.linspace(scale * BETA_FIRST, scale * BETA_LAST, steps, dtype=torch.float64)
 
 
@@ -36,11 +45,11 @@ def respaced(steps: int, kept: int) -> list[int]:
     """The `kept` of `steps` original steps that a shortened process visits, ascending, first and last included.
 
     Raises:
-        ValueError: more steps are asked for than there are.
+        ConfigError: more steps are asked for than there are, or a single one: it would be the last, and leave the noise in.
     """
-    if not 1 <= kept <= steps:
-        raise ValueError(f"{kept} sampling steps do not fit a process of {steps} steps")
-    stride = (steps - 1) / (kept - 1) if kept > 1 else 1.0
+    if not 2 <= kept <= steps:
+        raise ConfigError(f"sampling: steps {kept} do not fit a process of {steps}. Use 2 to {steps}")
+    stride = (steps - 1) / (kept - 1)
     visited, position = [], 0.0
     for _ in range(kept):  # accumulated and rounded half to even, as upstream: k·stride may round differently
         visited.append(round(position))
@@ -73,7 +82,7 @@ class Process:
         self.posterior_variance = self.betas * (1 - previous) / (1 - self.alpha_bars)
         # the posterior of step 0 has no variance: its logarithm takes step 1's
         clipped = self.posterior_variance.clone()
-        clipped[0] = self.posterior_variance[min(1, len(clipped) - 1)] if len(clipped) > 1 else self.betas[0]
+        clipped[0] = clipped[1]
         self.posterior_log_variance = clipped.log()
         self.posterior_clean = self.betas * previous.sqrt() / (1 - self.alpha_bars)
         self.posterior_noisy = (1 - previous) * (1 - self.betas).sqrt() / (1 - self.alpha_bars)
@@ -162,7 +171,7 @@ class Diffusion:
         return per_clip((noise - predicted).square()), self.process.variational_bound(held, clean, noisy, time)
 
     def sample(self, network: Network, noise: Tensor, sampling: SamplingConfig, generators: Sequence[torch.Generator]) -> Tensor:
-        """Clean latents from noise, by ancestral or DDIM steps on a shortened chain."""
+        """Clean latents from noise, by ancestral or DDIM steps on a shortened chain. Raises ConfigError."""
         steps = len(self.process)
         chain = Process(steps, respaced(steps, sampling.steps)).to(noise.device)
         noisy = noise
@@ -175,7 +184,7 @@ class Diffusion:
                 case "ddim":
                     noisy = chain.ddim(prediction, noisy, index)
                 case "euler":
-                    raise ValueError("sampling method euler belongs to objective flow, not to iddpm; use ancestral or ddim")
+                    raise ConfigError("sampling: method euler belongs to objective flow, not to iddpm. Use ancestral or ddim")
         return noisy
 
 

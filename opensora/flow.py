@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from opensora.config import SamplingConfig
+from opensora.errors import ConfigError
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
@@ -68,7 +69,7 @@ class RectifiedFlow:
         return loss(network(interpolate(clean, noise, time), time * NETWORK_TIME), clean, noise)
 
     def sample(self, network: Network, noise: Tensor, sampling: SamplingConfig, generators: Sequence[torch.Generator]) -> Tensor:
-        """Clean latents from noise. The way is deterministic: `generators` stay untouched."""
+        """Clean latents from noise. The way is deterministic: `generators` stay untouched. Raises ConfigError."""
         if sampling.method != "euler":
-            raise ValueError(f"sampling method {sampling.method} belongs to objective iddpm, not to flow; use euler")
+            raise ConfigError(f"sampling: method {sampling.method} belongs to objective iddpm, not to flow. Use euler")
         return euler(network, noise, sampling.steps)

@@ -30,7 +30,7 @@ class Objective(Protocol):
         """Clean latents from standard normal noise. Generator i serves clip i, so a clip does not depend on its batch.
 
         Raises:
-            ValueError: the sampling method belongs to the other objective.
+            ConfigError: the sampling method belongs to the other objective, or its steps do not fit.
         """
 
 
