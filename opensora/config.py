@@ -112,7 +112,10 @@ Source = Annotated[DigitsSource | FolderSource | ManifestSource, Field(discrimin
 
 
 class DataConfig(Frozen):
+    """The clips of a stage, and the size in which the model sees them."""
+
     source: Source
+    """Where the clips come from."""
     frames: PositiveInt
     """T: frames of a clip that the model sees. 1 trains on images."""
     frame_interval: PositiveInt = 1
@@ -169,9 +172,13 @@ class OptimizerConfig(Frozen):
     """AdamW."""
 
     lr: PositiveFloat = 2e-5
+    """Learning rate, after the warm-up."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the averages of the gradient and of its square."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the squares' average."""
     weight_decay: NonNegativeFloat = 0.0
+    """Share of a weight taken off at each step, times the learning rate."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises linearly from 0."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
@@ -181,6 +188,8 @@ class OptimizerConfig(Frozen):
 
 
 class CheckpointConfig(Frozen):
+    """When the trainer saves, and what it keeps."""
+
     every_steps: PositiveInt
     """A checkpoint each so many steps, and one at the end."""
     keep_last: PositiveInt = 2
@@ -197,6 +206,8 @@ class ParentConfig(Frozen):
 
 
 class SamplingConfig(Frozen):
+    """How clips are drawn from the stage's model, where nothing else is asked for."""
+
     steps: PositiveInt = 100
     """Network evaluations along the way from noise to clip (twice that under guidance)."""
     method: Literal["ancestral", "ddim", "euler"] = "ancestral"
@@ -223,11 +234,17 @@ class StageConfig(Frozen):
     """One stage of a recipe. A stage is data: the same trainer runs all of them."""
 
     model: ModelConfig = ModelConfig()
+    """The network."""
     objective: Objective
+    """What the network learns to predict."""
     data: DataConfig
+    """What it learns from."""
     autoencoder: Autoencoder
+    """What makes latents of frames, and frames of latents; never trained."""
     text: TextEncoder
+    """What makes vectors of captions; never trained."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """How the weights move."""
     ema_decay: Fraction = 0.9999
     """Decay of the moving average of the weights, in fp32; it is warmed up by (1 + step) / (10 + step) where that is smaller."""
     steps: NonNegativeInt
@@ -243,13 +260,17 @@ class StageConfig(Frozen):
     seed: NonNegativeInt = 42
     """Base seed. Noise and times are drawn from (seed, data-parallel rank, step), so ranks differ and a resume repeats nothing."""
     checkpoint: CheckpointConfig
+    """When to save."""
     parent: ParentConfig = ParentConfig()
+    """What is carried over from the stage before."""
     weights: str | None = None
     """Weights imported at step 0 where there is no parent stage: a local file or directory. Refused where a key is unknown."""
     sampling: SamplingConfig = SamplingConfig()
+    """How clips are drawn."""
     prompts: tuple[str, ...] = ()
     """Clips drawn at the end of the stage, with the EMA weights."""
     evaluate: EvaluateConfig | None = None
+    """The judge at the end of the stage; none: nobody judges."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> StageConfig:

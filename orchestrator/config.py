@@ -152,7 +152,7 @@ def shipped_folder() -> Path:
 
 
 def find(file: str | None) -> Path:
-    """The pipeline file that is meant: a file, a folder with a `pipeline.yaml`, or a shipped name; none: `./osctl.yaml`, else the demo.
+    """The pipeline file that is meant: a file, a folder with a `pipeline.yaml` or `osctl.yaml`, or a shipped name; none: `./osctl.yaml`, else the demo.
 
     Raises:
         UsageError: there is no such file, folder or name.
@@ -162,13 +162,14 @@ def find(file: str | None) -> Path:
     path = Path(file)
     if path.is_file():
         return path
-    if (path / "pipeline.yaml").is_file():
-        return path / "pipeline.yaml"
+    for name in ("pipeline.yaml", "osctl.yaml"):
+        if (path / name).is_file():
+            return path / name
     names = shipped()
     if file in names:
         return names[file]
     if path.is_dir():
-        raise UsageError(f"{file}: a folder without a pipeline.yaml. Name the pipeline file in it")
+        raise UsageError(f"{file}: a folder without pipeline.yaml or osctl.yaml. Name the pipeline file in it")
     raise UsageError(f"{file}: no such file, folder or shipped pipeline. {closest(file, list(names))}")
 
 

@@ -55,7 +55,7 @@ class Device(Frozen):
     peak_source: str
     """Who says so."""
     mfu: MfuRange
-    """Useful FLOPs over peak, over a whole stage."""
+    """What a plan assumes where neither --mfu nor a measured step is known."""
     mfu_source: str
     """Who says so."""
 
