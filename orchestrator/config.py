@@ -152,7 +152,7 @@ def shipped_folder() -> Path:
 
 
 def find(file: str | None) -> Path:
-    """The pipeline file that is meant: a file, a folder with a `pipeline.yaml` or `osctl.yaml`, or a shipped name; none: `./osctl.yaml`, else the demo.
+    """The pipeline file that is meant: a file, a folder that holds one, or a shipped name; none: `./osctl.yaml`, else the demo.
 
     Raises:
         UsageError: there is no such file, folder or name.
