@@ -1,4 +1,4 @@
-"""What is known of a pipeline right now, folded out of its ledger: the one view that status, watch, compare and the launch's own display share.
+"""What is known of a pipeline right now, folded out of its ledger: the view that status, watch, compare and a launch's display share.
 
 Owns the fold. Refuses to write, to guess (a live attempt that nobody has heard of is `starting`) and to ask anyone but the ledger.
 """
@@ -16,7 +16,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.records import Committed, Event, JournalPiece, inputs_digest
 
 LIVE_S = 60.0
-"""An attempt without an outcome and without a journal piece for so long is shown as silent. Arbitrary: twelve pieces at the default interval."""
+"""An open attempt without a journal piece for so long is shown as silent. Arbitrary: twelve pieces at the default interval."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class StageStatus:
     why: str
     """Why it is not running, or how it failed."""
     attempts: tuple[AttemptStatus, ...]
+    wall_s: float
+    """Seconds in which its devices were held, all attempts."""
     bill: Bill
     evaluation: dict[str, float]
     committed: Committed | None
@@ -72,15 +74,14 @@ def take(pipeline: Pipeline, ledger: Ledger, prices: Prices, now: float) -> Snap
     """Read the ledger once. Raises Unreachable, Damaged."""
     stages: list[StageStatus] = []
     results: dict[str, Committed] = {}
-    lease = ledger.lease()
-    driven = lease is not None and lease.expires > now
+    holder = ledger.holder(now)
     events = list(ledger.events())
     for stage in pipeline.stages:
         status = _stage(stage, ledger, prices, results, now)
         if status.committed is not None:
             results[stage.name] = status.committed
         stages.append(status)
-    return Snapshot(pipeline.name, _state(stages, events, driven), lease.holder if lease is not None and driven else None, tuple(stages))
+    return Snapshot(pipeline.name, _state(stages, events, holder is not None), holder.holder if holder else None, tuple(stages))
 
 
 def _state(stages: Sequence[StageStatus], events: Sequence[Event], driven: bool) -> str:
@@ -101,11 +102,12 @@ def _stage(stage: Stage, ledger: Ledger, prices: Prices, results: dict[str, Comm
     if parent is not None and parent not in results:
         return StageStatus(
             stage.name, parent, "blocked", None, 0, stage.config.steps, None, None, None, f"waits for {parent}", (),
-            account([], prices), {}, None, published,
+            0.0, account([], prices), {}, None, published,
         )  # fmt: skip
     inputs = inputs_digest(stage.config, stage.devices, results[parent].digest() if parent else None)
     committed = ledger.committed(stage.name, inputs)
     times, attempts, lines = _attempts(stage, inputs, ledger, prices, now)
+    bill = account(times, prices)
     steps = [line for line in lines if "step" in line and line.get("loss") is not None]
     reached = committed.step if committed else steps[-1]["step"] if steps else 0
     pace = _median([line["step_s"] + line["data_wait_s"] + line["checkpoint_s"] for line in steps[-200:]])
@@ -124,7 +126,8 @@ def _stage(stage: Stage, ledger: Ledger, prices: Prices, results: dict[str, Comm
         eta_s=(stage.config.steps - reached) * pace if pace is not None and not committed else None,
         why="" if committed or last is None else last.reason,
         attempts=tuple(attempts),
-        bill=account(times, prices),
+        wall_s=sum(one.held_s / one.devices for one in bill.attempts),
+        bill=bill,
         evaluation=committed.evaluation if committed else {},
         committed=committed,
         published_gpu_hours=published,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orchestrator.cli import options, output
 from orchestrator.cli.look import launched, stage_names, take
 from orchestrator.cli.workspace import Workspace, home
+
+if TYPE_CHECKING:
+    from orchestrator.cost import AttemptBill, Bill
 
 
 def compare(file: options.File = None, store: options.Store = None, output_: options.Output = output.Format.table) -> None:
@@ -40,48 +43,51 @@ def cost(
 
     Example: osctl cost --by-attempt -o json
     """
-    from orchestrator import snapshot
-    from orchestrator.cost import account
+    from orchestrator.cost import AttemptBill
+    from orchestrator.records import HELD
 
     workspace = launched(Workspace.open(file, store=store))
     current = take(workspace)
-    rows: list[dict[str, Any]] = []
     for stage in current.stages:
-        if not by_attempt:
-            rows.append({"name": stage.name, **bill_row(stage.bill)})
-        elif stage.inputs is not None:
-            for found in snapshot.attempt_times(workspace.pipeline.stage(stage.name), stage.inputs, workspace.ledger):
-                rows.append({"name": stage.name, "attempt": found.time.attempt, **bill_row(account([found.time], workspace.prices))})
+        stage.bill.check()
+    rows = [
+        {"name": stage.name, **({"attempt": one.attempt} if isinstance(one, AttemptBill) else {}), **_bill(one)}
+        for stage in current.stages
+        for one in (stage.bill.attempts if by_attempt else (stage.bill,))
+    ]
     if output_ is not output.Format.table:
         output.emit(rows, output_)
         return
-    categories = [
-        key for key in dict.fromkeys(key for row in rows for key in row["spent_s"]) if any(row["spent_s"].get(key) for row in rows)
-    ]
-    cells = [
-        {
-            **row,
-            **{key: output.duration(row["spent_s"].get(key, 0.0)) for key in categories},
-            "held": output.duration(row["held_s"]),
-            "usd": output.dollars(row["usd"]),
-        }
-        for row in rows
-    ]
-    total = sum((row["usd"] for row in rows), start=type(rows[0]["usd"])(0)) if rows else 0
-    columns = {"name": "stage", **({"attempt": "attempt"} if by_attempt else {}), **{key: key.replace("_", " ") for key in categories}}
-    output.table(
-        cells, {**columns, "held": "held", "device_hours": "device-h", "gpu_hours": "GPU-h", "usd": "cost"}, title="device-seconds"
-    )
-    output.note(f"total {output.dollars(total)}")
-    for device in sorted({stage.spec.resources.device for stage in workspace.pipeline.stages}):
-        output.note(workspace.prices.describe(device))
+    spent = [category for category in HELD if any(row["device_seconds"][category] for row in rows)]
+    cells = [{**row, **{key: output.duration(row["device_seconds"][key]) for key in spent}, **_cells(row)} for row in rows]
+    columns = {"name": "stage"} | ({"attempt": "attempt"} if by_attempt else {}) | {key: key.replace("_", " ") for key in spent}
+    output.table(cells, columns | {"held": "= held", "goodput": "goodput", "device_hours": "device-h", "gpu_hours": "GPU-h", "usd": "cost"})
+    output.note(f"device-seconds by what they were spent on; total {output.dollars(current.usd)}")
+    for name in sorted({stage.spec.resources.device for stage in workspace.pipeline.stages}):
+        device = workspace.prices.device(name)
+        output.note(f"{name}: ${device.usd_per_hour} a device-hour ({device.basis}: {device.source}, {device.date})")
 
 
-def bill_row(bill: Any) -> dict[str, Any]:
+def _bill(bill: Bill | AttemptBill) -> dict[str, Any]:
     return {
-        "spent_s": dict(bill.spent), "held_s": bill.held_s, "device_hours": bill.device_hours, "gpu_hours": bill.gpu_hours, "usd": bill.usd,
+        "device_seconds": dict(bill.seconds),
+        "waiting_s": bill.waiting_s,
+        "held_s": bill.held_s,
+        "device_hours": bill.device_hours,
+        "gpu_hours": bill.gpu_hours,
+        "usd": bill.usd,
         "goodput": bill.goodput,
-    }  # fmt: skip
+    }
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "held": output.duration(row["held_s"]),
+        "goodput": output.percent(row["goodput"]),
+        "device_hours": output.hours(row["device_hours"]),
+        "gpu_hours": output.hours(row["gpu_hours"]),
+        "usd": output.dollars(row["usd"]),
+    }
 
 
 def lineage(
@@ -138,9 +144,8 @@ def lineage(
     )
     faults = [fault for link in links for fault in link.faults]
     if faults:
-        raise CorruptCheckpoint(
-            f"lineage {last.name}: {len(faults)} fault{'s' * (len(faults) > 1)}, first: {faults[0].text}. Do not train on it; make the stage again"
-        )
+        count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
+        raise CorruptCheckpoint(f"lineage {last.name}: {count}, first: {faults[0].text}. Do not train on it; make the stage again")
 
 
 def sync(file: options.File = None, store: options.Store = None, tracking: options.Tracking = None) -> None:
@@ -193,4 +198,3 @@ def mlflow(
 
     workspace = Workspace.open(file, tracking=tracking)
     serve(workspace.pipeline.tracking, home(), workspace.pipeline.experiment, port=port, open_browser=open_, say=output.note)
-

@@ -25,10 +25,8 @@ def tree(snapshot: Snapshot) -> Any:
     import rich.text
 
     grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading, justify in (
-        ("stage", "left"), ("", "left"), ("step", "right"), ("loss", "right"), ("ETA", "right"), ("held", "right"), ("cost", "right"), ("", "left"),
-    ):  # fmt: skip
-        grid.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for heading in ("stage", "", "step", "loss", "ETA", "time", "cost", ""):
+        grid.add_column(heading, justify="left" if heading in ("stage", "") else "right")
     for stage in snapshot.stages:
         colour = COLOUR.get(stage.state, "white")
         bar = rich.progress_bar.ProgressBar(total=max(stage.steps, 1), completed=stage.step, width=20)
@@ -38,16 +36,14 @@ def tree(snapshot: Snapshot) -> Any:
             f"{stage.step}/{stage.steps}",
             output.cell(stage.loss),
             output.duration(stage.eta_s) if stage.state == "running" else "",
-            output.duration(stage.bill.held_s / max(stage.bill.devices, 1)) if stage.attempts else "",
+            output.duration(stage.wall_s) if stage.attempts else "",
             output.dollars(stage.bill.usd) if stage.attempts else "",
             rich.text.Text(describe(stage), style="dim"),
         )
         for attempt in stage.attempts[:-1] if len(stage.attempts) > 1 else ():
-            reason = f"{attempt.state}: {attempt.reason}" if attempt.reason else attempt.state
-            grid.add_row(
-                rich.text.Text(f"  ↳ a{attempt.number}", style="dim"), "", output.cell(attempt.step), "", "", "", output.dollars(attempt.usd),
-                rich.text.Text(reason, style="dim"),
-            )  # fmt: skip
+            number, reason = f"  ↳ a{attempt.number}", f"{attempt.state}: {attempt.reason}" if attempt.reason else attempt.state
+            cells = (number, "", output.cell(attempt.step), "", "", "", output.dollars(attempt.usd), reason)
+            grid.add_row(*(rich.text.Text(text, style="dim") for text in cells))
     return grid
 
 
@@ -114,12 +110,12 @@ def comparison(snapshot: Snapshot) -> list[dict[str, Any]]:
                 "steps": stage.step,
                 "loss": stage.loss,
                 "attempts": len(stage.attempts),
-                "held_s": bill.held_s / max(bill.devices, 1),
+                "wall_s": stage.wall_s,
                 "device_hours": bill.device_hours,
                 "gpu_hours": bill.gpu_hours,
                 "usd": bill.usd,
                 "goodput": bill.goodput,
-                "spent_s": dict(bill.spent),
+                "device_seconds": bill.seconds,
                 "published_gpu_hours": published,
                 "ratio_vs_published": bill.gpu_hours / published if published and bill.gpu_hours else None,
                 "weights_digest": stage.committed.weights_digest if stage.committed else None,
@@ -141,9 +137,9 @@ def comparison_cells(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
                 "image": interval(evaluation, "image_digit"),
                 "digit": interval(evaluation, "digit"),
                 "direction": interval(evaluation, "direction"),
-                "held": output.duration(line["held_s"]),
-                "device_hours": f"{line['device_hours']:.4f}" if line["device_hours"] < 10 else f"{line['device_hours']:,.0f}",
-                "gpu_hours": f"{line['gpu_hours']:,.4f}" if line["gpu_hours"] < 10 else f"{line['gpu_hours']:,.0f}",
+                "held": output.duration(line["wall_s"]),
+                "device_hours": output.hours(line["device_hours"]),
+                "gpu_hours": output.hours(line["gpu_hours"]),
                 "usd": output.dollars(line["usd"]),
                 "goodput": output.percent(line["goodput"]),
                 "published": line["published_gpu_hours"],
@@ -158,7 +154,7 @@ def comparison_cells(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
         "image": "image digit" + bounds(best, "image_digit"),
         "digit": "clip digit" + bounds(best, "digit"),
         "direction": "clip direction" + bounds(best, "direction"),
-        "held": "held",
+        "held": "time",
         "device_hours": "device-hours",
         "gpu_hours": "GPU-hours",
         "usd": "cost",

@@ -160,4 +160,3 @@ def stage_names() -> list[str]:
         return [stage.name for stage in Workspace.open(None).pipeline.stages]
     except OsctlError:  # completion has nobody to tell
         return []
-

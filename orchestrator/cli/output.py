@@ -108,11 +108,17 @@ def percent(value: float | None) -> str:
     return "·" if value is None else f"{100 * value:.0f}%"
 
 
+def hours(value: float) -> str:
+    """Four digits where a demo's hours would round to nothing."""
+    return f"{value:.4f}" if 0 < value < 10 else f"{value:,.0f}"
+
+
 def dollars(value: Decimal | float | None) -> str:
     """Four digits below a dollar: a demo costs cents, and a bill that says $0.00 says nothing."""
     if value is None:
         return "·"
-    return f"${value:,.2f}" if abs(value) >= 1 or value == 0 else f"${value:.4f}"
+    number = float(value)
+    return f"${number:,.2f}" if abs(number) >= 1 or number == 0 else f"${number:.4f}"
 
 
 def _numeric(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ from orchestrator.cli import options, output
 from orchestrator.cli.workspace import Workspace
 
 if TYPE_CHECKING:
-    from orchestrator.plan import Plan
+    from orchestrator.plan import Plan, Row
     from orchestrator.snapshot import Snapshot
 
 
@@ -80,7 +80,70 @@ def plan_of(workspace: Workspace, *, mfu: float | None = None, committed: Snapsh
 
 
 def show_plan(estimate: Plan, output_: output.Format) -> None:
-    raise NotImplementedError
+    """Per stage what is expected, from optimistic to pessimistic, and what the published run took."""
+    rows = [
+        {
+            "name": row.stage,
+            "parent": row.parent,
+            "steps": row.steps,
+            "flops": row.flops,
+            "devices": row.devices,
+            "device": row.device,
+            "mfu": row.mfu,
+            "basis": row.basis,
+            **_figures(row),
+            "published_gpu_hours": row.published.gpu_hours if row.published else None,
+            "published_usd": row.published.usd if row.published else None,
+            "ratio": row.ratio,
+        }
+        for row in estimate.rows
+    ]
+    total = {
+        "name": "total",
+        **_figures(estimate),
+        "published_gpu_hours": estimate.published_gpu_hours or None,
+        "published_usd": estimate.published_usd or None,
+        "ratio": estimate.ratio,
+    }
+    if output_ is not output.Format.table:
+        output.emit({"stages": rows, "total": total}, output_)
+        return
+    columns = {"name": "stage", "steps": "steps", "work": "FLOPs", "on": "on", "speed": "MFU", "hours": "device-hours", "gpu": "GPU-hours"}
+    columns |= {"wall": "wall", "cost": "cost", "range": "range"}
+    if estimate.published_gpu_hours:
+        columns |= {"published_gpu_hours": "published GPU-h", "published_cost": "published", "share": "ratio"}
+    output.table([_plan_cells(row) for row in [*rows, total]], columns)
+    if finish := estimate.expected.wall_h:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + 3600 * finish))
+        output.note(f"started now and never waiting, it would end {when}; encoding, checkpoints and queueing come on top")
+
+
+def _figures(one: Plan | Row) -> dict[str, Any]:
+    return {
+        "device_hours": one.expected.device_hours,
+        "gpu_hours": one.expected.gpu_hours,
+        "wall_h": one.expected.wall_h,
+        "usd": one.expected.usd,
+        "usd_low": one.low.usd,
+        "usd_high": one.high.usd,
+    }
+
+
+def _plan_cells(row: dict[str, Any]) -> dict[str, Any]:
+    mfu = row.get("mfu")
+    return {
+        **row,
+        "work": f"{row['flops']:.1e}" if "flops" in row else None,
+        "on": f"{row['devices']} x {row['device']}" if "devices" in row else None,
+        "speed": f"{100 * mfu:.3g}% {row['basis']}" if mfu else row.get("basis"),
+        "hours": output.hours(row["device_hours"]),
+        "gpu": output.hours(row["gpu_hours"]),
+        "wall": output.duration(3600 * row["wall_h"]),
+        "cost": output.dollars(row["usd"]),
+        "range": f"{output.dollars(row['usd_low'])}–{output.dollars(row['usd_high'])}",
+        "published_cost": output.dollars(row["published_usd"]) if row["published_usd"] is not None else None,
+        "share": f"{row['ratio']:.2f}" if row["ratio"] else None,
+    }
 
 
 def explain(
@@ -97,5 +160,23 @@ def explain(
 
     Examples: osctl explain stage.optimizer          osctl explain --schema stage > stage.schema.json
     """
-    raise NotImplementedError
+    import json
 
+    from orchestrator import explain as schema_
+
+    if schema is not None:
+        if schema not in ("pipeline", "stage"):
+            raise typer.BadParameter(f"{schema} is neither pipeline nor stage", param_hint="--schema")
+        output.raw(json.dumps(schema_.json_schema(schema), indent=2) + "\n")
+        return
+    explanation = schema_.explain(path or "pipeline")
+    rows = [
+        {"name": field.path, "type": field.type, "unit": field.unit, "default": field.default, "meaning": field.doc}
+        for field in explanation.fields
+    ]
+    subject = explanation.subject
+    if output_ is output.Format.table:
+        unit = f" [{subject.unit}]" if subject.unit else ""
+        output.raw(f"{subject.path}: {subject.type}{unit}, default {subject.default}\n{subject.doc}\n\n")
+    if rows or output_ is not output.Format.table:
+        output.emit(rows or [vars(subject)], output_)

@@ -82,32 +82,29 @@ def cancel(file: options.File = None, store: options.Store = None) -> None:
 def drive(workspace: Workspace, target: str | None, *, dry_run: bool, quiet: bool, output_: output.Format) -> None:
     """Plan, refuse or run; then say what came out. Ends the process with the run's exit code."""
     from orchestrator.cli import display
-    from orchestrator.cli.recipe import plan_of, show_plan
+    from orchestrator.cli.recipe import ledger_of, plan_of, show_plan
     from orchestrator.errors import Refused, UsageError
+    from orchestrator.plan import check_budget
 
     pipeline = workspace.pipeline
     if target is not None and target not in {stage.name for stage in pipeline.stages}:
         raise UsageError(f"launch {target}: {pipeline.name} has no such stage; it has {', '.join(stage.name for stage in pipeline.stages)}")
-    if pipeline.backend != "local":
-        if not dry_run:
-            raise Refused(
-                f"launch {pipeline.name}: backend {pipeline.backend} is not in this version, local is. See the plan with: osctl plan, or try --backend local"
-            )
-    estimate = plan_of(
-        workspace, committed=take(workspace) if os.path.exists(workspace.store_url) or "://" in workspace.store_url else None, target=target
-    )
+    if pipeline.backend != "local" and not dry_run:
+        fact = f"launch {pipeline.name}: backend {pipeline.backend} is not in this version, local is"
+        raise Refused(f"{fact}. See what it would cost with: osctl plan -f {pipeline.name}")
+    estimate = plan_of(workspace, committed=ledger_of(workspace), target=target)
     if dry_run:
         show_plan(estimate, output_)
         return
-    check_budget(workspace, estimate)
+    check_budget(estimate, pipeline.budget_usd)
     from orchestrator.adapters.local import LocalBackend
     from orchestrator.runner import Runner
 
     workspace.store.probe()
     runner = Runner(pipeline, workspace.ledger, LocalBackend(workspace.store_url, home()))
-    with on_interrupt(runner), projecting(workspace):
-        with contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices):
-            result = runner.run([target] if target else None)
+    following = contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices)
+    with on_interrupt(runner), projecting(workspace), following:
+        result = runner.run([target] if target else None)
     current = take(workspace)
     lines = display.comparison(current)
     if output_ is output.Format.table:
@@ -117,17 +114,6 @@ def drive(workspace: Workspace, target: str | None, *, dry_run: bool, quiet: boo
     farewell(workspace, current, result)
     if result.exit_code:
         raise SystemExit(result.exit_code)
-
-
-def check_budget(workspace: Workspace, estimate: Any) -> None:
-    from orchestrator.errors import Refused
-
-    budget = workspace.pipeline.budget_usd
-    if budget is not None and float(estimate.usd) > budget:
-        raise Refused(
-            f"launch {workspace.pipeline.name}: the plan costs {output.dollars(estimate.usd)}, budget_usd is {output.dollars(budget)}. "
-            "See osctl plan, or raise it with --set budget_usd=..."
-        )
 
 
 @contextlib.contextmanager

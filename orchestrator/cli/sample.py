@@ -37,9 +37,8 @@ def sample(
     workspace = launched(Workspace.open(file, store=store))
     chosen = [status for status in take(workspace).stages if status.committed and stage in (None, status.name)]
     if not chosen:
-        raise Refused(
-            f"sample {stage or workspace.pipeline.name}: nothing is committed to draw with. Make it with: osctl launch{f' {stage}' if stage else ''}"
-        )
+        fact = f"sample {stage or workspace.pipeline.name}: nothing is committed to draw with"
+        raise Refused(f"{fact}. Make it with: osctl launch{f' {stage}' if stage else ''}")
     committed = chosen[-1].committed
     assert committed is not None
     # The cache's name is the manifest's digest: what lies there was verified once when it came, file by file.
@@ -54,4 +53,3 @@ def sample(
     if code:
         raise SystemExit(code)
     output.note(f"drew {out} with {committed.run_key}, step {committed.step}")
-
