@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from orchestrator.errors import Refused
+
 
 @dataclass(frozen=True)
 class Object:
@@ -14,6 +16,21 @@ class Object:
 
     data: bytes
     etag: str
+
+
+def check_key(key: str) -> str:
+    """The key itself, if it means the same object in every kind of store. Raises Refused.
+
+    A key is never trusted: manifests name files, and a manifest may have been written by someone else.
+    """
+    parts = key.split("/")
+    if not key or any(part in ("", ".", "..") for part in parts):
+        raise Refused(f"key {key!r}: has an empty, `.` or `..` part; keys are relative paths below the store")
+    if not key.isprintable() or "\\" in key:
+        raise Refused(f"key {key!r}: holds a backslash or a character that cannot be printed")
+    if len(key.encode()) > 900 or any(len(part.encode()) > 200 for part in parts):
+        raise Refused(f"key {key!r}: {len(key.encode())} bytes long; 900 at most, and 200 a part")
+    return key
 
 
 class Store(Protocol):
@@ -106,6 +123,8 @@ class TrackedRun:
     """The latest value of each."""
     datasets: tuple[tuple[str, str], ...] = ()
     """(name, digest)."""
+    ended: float | None = None
+    """Unix seconds."""
 
 
 @dataclass(frozen=True)
