@@ -26,9 +26,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
-from orchestrator.adapters import check_key
 from orchestrator.errors import NotFound, Refused, StoreConflict, Unreachable
-from orchestrator.ports import Object
+from orchestrator.ports import Object, check_key
 
 GENERATION = re.compile(r"^(?P<name>.+)@(?P<number>\d+)$")
 TEMPORARY = ".tmp"

@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
-from orchestrator.adapters import check_key
 from orchestrator.errors import NotFound, Refused, StoreConflict, Unreachable, UsageError
-from orchestrator.ports import Object
+from orchestrator.ports import Object, check_key
 
 Answer = TypeVar("Answer")
 
@@ -75,8 +74,8 @@ class S3Store:
         patience_s: float | None = None,
         pause: Callable[[float], None] = time.sleep,
     ):
-        """Reads OSCTL_S3_ENDPOINT (or AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL), OSCTL_S3_PATH_STYLE (0 or 1; default 1 for an endpoint that is
-        not AWS's), OSCTL_S3_CA (or AWS_CA_BUNDLE) and OSCTL_S3_PATIENCE_S from `env`, besides what every AWS client reads.
+        """Reads from `env`: OSCTL_S3_ENDPOINT (or AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL), OSCTL_S3_PATH_STYLE (0 or 1; default 1 with an
+        endpoint), OSCTL_S3_CA (or AWS_CA_BUNDLE), OSCTL_S3_PATIENCE_S, and what every AWS client reads.
 
         Raises UsageError.
         """

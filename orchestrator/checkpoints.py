@@ -1,0 +1,245 @@
+"""Checkpoints on their way between a directory and a store: published once, and believed only after every byte was compared.
+
+Owns what lies below `checkpoints/step-…-a<n>/`: the files, and MANIFEST.json, which is written last and says what they are.
+A manifest itself is believed only if its digest is the one that a stage's COMMITTED.json or an attempt's intent holds.
+
+Refuses to repair, to delete and to choose: it says what is wrong (`inspect`), or raises the first of it (`fetch`, `verify`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, NonNegativeInt, ValidationError
+
+from orchestrator.errors import CorruptCheckpoint, NotFound
+from orchestrator.ports import Store, check_key
+from orchestrator.records import Damaged, FileRef, Intent, Keys, Manifest, sha256, weights_digest
+
+MANIFEST = "MANIFEST.json"
+CHECKPOINT = "CHECKPOINT.json"
+"""The trainer's own description of a checkpoint; a directory without it is not complete (docs/contracts.md §1)."""
+TRANSFERS = 4
+"""Files of a checkpoint in flight. Three of them are large: weights, EMA, optimizer."""
+
+FaultKind = Literal[
+    "committed_missing", "committed_damaged", "committed_edited",
+    "intent_missing", "intent_damaged",
+    "manifest_missing", "manifest_damaged", "manifest_edited",
+    "other_stage", "older_checkpoint", "incomplete",
+    "file_missing", "file_truncated", "file_changed", "file_extra",
+    "inputs_mismatch", "parent_mismatch",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is not as it was committed."""
+
+    kind: FaultKind
+    key: str
+    text: str
+    """Fact with both values, without the key."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.text}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint lies, read from the key of its manifest."""
+
+    pipeline: str
+    stage: str
+    inputs: str
+    step: int
+    attempt: int
+
+    @classmethod
+    def parse(cls, manifest_key: str) -> Place | None:
+        match = re.fullmatch(r"([^/]+)/stages/([^/@]+)@([^/@]+)/checkpoints/step-(\d{8,})-a(\d+)/MANIFEST\.json", manifest_key)
+        return match and cls(match[1], match[2], match[3], int(match[4]), int(match[5]))
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Place:
+        return cls(manifest.pipeline, manifest.stage, manifest.inputs, manifest.step, manifest.attempt)
+
+    def __str__(self) -> str:
+        return f"{self.stage}@{self.inputs} step {self.step} of attempt {self.attempt}"
+
+
+class _Description(BaseModel):
+    """What is read of CHECKPOINT.json; the rest is the trainer's affair."""
+
+    step: NonNegativeInt
+    complete: bool
+    files: dict[str, NonNegativeInt]
+
+
+def publish(store: Store, intent: Intent, directory: Path) -> tuple[str, Manifest]:
+    """Upload a complete checkpoint directory; the manifest's key and the manifest, which is written last.
+
+    Repeatable: what was uploaded before is not uploaded again. Raises CorruptCheckpoint where the directory is not what its CHECKPOINT.json
+    says, StoreConflict where other content was published under the same step and attempt, Unreachable.
+    """
+    description = _describe(directory)
+    prefix = Keys(intent.pipeline).checkpoint(intent.stage, intent.inputs, description.step, intent.attempt)
+    names = sorted({*description.files, CHECKPOINT})
+
+    def send(name: str) -> FileRef:
+        path = directory / name
+        reference = FileRef(size=path.stat().st_size, sha256=_digest(path))
+        store.upload(f"{prefix}/{name}", path)
+        return reference
+
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        files = dict(zip(names, pool.map(send, names), strict=True))
+    manifest = Manifest(
+        run_key=intent.run_key,
+        pipeline=intent.pipeline,
+        stage=intent.stage,
+        inputs=intent.inputs,
+        attempt=intent.attempt,
+        step=description.step,
+        complete=description.complete,
+        config_digest=intent.config_digest,
+        code=intent.code,
+        parent_manifest=intent.parent.manifest_digest if intent.parent else None,
+        files=files,
+        weights_digest=weights_digest(files),
+    )
+    store.create(f"{prefix}/{MANIFEST}", manifest.encode())
+    return f"{prefix}/{MANIFEST}", manifest
+
+
+def fetch(store: Store, manifest_key: str, manifest_digest: str, target: Path) -> Manifest:
+    """Download a checkpoint and compare every byte; `target` appears whole or not at all.
+
+    Raises CorruptCheckpoint naming the file and both values, FileExistsError, Unreachable.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target}: a checkpoint is never fetched over what is there")
+    manifest = verify(store, manifest_key, manifest_digest, full=False)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    prefix = manifest_key.removesuffix(MANIFEST)
+
+    def receive(name: str) -> Fault | None:
+        return _bring(store, prefix + name, manifest.files[name], partial / name)
+
+    try:
+        with ThreadPoolExecutor(TRANSFERS) as pool:
+            faults = [fault for fault in pool.map(receive, manifest.files) if fault]
+        if faults:
+            raise _corrupt(faults)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def verify(store: Store, manifest_key: str, manifest_digest: str, *, full: bool) -> Manifest:
+    """The manifest, if it and its files are what was committed. `full` reads every byte; otherwise names and sizes are compared.
+
+    Raises CorruptCheckpoint naming the file and both values, Unreachable.
+    """
+    manifest, faults = inspect(store, manifest_key, manifest_digest, full=full)
+    if faults or manifest is None:
+        raise _corrupt(faults)
+    return manifest
+
+
+def inspect(store: Store, manifest_key: str, manifest_digest: str, *, full: bool) -> tuple[Manifest | None, list[Fault]]:
+    """The manifest that lies there, and all that is wrong. Below one that cannot be believed no file is looked at. Raises Unreachable."""
+    try:
+        data = store.read(manifest_key).data
+    except NotFound:
+        return None, [Fault("manifest_missing", manifest_key, f"is not there; committed was {manifest_digest}")]
+    try:
+        manifest = Manifest.decode(data)
+    except Damaged as error:
+        return None, [Fault("manifest_damaged", manifest_key, f"cannot be read ({error}); committed was {manifest_digest}")]
+    if sha256(data) != manifest_digest:
+        return manifest, [_other_manifest(manifest_key, manifest, sha256(data), manifest_digest)]
+    prefix = manifest_key.removesuffix(MANIFEST)
+    there = {key.removeprefix(prefix) for key in store.list(prefix)} - {MANIFEST}
+    faults = [
+        Fault("file_extra", prefix + name, "is no file of this checkpoint; it was put there later")
+        for name in sorted(there - set(manifest.files))
+    ]
+    for name, reference in sorted(manifest.files.items()):
+        if name not in there:
+            faults.append(Fault("file_missing", prefix + name, f"is not there; committed were {reference.size} bytes"))
+        elif fault := _compare(store, prefix + check_key(name), reference, full=full):
+            faults.append(fault)
+    return manifest, faults
+
+
+def _describe(directory: Path) -> _Description:
+    """Raises CorruptCheckpoint."""
+    try:
+        description = _Description.model_validate_json((directory / CHECKPOINT).read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptCheckpoint(f"checkpoint {directory}: has no {CHECKPOINT}, so it was never finished") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorruptCheckpoint(f"checkpoint {directory / CHECKPOINT}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    for name, size in description.files.items():
+        path = directory / check_key(name)
+        if path.is_symlink() or not path.is_file():
+            raise CorruptCheckpoint(f"checkpoint {path}: is not a file; {CHECKPOINT} says that it has {size} bytes")
+        if path.stat().st_size != size:
+            raise CorruptCheckpoint(f"checkpoint {path}: has {path.stat().st_size} bytes; {CHECKPOINT} says {size}")
+    return description
+
+
+def _other_manifest(key: str, manifest: Manifest, found: str, committed: str) -> Fault:
+    place, lies = Place.of(manifest), Place.parse(key)
+    values = f"digest {found}, committed was {committed}"
+    if lies is None or place == lies:
+        return Fault("manifest_edited", key, f"was edited: {values}")
+    if (place.pipeline, place.stage, place.inputs) != (lies.pipeline, lies.stage, lies.inputs):
+        return Fault("other_stage", key, f"is the manifest of {place}, not of {lies}: {values}")
+    kind: FaultKind = "older_checkpoint" if place.step < lies.step or place.attempt < lies.attempt else "manifest_edited"
+    return Fault(kind, key, f"is the manifest of {place}, not of {lies}: {values}")
+
+
+def _compare(store: Store, key: str, reference: FileRef, *, full: bool) -> Fault | None:
+    if not full:
+        return _size_fault(key, store.size(key), reference)
+    with tempfile.TemporaryDirectory(prefix="osctl-verify-") as folder:
+        return _bring(store, key, reference, Path(folder) / "file")
+
+
+def _bring(store: Store, key: str, reference: FileRef, path: Path) -> Fault | None:
+    try:
+        store.download(key, path)
+    except NotFound:
+        return Fault("file_missing", key, f"is not there; committed were {reference.size} bytes")
+    if fault := _size_fault(key, path.stat().st_size, reference):
+        return fault
+    found = _digest(path)
+    return None if found == reference.sha256 else Fault("file_changed", key, f"sha256 {found}, committed was {reference.sha256}")
+
+
+def _size_fault(key: str, size: int, reference: FileRef) -> Fault | None:
+    if size == reference.size:
+        return None
+    return Fault("file_truncated" if size < reference.size else "file_changed", key, f"{size} bytes, committed were {reference.size}")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _corrupt(faults: list[Fault]) -> CorruptCheckpoint:
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return CorruptCheckpoint(f"checkpoint {faults[0]}{more}; put the committed file back; `osctl lineage --verify` lists all that is wrong")

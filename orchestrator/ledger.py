@@ -1,0 +1,401 @@
+"""The ledger: what a pipeline has done and decided, in an object store. The only module that knows how records lie there.
+
+Nothing is ever overwritten: a record is put if absent, and the first writer wins. So a driver or an agent may die after any call and
+another may repeat it. What is read once never changes, and is kept: looking again at a long run reads only what is new.
+
+Owns records and lineage; leases are `orchestrator.lease`, bytes of checkpoints `orchestrator.checkpoints`. Time comes in as an argument.
+Refuses to guess: a record that cannot be read is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from orchestrator import checkpoints
+from orchestrator.checkpoints import Fault, Place
+from orchestrator.errors import CorruptCheckpoint, NotFound, Refused, StoreConflict
+from orchestrator.lease import TTL_S, LeaseHandle, acquire, decode_lease, is_free
+from orchestrator.ports import Store, check_key
+from orchestrator.records import (
+    Committed,
+    Damaged,
+    Event,
+    Intent,
+    JournalPiece,
+    Keys,
+    Lease,
+    Manifest,
+    Outcome,
+    ParentRef,
+    Record,
+    Report,
+    Revision,
+    inputs_digest,
+    sha256,
+)
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+EventKind = Literal["launched", "attempt", "observed", "outcome", "committed", "retry", "cancel", "ended"]
+READERS = 8
+"""Records read at a time. On S3 a read is a round trip, and a day of training has thousands of journal pieces."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One stage of a lineage, with all that is wrong with it."""
+
+    stage: str
+    inputs: str
+    committed: Committed | None
+    manifest: Manifest | None
+    intent: Intent | None
+    parent: ParentRef | None
+    faults: tuple[Fault, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+
+def pipelines(store: Store) -> list[str]:
+    """Names of all pipelines that a store holds."""
+    return [name for name in store.children("") if not name.startswith(".")]
+
+
+def read_intent(store: Store, key: str) -> Intent:
+    """For an agent, which is given a key and nothing else. Raises NotFound, Refused."""
+    return _decode(store, Intent, key, store.read(key).data)
+
+
+class Ledger:
+    def __init__(self, store: Store, pipeline: str):
+        self.store = store
+        self.pipeline = pipeline
+        self.keys = Keys(pipeline)
+        self._known: dict[str, Record] = {}
+
+    # Stages
+
+    def stages(self) -> list[tuple[str, str]]:
+        """Every (stage, inputs) that was ever worked on."""
+        pairs = (name.partition("@") for name in self.store.children(f"{self.pipeline}/stages/"))
+        return [(stage, inputs) for stage, _, inputs in pairs if inputs]
+
+    def inputs_of(self, stage: str) -> list[str]:
+        """All inputs that a stage of this name was run with, newest first."""
+
+        def created(inputs: str) -> float:
+            first = self.intent(stage, inputs, 1)
+            return first.created if first else 0.0
+
+        return sorted((inputs for name, inputs in self.stages() if name == stage), key=created, reverse=True)
+
+    def committed(self, stage: str, inputs: str) -> Committed | None:
+        return self._find(Committed, self.keys.committed(stage, inputs))
+
+    def commit(self, committed: Committed) -> Committed:
+        """Make an attempt's result the stage's. Returns the result that is there: of a repeated call, the first one.
+
+        Raises StoreConflict where another manifest was committed.
+        """
+        there = self._put(self.keys.committed(committed.stage, committed.inputs), committed)
+        if there.manifest_digest != committed.manifest_digest:
+            raise StoreConflict(
+                f"{committed.stage}@{committed.inputs}: manifest {there.manifest_digest} of attempt {there.attempt} is committed, "
+                f"not {committed.manifest_digest} of attempt {committed.attempt}"
+            )
+        return there
+
+    def parent_ref(self, stage: str, inputs: str) -> ParentRef:
+        """What a child of this stage starts from: record, manifest, names and sizes compared (`fetch` compares the bytes).
+
+        Raises Refused where nothing is committed, CorruptCheckpoint naming what is wrong.
+        """
+        link = self._link(stage, inputs, self._committed_digests().get((stage, inputs)), full=False)
+        if link.committed is None and link.faults[0].kind == "committed_missing":
+            raise Refused(f"stage {stage}@{inputs}: is not committed; make it with `osctl launch {stage}`")
+        if link.faults or link.committed is None:
+            raise CorruptCheckpoint(f"stage {stage}: {link.faults[0]}; `osctl lineage {stage} --verify` lists all that is wrong")
+        return ParentRef(
+            stage=stage,
+            key=link.committed.manifest,
+            manifest_digest=link.committed.manifest_digest,
+            committed_digest=link.committed.digest(),
+        )
+
+    # Attempts
+
+    def attempts(self, stage: str, inputs: str) -> list[int]:
+        return sorted(int(name) for name in self.store.children(f"{self.keys.stage(stage, inputs)}/attempts/") if name.isdecimal())
+
+    def intent(self, stage: str, inputs: str, attempt: int) -> Intent | None:
+        return self._find(Intent, self.keys.intent(stage, inputs, attempt))
+
+    def report(self, stage: str, inputs: str, attempt: int) -> Report | None:
+        return self._find(Report, self.keys.report(stage, inputs, attempt))
+
+    def outcome(self, stage: str, inputs: str, attempt: int) -> Outcome | None:
+        return self._find(Outcome, self.keys.outcome(stage, inputs, attempt))
+
+    def create_intent(self, intent: Intent) -> Intent:
+        """The first writer wins; what is there comes back."""
+        return self._put(self.keys.intent(intent.stage, intent.inputs, intent.attempt), intent)
+
+    def write_report(self, intent: Intent, report: Report) -> Report:
+        """The first writer wins; what is there comes back."""
+        return self._put(self.keys.report(intent.stage, intent.inputs, intent.attempt), report)
+
+    def write_outcome(self, intent: Intent, outcome: Outcome) -> Outcome:
+        """The first writer wins; what is there comes back."""
+        return self._put(self.keys.outcome(intent.stage, intent.inputs, intent.attempt), outcome)
+
+    # Journal, log, samples
+
+    def append_journal(self, intent: Intent, piece: JournalPiece) -> None:
+        """Raises StoreConflict where another piece has this node and number."""
+        self.store.create(self.keys.journal(intent.stage, intent.inputs, intent.attempt, piece.node, piece.seq), piece.encode())
+
+    def journal(self, stage: str, inputs: str, attempt: int) -> list[JournalPiece]:
+        """All pieces, by node and number."""
+        return self._read_all(JournalPiece, self.store.list(f"{self.keys.attempt(stage, inputs, attempt)}/journal/"))
+
+    def append_log(self, intent: Intent, node: int, seq: int, text: bytes) -> None:
+        """Raises StoreConflict where another piece has this node and number."""
+        self.store.create(self.keys.log(intent.stage, intent.inputs, intent.attempt, node, seq), text)
+
+    def log(self, stage: str, inputs: str, attempt: int, after: str = "") -> Iterator[tuple[str, bytes]]:
+        """Key and text of each piece behind the key `after`, by node and number."""
+        for key in self.store.list(f"{self.keys.attempt(stage, inputs, attempt)}/log/", after):
+            yield key, self.store.read(key).data
+
+    def add_sample(self, intent: Intent, name: str, path: Path) -> None:
+        self.store.upload(self.keys.sample(intent.stage, intent.inputs, intent.attempt, check_key(name)), path)
+
+    def samples(self, stage: str, inputs: str, attempt: int) -> list[str]:
+        """Keys."""
+        return list(self.store.list(f"{self.keys.attempt(stage, inputs, attempt)}/samples/"))
+
+    # Checkpoints
+
+    def checkpoints(self, stage: str, inputs: str) -> list[tuple[str, Manifest]]:
+        """Key and content of each manifest, by step and attempt. Checkpoints without one were never finished, and do not count."""
+        keys = [
+            key for key in self.store.list(f"{self.keys.stage(stage, inputs)}/checkpoints/") if key.endswith(f"/{checkpoints.MANIFEST}")
+        ]
+        found = zip(keys, self._read_all(Manifest, keys), strict=True)
+        return sorted(found, key=lambda item: (item[1].step, item[1].attempt))
+
+    def publish(self, intent: Intent, step_dir: Path) -> tuple[str, Manifest]:
+        """See `checkpoints.publish`."""
+        return checkpoints.publish(self.store, intent, step_dir)
+
+    def fetch(self, manifest_key: str, manifest_digest: str, target: Path) -> Manifest:
+        """See `checkpoints.fetch`."""
+        return checkpoints.fetch(self.store, manifest_key, manifest_digest, target)
+
+    def verify(self, manifest_key: str, manifest_digest: str, *, full: bool) -> Manifest:
+        """See `checkpoints.verify`."""
+        return checkpoints.verify(self.store, manifest_key, manifest_digest, full=full)
+
+    # Lineage
+
+    def lineage(self, stage: str, inputs: str, *, full: bool) -> Iterator[Link]:
+        """From a stage to its root. Damage is told in `Link.faults`, never raised. `full` reads every byte. Raises Unreachable."""
+        pins = self._committed_digests()
+        seen: set[tuple[str, str]] = set()
+        while (stage, inputs) not in seen:
+            seen.add((stage, inputs))
+            link = self._link(stage, inputs, pins.get((stage, inputs)), full=full)
+            yield link
+            place = Place.parse(link.parent.key) if link.parent else None
+            if link.parent is None or place is None:
+                return
+            stage, inputs = place.stage, place.inputs
+            pins.setdefault((stage, inputs), link.parent.committed_digest)
+
+    def _link(self, stage: str, inputs: str, pin: str | None, *, full: bool) -> Link:
+        """`pin` is the digest of COMMITTED.json as its event or a child's intent remembers it."""
+        key = self.keys.committed(stage, inputs)
+        try:
+            data = self.store.read(key).data
+        except NotFound:
+            return Link(stage, inputs, None, None, None, None, (Fault("committed_missing", key, "is not there"),))
+        try:
+            committed = Committed.decode(data)
+        except Damaged as error:
+            return Link(stage, inputs, None, None, None, None, (Fault("committed_damaged", key, f"cannot be read ({error})"),))
+        faults: list[Fault] = []
+        if pin not in (None, sha256(data)):
+            faults.append(Fault("committed_edited", key, f"was edited: digest {sha256(data)}, committed was {pin}"))
+        place = Place.parse(committed.manifest)
+        if place is None or (place.pipeline, place.stage, place.inputs) != (self.pipeline, stage, inputs):
+            faults.append(Fault("other_stage", key, f"names {committed.manifest}, which is no checkpoint of {stage}@{inputs}"))
+        manifest, wrong = checkpoints.inspect(self.store, committed.manifest, committed.manifest_digest, full=full)
+        faults += wrong
+        intent, wrong = self._intent_of(committed)
+        faults += wrong
+        if manifest is not None and not wrong:
+            faults += _contradictions(committed, manifest, intent)
+        return Link(stage, inputs, committed, manifest, intent, intent.parent if intent else None, tuple(faults))
+
+    def _intent_of(self, committed: Committed) -> tuple[Intent | None, list[Fault]]:
+        key = self.keys.intent(committed.stage, committed.inputs, committed.attempt)
+        try:
+            return Intent.decode(self.store.read(key).data), []
+        except NotFound:
+            return None, [Fault("intent_missing", key, "is not there; what this stage started from cannot be told")]
+        except Damaged as error:
+            return None, [Fault("intent_damaged", key, f"cannot be read ({error})")]
+
+    def _committed_digests(self) -> dict[tuple[str, str], str]:
+        """Digest of each COMMITTED.json as it was when its event was written. The first event counts."""
+        digests: dict[tuple[str, str], str] = {}
+        for event in self.events():
+            if event.kind == "committed" and event.stage:
+                inputs, _, digest = event.detail.partition(" ")
+                digests.setdefault((event.stage, inputs), digest)
+        return digests
+
+    # Revisions
+
+    def add_revision(self, pipeline: dict[str, Any], now: float) -> int:
+        """Number of this resolved pipeline. Launching the same again makes no new one."""
+        while True:
+            number, latest = max(self.revisions(), key=lambda item: item[0], default=(0, None))
+            if latest is not None and latest.pipeline == pipeline:
+                return number
+            revision = Revision(created=now, pipeline=pipeline)
+            if self._put(self.keys.revision(number + 1), revision) == revision:
+                return number + 1
+
+    def latest_revision(self) -> Revision | None:
+        found = self.revisions()
+        return found[-1][1] if found else None
+
+    def revisions(self) -> list[tuple[int, Revision]]:
+        keys = list(self.store.list(f"{self.pipeline}/revisions/"))
+        numbers = (int(key.rpartition("/")[2].removesuffix(".json")) for key in keys)
+        return list(zip(numbers, self._read_all(Revision, keys), strict=True))
+
+    # Events
+
+    def events(self, after: tuple[int, int] | None = None) -> Iterator[Event]:
+        """By epoch and number; only those behind `after`."""
+        start = self.keys.event(*after) if after else ""
+        yield from self._read_all(Event, self.store.list(f"{self.pipeline}/events/", start))
+
+    def append_event(
+        self, held: LeaseHandle, kind: EventKind, *, now: float, stage: str | None = None, attempt: int | None = None, detail: str = ""
+    ) -> Event:
+        """Raises StoreConflict where the lease is known to be lost."""
+        if held.lost:
+            raise StoreConflict(f"{self.keys.lease}: epoch {held.epoch} has lost its lease, and decides nothing any more")
+        event = self._append(Event(epoch=held.epoch, seq=held.next_seq, time=now, kind=kind, stage=stage, attempt=attempt, detail=detail))
+        held.next_seq = event.seq + 1
+        return event
+
+    def append_committed(self, held: LeaseHandle, committed: Committed, now: float) -> Event:
+        """Remember what COMMITTED.json was, so that an edit is found. Called again, the event that is there comes back."""
+        for event in self.events():
+            if (event.kind, event.stage) == ("committed", committed.stage) and event.detail.startswith(f"{committed.inputs} "):
+                return event
+        detail = f"{committed.inputs} {committed.digest()}"
+        return self.append_event(held, "committed", now=now, stage=committed.stage, attempt=committed.attempt, detail=detail)
+
+    def ask_cancel(self, now: float, detail: str = "") -> bool:
+        """Ask the live driver to drain. False: nobody drives."""
+        holder = self.holder(now)
+        if holder is None:
+            return False
+        seen = [event.seq for event in self.events() if event.epoch == holder.epoch]
+        self._append(Event(epoch=holder.epoch, seq=max(seen, default=-1) + 1, time=now, kind="cancel", detail=detail))
+        return True
+
+    def _append(self, event: Event) -> Event:
+        """At the first free number from its own: a driver and a request to cancel may meet at one."""
+        while True:
+            try:
+                self.store.create(self.keys.event(event.epoch, event.seq), event.encode())
+                return event
+            except StoreConflict:
+                event = event.model_copy(update={"seq": event.seq + 1})
+
+    # Lease
+
+    def acquire(self, now: float, ttl_s: float = TTL_S) -> LeaseHandle:
+        """Become the driver. Raises Refused naming the live holder."""
+        return acquire(self.store, self.keys.lease, now, ttl_s)
+
+    def lease(self) -> Lease | None:
+        """What lies there, live or not."""
+        try:
+            return decode_lease(self.keys.lease, self.store.read(self.keys.lease).data)
+        except NotFound:
+            return None
+
+    def holder(self, now: float) -> Lease | None:
+        """The live holder."""
+        there = self.lease()
+        return there if there and is_free(there, now) is False else None
+
+    # Reading and writing
+
+    def _find(self, kind: type[AnyRecord], key: str) -> AnyRecord | None:
+        try:
+            return _decode(self.store, kind, key, self.store.read(key).data)
+        except NotFound:
+            return None
+
+    def _put(self, key: str, record: AnyRecord) -> AnyRecord:
+        try:
+            self.store.create(key, record.encode())
+            return record
+        except StoreConflict:
+            return _decode(self.store, type(record), key, self.store.read(key).data)
+
+    def _read_all(self, kind: type[AnyRecord], keys: Iterable[str]) -> list[AnyRecord]:
+        keys = list(keys)
+        unknown = [key for key in keys if key not in self._known]
+
+        def read(key: str) -> AnyRecord:
+            return _decode(self.store, kind, key, self.store.read(key).data)
+
+        if len(unknown) > 1:
+            with ThreadPoolExecutor(READERS) as pool:
+                self._known.update(zip(unknown, pool.map(read, unknown), strict=True))
+        else:
+            self._known.update((key, read(key)) for key in unknown)
+        found = (self._known[key] for key in keys)
+        return [record for record in found if isinstance(record, kind)]
+
+
+def _decode(store: Store, kind: type[AnyRecord], key: str, data: bytes) -> AnyRecord:
+    try:
+        return kind.decode(data)
+    except Damaged as error:
+        failure = CorruptCheckpoint if kind is Manifest else Refused
+        raise failure(f"ledger {store.url}: {key} is damaged: {error}; put back the copy that was written") from error
+
+
+def _contradictions(committed: Committed, manifest: Manifest, intent: Intent | None) -> Iterator[Fault]:
+    """Where records that each look right do not belong together."""
+    key = committed.manifest
+    if manifest.run_key != committed.run_key or manifest.step != committed.step:
+        found = f"is step {manifest.step} of {manifest.run_key}; committed was step {committed.step} of {committed.run_key}"
+        yield Fault("older_checkpoint" if manifest.step < committed.step else "committed_edited", key, found)
+    if not manifest.complete:
+        yield Fault("incomplete", key, f"is step {manifest.step}, which is not the stage's last")
+    if manifest.weights_digest != committed.weights_digest:
+        yield Fault("committed_edited", key, f"weights {manifest.weights_digest}, committed were {committed.weights_digest}")
+    if intent is None:
+        return
+    parent = (intent.parent.manifest_digest, intent.parent.committed_digest) if intent.parent else (None, None)
+    if (manifest.parent_manifest, committed.parent_committed) != parent:
+        yield Fault("parent_mismatch", key, f"comes from manifest {manifest.parent_manifest}; its intent says {parent[0]}")
+    inputs = inputs_digest(intent.config, intent.nodes * intent.devices_per_node, committed.parent_committed)
+    if inputs != committed.inputs or manifest.config_digest != intent.config.digest():
+        yield Fault("inputs_mismatch", key, f"its intent's config, devices and parent give {inputs}; it lies under {committed.inputs}")
