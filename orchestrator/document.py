@@ -109,7 +109,7 @@ def parse(text: str, source: str) -> Document:
     lines: dict[Loc, int] = {}
     value = _Reader(source, lines).value(node, ())
     if not isinstance(value, dict):
-        raise UsageError(f"{source}: expected keys and values, found {shown(value)}. See `osctl explain pipeline`")
+        raise UsageError(f"{source}: expected keys and values, found {shown(value)}. See `osctl explain`")
     return Document(source, value, lines, {})
 
 
@@ -198,18 +198,17 @@ def _text(path: Path, data: bytes) -> str:
 
 
 def _compose(text: str, source: str) -> yaml.Node | None:
-    loader = _Resolver(text)
     try:
+        loader = _Resolver(text)
         node: yaml.Node | None = loader.get_single_node()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UsageError(f"{source}:{line}: character {ord(text[error.position]):#06x} is not allowed in YAML. Remove it") from None
     except yaml.MarkedYAMLError as error:
         where = f"{source}:{error.problem_mark.line + 1}" if error.problem_mark else source
         raise UsageError(f"{where}: not YAML: {error.problem or error.context}. Correct the line, or quote the value") from None
-    except yaml.YAMLError as error:  # a character that YAML does not allow
-        raise UsageError(f"{source}: not YAML: {' '.join(str(error).split())}. Remove it") from None
     except RecursionError:
         raise UsageError(f"{source}: nested more than {MAX_DEPTH} levels deep. Remove levels") from None
-    finally:
-        loader.dispose()
     return node
 
 
@@ -338,11 +337,11 @@ def _fact(kind: str, message: str, given: Any, context: Mapping[str, Any]) -> st
         case "missing":
             return "is missing, and has no default"
         case "greater_than":
-            return f"must be above {context['gt']}, found {shown(given)}"
+            return f"must be above {context['gt']:g}, found {shown(given)}"
         case "greater_than_equal":
-            return f"must be at least {context['ge']}, found {shown(given)}"
+            return f"must be at least {context['ge']:g}, found {shown(given)}"
         case "less_than_equal":
-            return f"must be at most {context['le']}, found {shown(given)}"
+            return f"must be at most {context['le']:g}, found {shown(given)}"
         case "literal_error":
             return f"expected {context['expected']}, found {shown(given)}"
         case "union_tag_invalid":

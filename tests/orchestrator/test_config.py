@@ -1,0 +1,585 @@
+"""What is shipped loads; what a person gets wrong is one line with file, line, key, both values and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from opensora.config import IDDPM, FolderSource, KLAutoencoder, ManifestSource, StageConfig, read_stage
+from orchestrator.config import find, load, shipped, shipped_folder, with_data
+from orchestrator.document import read, validate
+from orchestrator.errors import UsageError
+
+STAGE = """\
+model: {depth: 2, width: 32, heads: 4, caption_width: 16, caption_tokens: 8, latent_channels: 4}
+objective: {kind: flow}
+data:
+  source: {kind: digits, clips: 100}
+  frames: 8
+  height: 16
+  width: 16
+autoencoder: {kind: patch}
+text: {kind: words}
+sampling: {method: euler, steps: 10}
+steps: 10
+batch_size: 4
+checkpoint: {every_steps: 5}
+prompts: [a digit 3 moving left]
+evaluate: {kind: digits, frames: 8}
+"""
+
+PIPELINE = """\
+name: small
+stages:
+  - name: stage1
+    config: stage1.yaml
+  - name: stage2
+    config: stage2.yaml
+    parent: stage1
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working recipe in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
+    for name in ("stage1", "stage2"):
+        (tmp_path / f"{name}.yaml").write_text(STAGE)
+    return Path("pipeline.yaml")
+
+
+def replaced(path: str, old: str, new: str) -> None:
+    text = Path(path).read_text()
+    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {path}"
+    Path(path).write_text(text.replace(old, new))
+
+
+def refusal(path: Path, **given: dict[str, str]) -> str:
+    with pytest.raises(UsageError) as caught:
+        load(path, overrides=given.get("overrides", {}), env=given.get("env", {}))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+    return message
+
+
+# What is shipped
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_shipped_pipeline_loads(name: str) -> None:
+    pipeline = load(find(name))
+    assert pipeline.name == name
+    assert pipeline.stages[0].name == "stage1"
+
+
+def test_the_shipped_pipelines_are_the_demo_and_open_sora() -> None:
+    assert set(shipped()) == {"demo", "open-sora-1.0"}
+
+
+@pytest.mark.parametrize("path", sorted(shipped_folder().glob("*/stage*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_shipped_stage_file_loads_in_a_pipeline_or_beside_it(path: Path) -> None:
+    assert validate(StageConfig, read(path), "stage").batch_size >= 1
+
+
+def test_a_stage_file_means_the_same_to_the_trainer_and_to_the_control_plane() -> None:
+    for stage in load(find("open-sora-1.0")).stages:
+        assert read_stage(shipped_folder() / "open-sora-1.0" / stage.spec.config) == stage.config
+
+
+def test_open_sora_1_0_has_the_published_numbers() -> None:
+    pipeline = load(find("open-sora-1.0"))
+    rows = {}
+    for stage in pipeline.stages:
+        source = stage.config.data.source
+        assert isinstance(source, ManifestSource)
+        data = stage.config.data
+        rows[stage.name] = (source.clips, stage.config.steps, stage.config.batch_size, stage.devices, data.frames, data.height, data.width)
+    assert rows == {
+        "stage1": (366_000, 0, 8, 1, 1, 512, 512),
+        "stage2": (366_000, 80_000, 8, 64, 16, 256, 256),
+        "stage3a": (20_000, 24_000, 8, 64, 16, 256, 256),
+        "stage3b": (20_000, 20_000, 2, 64, 16, 512, 512),
+    }
+    published = {
+        stage.name: (stage.spec.published.gpu_hours, stage.spec.published.usd) for stage in pipeline.stages if stage.spec.published
+    }
+    assert published == {"stage1": (0, 0), "stage2": (2808, 7000), "stage3a": (1080, 2531.25), "stage3b": (840, 1968.75)}
+    assert [stage.spec.parent for stage in pipeline.stages] == [None, "stage1", "stage2", "stage3a"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "space_scale", "grad_checkpoint", "micro_batch", "every"),
+    [("stage2", 0.5, True, None, 1000), ("stage3a", 0.5, True, None, 1000), ("stage3b", 1.0, False, 128, 500)],
+)
+def test_open_sora_1_0_trains_as_its_files_said(
+    stage: str, space_scale: float, grad_checkpoint: bool, micro_batch: int | None, every: int
+) -> None:
+    config = load(find("open-sora-1.0")).stage(stage).config
+    assert (config.model.depth, config.model.width, config.model.heads, config.model.patch) == (28, 1152, 16, (1, 2, 2))
+    assert (config.model.space_scale, config.model.time_scale, config.data.frame_interval) == (space_scale, 1.0, 3)
+    assert (config.optimizer.lr, config.optimizer.warmup_steps, config.optimizer.decay) == (2e-5, 0, "constant")
+    assert (config.optimizer.weight_decay, config.optimizer.grad_clip, config.ema_decay, config.seed) == (0.0, 1.0, 0.9999, 42)
+    assert config.objective == IDDPM(kind="iddpm", steps=1000)
+    assert isinstance(config.autoencoder, KLAutoencoder)
+    assert (config.autoencoder.scale, config.autoencoder.micro_batch) == (0.18215, micro_batch)
+    assert (config.sampling.steps, config.sampling.guidance, config.sampling.guidance_channels) == (100, 7.0, "first3")
+    assert (config.grad_checkpoint, config.dtype, config.checkpoint.every_steps) == (grad_checkpoint, "bf16", every)
+    assert config.parent.weights == "ema"
+
+
+def test_stage1_is_an_import_and_can_be_trained_by_one_override() -> None:
+    imported = load(find("open-sora-1.0")).stage("stage1").config
+    assert (imported.steps, imported.weights) == (0, "/weights/PixArt-XL-2-512x512.pth")
+    trained = load(find("open-sora-1.0"), overrides={"stage1.config": "stage1-train.yaml"}).stage("stage1").config
+    assert (trained.weights, trained.freeze, trained.data.frames) == (None, "temporal", 1)
+    assert trained.steps > 0
+
+
+# Finding
+
+
+def test_without_a_name_the_local_file_comes_before_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find(None) == shipped()["demo"]
+    (tmp_path / "osctl.yaml").write_text("")
+    assert find(None) == Path("osctl.yaml")
+
+
+def test_a_file_a_folder_and_a_shipped_name_are_found(recipe: Path) -> None:
+    assert find("pipeline.yaml") == Path("pipeline.yaml")
+    assert find(".") == Path("pipeline.yaml")
+    assert find("open-sora-1.0") == shipped()["open-sora-1.0"]
+    Path("demo").mkdir()
+    assert find("demo") == shipped()["demo"], "an empty folder hides no shipped name"
+    Path("demo/osctl.yaml").write_text("")
+    assert find("demo") == Path("demo/osctl.yaml")
+
+
+def test_what_is_not_found_is_answered_with_the_closest_name(recipe: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        find("open-sora-1")
+    assert str(caught.value) == "open-sora-1: no such file, folder or shipped pipeline. Did you mean 'open-sora-1.0'?"
+    Path("empty").mkdir()
+    with pytest.raises(UsageError) as caught:
+        find("empty")
+    assert str(caught.value) == "empty: a folder without pipeline.yaml or osctl.yaml. Name the pipeline file in it"
+
+
+# Precedence
+
+
+def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(recipe: Path) -> None:
+    assert load(recipe).store == ".osctl/store"
+    assert load(recipe, env={"OSCTL_HOME": "/h"}).store == "/h/store"
+    replaced("pipeline.yaml", "name: small", "name: small\nstore: in-file")
+    assert load(recipe, env={"OSCTL_HOME": "/h"}).store == "in-file"
+    assert load(recipe, env={"OSCTL_STORE": "s3://b/env"}).store == "s3://b/env"
+    assert load(recipe, env={"OSCTL_STORE": "s3://b/env"}, overrides={"store": "s3://b/flag"}).store == "s3://b/flag"
+
+
+def test_every_scalar_of_the_pipeline_can_come_from_the_environment(recipe: Path) -> None:
+    env = {
+        "OSCTL_TRACKING": "none",
+        "OSCTL_BACKEND": "kubernetes",
+        "OSCTL_BUDGET_USD": "1e2",
+        "OSCTL_FLUSH_S": "1",
+        "OSCTL_EXPERIMENT": "7",
+    }
+    pipeline = load(recipe, env=env)
+    assert (pipeline.tracking, pipeline.backend, pipeline.budget_usd, pipeline.flush_s, pipeline.experiment) == (
+        "none",
+        "kubernetes",
+        100.0,
+        1.0,
+        "7",
+    )
+
+
+def test_an_empty_variable_says_nothing(recipe: Path) -> None:
+    assert load(recipe, env={"OSCTL_STORE": ""}).store == ".osctl/store"
+
+
+def test_the_experiment_is_the_pipelines_name_unless_it_has_its_own(recipe: Path) -> None:
+    assert load(recipe).experiment == "small"
+    assert load(recipe, overrides={"experiment": "other"}).experiment == "other"
+
+
+def test_overrides_reach_pipeline_stage_and_resources(recipe: Path) -> None:
+    pipeline = load(
+        recipe,
+        overrides={
+            "name": "other",
+            "stage2.steps": "20",
+            "stage2.optimizer.lr": "1e-3",
+            "stage2.resources.devices_per_node": "2",
+            "stages.stage1.max_attempts": "1",
+            "stage2.parent.weights": "model",
+            "stage2.prompts": "[a digit 4, a digit 5]",
+            "stage1.evaluate": "null",
+        },
+    )
+    first, second = pipeline.stages
+    assert pipeline.name == "other"
+    assert (second.config.steps, second.config.optimizer.lr, second.devices, second.config.parent.weights) == (20, 1e-3, 2, "model")
+    assert second.config.prompts == ("a digit 4", "a digit 5")
+    assert second.spec.parent == "stage1"
+    assert (first.config.steps, first.config.optimizer.lr, first.devices, first.spec.max_attempts) == (10, 2e-5, 1, 1)
+    assert first.config.evaluate is None
+
+
+def test_a_stage_name_with_dots_is_no_path(recipe: Path) -> None:
+    Path("pipeline.yaml").write_text(PIPELINE.replace("stage2\n", "stage1.b\n"))
+    pipeline = load(recipe, overrides={"stage1.b.steps": "20"})
+    assert [stage.config.steps for stage in pipeline.stages] == [10, 20]
+
+
+def test_an_override_may_name_another_stage_file(recipe: Path) -> None:
+    Path("long.yaml").write_text(STAGE.replace("steps: 10\nbatch", "steps: 99\nbatch"))
+    assert load(recipe, overrides={"stage2.config": "long.yaml"}).stage("stage2").config.steps == 99
+
+
+def test_one_stage_file_can_serve_two_stages(recipe: Path) -> None:
+    replaced("pipeline.yaml", "config: stage2.yaml", "config: stage1.yaml")
+    assert [stage.config.steps for stage in load(recipe, overrides={"stage2.steps": "20"}).stages] == [10, 20]
+
+
+def test_local_paths_of_a_stage_file_are_relative_to_it_and_those_of_a_flag_to_the_shell(recipe: Path) -> None:
+    Path("sub").mkdir()
+    Path("sub/stage.yaml").write_text(STAGE.replace("{kind: digits, clips: 100}", "{kind: folder, path: clips}"))
+    replaced("pipeline.yaml", "config: stage1.yaml", "config: sub/stage.yaml")
+    here = Path.cwd()
+
+    def path_of(**overrides: str) -> str:
+        source = load(recipe, overrides=overrides).stages[0].config.data.source
+        assert isinstance(source, FolderSource)
+        return source.path
+
+    assert path_of() == str(here / "sub" / "clips")
+    assert path_of(**{"stage1.data.source.path": "clips"}) == str(here / "clips")
+    assert path_of(**{"stage1.data.source.path": "s3://bucket/clips"}) == "s3://bucket/clips"
+    assert load(recipe, overrides={"stage1.weights": "w.safetensors"}).stages[0].config.weights == str(here / "w.safetensors")
+
+
+# Order of stages
+
+
+def test_parents_come_before_children_and_otherwise_the_files_order_holds(recipe: Path) -> None:
+    Path("pipeline.yaml").write_text(
+        "name: small\nstages:\n"
+        + "".join(
+            f"  - {{name: {name}, config: stage1.yaml{f', parent: {parent}' if parent else ''}}}\n"
+            for name, parent in [("d", "b"), ("c", None), ("b", "a"), ("a", None)]
+        )
+    )
+    assert [stage.name for stage in load(recipe).stages] == ["a", "b", "d", "c"]
+
+
+# What a person gets wrong: (file, what to replace, by what, the whole message)
+
+BAD = [
+    ("pipeline.yaml", "name: small", "name: small\nstor: x", "pipeline.yaml:2: stor: unknown key 'stor'. Did you mean 'store'?"),
+    (
+        "pipeline.yaml",
+        "    parent: stage1",
+        "    parent: stage1\n    resources: {node: 2}",
+        "pipeline.yaml:8: stages.stage2.resources.node: unknown key 'node'. Did you mean 'nodes'?",
+    ),
+    (
+        "pipeline.yaml",
+        "    parent: stage1",
+        "    parent: stage1\n    resources: {nodes: -2}",
+        "pipeline.yaml:8: stages.stage2.resources.nodes: must be above 0, found -2. See `osctl explain pipeline.stages.resources.nodes`",
+    ),
+    (
+        "pipeline.yaml",
+        "parent: stage1",
+        "parent: stage0",
+        "pipeline.yaml:7: stages.stage2.parent: no stage 'stage0' in this pipeline. Did you mean 'stage1'?",
+    ),
+    (
+        "pipeline.yaml",
+        "parent: stage1",
+        "parent: stage2",
+        "pipeline.yaml:7: stages.stage2.parent: stages start from each other: stage2 -> stage2. Let one have no parent",
+    ),
+    (
+        "pipeline.yaml",
+        "    config: stage1.yaml\n",
+        "    config: stage1.yaml\n    parent: stage2\n",
+        "pipeline.yaml:5: stages.stage1.parent: stages start from each other: stage1 -> stage2 -> stage1. Let one have no parent",
+    ),
+    (
+        "pipeline.yaml",
+        "name: stage2",
+        "name: stage1",
+        "pipeline.yaml:5: stages.stage1.name: 'stage1' names two stages, number 1 and number 2. Rename one",
+    ),
+    (
+        "pipeline.yaml",
+        "name: stage2",
+        "name: Stage 2",
+        "pipeline.yaml:5: stages.Stage 2.name: expected lower-case letters, digits, '-' and '.', from a letter, at most 40; "
+        "found 'Stage 2'. "
+        "See `osctl explain pipeline.stages.name`",
+    ),
+    (
+        "pipeline.yaml",
+        "config: stage2.yaml",
+        "config: stage3.yaml",
+        "pipeline.yaml:6: stages.stage2.config: no such file: stage3.yaml. The path is relative to the pipeline file; correct it",
+    ),
+    (
+        "pipeline.yaml",
+        "name: small",
+        "name: small\nbackend: slurm",
+        "pipeline.yaml:2: backend: expected 'local' or 'kubernetes', found 'slurm'. See `osctl explain pipeline.backend`",
+    ),
+    ("pipeline.yaml", "name: small\n", "", "pipeline.yaml: name: is missing, and has no default. See `osctl explain pipeline.name`"),
+    (
+        "pipeline.yaml",
+        "name: small",
+        "name: small\ntrainer: python",
+        "pipeline.yaml:2: trainer: expected a list, found 'python'. See `osctl explain pipeline.trainer`",
+    ),
+    ("stage2.yaml", "steps: 10\nbatch", "stpes: 10\nbatch", "stage2.yaml:11: stpes: unknown key 'stpes'. Did you mean 'steps'?"),
+    ("stage2.yaml", "clips: 100", "clip: 100", "stage2.yaml:4: data.source.clip: unknown key 'clip'. Did you mean 'clips'?"),
+    (
+        "stage2.yaml",
+        "depth: 2",
+        "depht: 2",
+        "stage2.yaml:1: model.depht: unknown key 'depht'. Did you mean 'depth'?",
+    ),
+    (
+        "stage2.yaml",
+        "text: {kind: words}",
+        "text: {kind: words, xyz: 1}",
+        "stage2.yaml:9: text.xyz: unknown key 'xyz'. Known: kind",
+    ),
+    (
+        "stage2.yaml",
+        "steps: 10\nbatch",
+        "steps: ten\nbatch",
+        "stage2.yaml:11: steps: expected a whole number, found 'ten'. See `osctl explain stage.steps`",
+    ),
+    (
+        "stage2.yaml",
+        "steps: 10\nbatch",
+        "steps: '10'\nbatch",
+        "stage2.yaml:11: steps: expected a whole number, found '10'. See `osctl explain stage.steps`",
+    ),
+    (
+        "stage2.yaml",
+        "steps: 10\nbatch",
+        "steps: 1.5\nbatch",
+        "stage2.yaml:11: steps: expected a whole number, found 1.5. See `osctl explain stage.steps`",
+    ),
+    (
+        "stage2.yaml",
+        "steps: 10\nbatch",
+        "steps: true\nbatch",
+        "stage2.yaml:11: steps: expected a whole number, found true. See `osctl explain stage.steps`",
+    ),
+    (
+        "stage2.yaml",
+        "steps: 10\nbatch",
+        "steps:\nbatch",
+        "stage2.yaml:11: steps: expected a whole number, found nothing. See `osctl explain stage.steps`",
+    ),
+    (
+        "stage2.yaml",
+        "steps: 10\nbatch",
+        "steps: -5\nbatch",
+        "stage2.yaml:11: steps: must be at least 0, found -5. See `osctl explain stage.steps`",
+    ),
+    (
+        "stage2.yaml",
+        "batch_size: 4",
+        "batch_size: 4\noptimizer: {lr: -1.0e-3}",
+        "stage2.yaml:13: optimizer.lr: must be above 0, found -0.001. See `osctl explain stage.optimizer.lr`",
+    ),
+    (
+        "stage2.yaml",
+        "batch_size: 4",
+        "batch_size: 4\noptimizer: {lr: .inf}",
+        "stage2.yaml:13: optimizer.lr: expected a finite number, found inf. See `osctl explain stage.optimizer.lr`",
+    ),
+    (
+        "stage2.yaml",
+        "batch_size: 4",
+        "batch_size: 4\nema_decay: 1.5",
+        "stage2.yaml:13: ema_decay: must be at most 1, found 1.5. See `osctl explain stage.ema_decay`",
+    ),
+    (
+        "stage2.yaml",
+        "batch_size: 4",
+        "batch_size: 4\noptimizer: fast",
+        "stage2.yaml:13: optimizer: expected keys and values, found 'fast'. See `osctl explain stage.optimizer`",
+    ),
+    (
+        "stage2.yaml",
+        "batch_size: 4",
+        "batch_size: 4\noptimizer: {betas: [0.9]}",
+        "stage2.yaml:13: optimizer.betas.1: is missing, and has no default. See `osctl explain stage.optimizer.betas`",
+    ),
+    (
+        "stage2.yaml",
+        "{kind: flow}",
+        "{kind: flaw}",
+        "stage2.yaml:2: objective: kind: expected 'iddpm' or 'flow', found 'flaw'. See `osctl explain stage.objective`",
+    ),
+    (
+        "stage2.yaml",
+        "{kind: flow}",
+        "flow",
+        "stage2.yaml:2: objective: expected keys and values, found 'flow'. See `osctl explain stage.objective`",
+    ),
+    (
+        "stage2.yaml",
+        "method: euler",
+        "method: ddim",
+        "stage2.yaml: sampling method ddim does not belong to objective flow. See `osctl explain stage`",
+    ),
+    (
+        "stage2.yaml",
+        "  height: 16",
+        "  height: 15",
+        "stage2.yaml: data.height 15 is not a multiple of 8 (autoencoder factor 4 x patch 2). See `osctl explain stage`",
+    ),
+    (
+        "stage2.yaml",
+        "heads: 4",
+        "heads: 5",
+        "stage2.yaml:1: model: width 32 is not a multiple of heads 5. See `osctl explain stage.model`",
+    ),
+    ("stage2.yaml", "batch_size: 4", "batch_size: 4\nsteps: 3", "stage2.yaml:13: steps: given twice, first on line 11. Remove one"),
+    ("stage2.yaml", STAGE, "- a\n", "stage2.yaml: expected keys and values, found a list of 1. See `osctl explain`"),
+    (
+        "stage2.yaml",
+        "batch_size: 4",
+        "batch_size: 4\nweights: /w",
+        "stage2.yaml:13: weights: imports '/w', but the stage starts from its parent 'stage1'. Remove one of the two",
+    ),
+]
+
+
+@pytest.mark.parametrize(("file", "old", "new", "message"), BAD, ids=[f"{number:02}" for number in range(len(BAD))])
+def test_a_mistake_is_answered_by_one_line(recipe: Path, file: str, old: str, new: str, message: str) -> None:
+    replaced(file, old, new)
+    assert refusal(recipe) == message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "own", "inherited"),
+    [
+        ("depth: 2", "depth: 3", "model.depth", "3", "2"),
+        ("width: 32", "width: 64", "model.width", "64", "32"),
+        ("heads: 4", "heads: 2", "model.heads", "2", "4"),
+        ("latent_channels: 4", "latent_channels: 8", "model.latent_channels", "8", "4"),
+        ("caption_width: 16", "caption_width: 8", "model.caption_width", "8", "16"),
+        ("caption_tokens: 8", "caption_tokens: 9", "model.caption_tokens", "9", "8"),
+        ("depth: 2", "depth: 2, patch: [2, 2, 2]", "model.patch", "(2, 2, 2)", "(1, 2, 2)"),
+        ("{kind: patch}", "{kind: patch, factor: 2}", "autoencoder.factor", "2", "4"),
+        ("{kind: words}", "{kind: t5, path: a/b}", "text.kind", "t5", "words"),
+    ],
+)
+def test_a_stage_that_cannot_take_its_parents_weights_is_refused_before_anything_runs(
+    recipe: Path, old: str, new: str, key: str, own: str, inherited: str
+) -> None:
+    replaced("stage2.yaml", old, new)
+    message = refusal(recipe)
+    assert message.endswith(
+        f": {key}: is {own}, but its parent 'stage1' has {inherited}, and weights are carried over. Make them equal, or remove the parent"
+    )
+    assert message.startswith("stage2.yaml:")
+
+
+def test_a_chain_from_flow_to_iddpm_is_refused(recipe: Path) -> None:
+    replaced("stage2.yaml", "{kind: flow}", "{kind: iddpm}")
+    replaced("stage2.yaml", "method: euler", "method: ddim")
+    assert "objective.kind: is iddpm, but its parent 'stage1' has flow" in refusal(recipe)
+
+
+def test_frames_and_size_may_change_between_stages(recipe: Path) -> None:
+    replaced("stage2.yaml", "  height: 16", "  height: 32")
+    replaced("stage2.yaml", "  frames: 8\n", "  frames: 16\n")
+    assert load(recipe).stage("stage2").config.latent_shape == (4, 16, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("stage2.stpes", "5", "--set stage2.stpes=5: stpes: unknown key 'stpes'. Did you mean 'steps'?"),
+        ("stage2.steps", "ten", "--set stage2.steps=ten: steps: expected a whole number, found 'ten'. See `osctl explain stage.steps`"),
+        ("stage2.steps", "-5", "--set stage2.steps=-5: steps: must be at least 0, found -5. See `osctl explain stage.steps`"),
+        (
+            "stage2.resources.nodes",
+            "0",
+            "--set stage2.resources.nodes=0: stages.stage2.resources.nodes: must be above 0, found 0. "
+            "See `osctl explain pipeline.stages.resources.nodes`",
+        ),
+        (
+            "stage2.resources.node",
+            "1",
+            "--set stage2.resources.node=1: stages.stage2.resources.node: unknown key 'node'. Did you mean 'nodes'?",
+        ),
+        ("stage3.steps", "5", "--set stage3.steps=5: no stage or field 'stage3' in this pipeline. Did you mean 'stage2'?"),
+        ("stor", "x", "--set stor=x: no stage or field 'stor' in this pipeline. Did you mean 'store'?"),
+        (
+            "stage2.steps",
+            "[1",
+            "--set stage2.steps=[1:1: not YAML: expected ',' or ']', but got '<stream end>'. Correct the line, or quote the value",
+        ),
+        (
+            "stage2.parent",
+            "stage9",
+            "--set stage2.parent=stage9: stages.stage2.parent: no stage 'stage9' in this pipeline. Did you mean 'stage1'?",
+        ),
+    ],
+)
+def test_an_override_is_validated_like_the_file_and_blamed_by_its_own_words(recipe: Path, key: str, value: str, message: str) -> None:
+    assert refusal(recipe, overrides={key: value}) == message
+
+
+def test_a_variable_is_blamed_by_its_own_words(recipe: Path) -> None:
+    message = refusal(recipe, env={"OSCTL_FLUSH_S": "fast"})
+    assert message == "OSCTL_FLUSH_S=fast: flush_s: expected a number, found 'fast'. See `osctl explain pipeline.flush_s`"
+
+
+# A person's own data
+
+
+def test_with_data_every_stage_trains_on_the_folder_and_nobody_judges_digits(recipe: Path) -> None:
+    Path("mine").mkdir()
+    Path("mine/captions.csv").write_text('path,text\na.mp4,a bike\nb.mp4,"a car, red"\nc.mp4,a bike\n')
+    pipeline = with_data(load(recipe), "mine")
+    for stage in pipeline.stages:
+        assert stage.config.data.source == FolderSource(kind="folder", path=str(Path("mine").absolute()))
+        assert stage.config.evaluate is None
+        assert stage.config.prompts == ("a bike", "a car, red")
+        assert stage.config.data.frames == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "mine/captions.csv: no such file. Write a captions.csv with the columns path,text"),
+        ("file,caption\na,b\n", "mine/captions.csv: columns are file, caption, expected path and text. Add a line `path,text`"),
+        ("", "mine/captions.csv: columns are none, expected path and text. Add a line `path,text`"),
+        ("path,text\na.mp4,\n", "mine/captions.csv: holds no caption. Write one line `path,text` a clip"),
+    ],
+)
+def test_a_folder_without_captions_is_refused(recipe: Path, content: str | None, message: str) -> None:
+    Path("mine").mkdir()
+    if content is not None:
+        Path("mine/captions.csv").write_text(content)
+    with pytest.raises(UsageError) as caught:
+        with_data(load(recipe), "mine")
+    assert str(caught.value) == message
+
+
+def test_a_folder_that_is_not_there_is_refused(recipe: Path) -> None:
+    with pytest.raises(UsageError, match=r"^absent: no such folder"):
+        with_data(load(recipe), "absent")
