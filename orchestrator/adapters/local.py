@@ -1,0 +1,121 @@
+"""Attempts as processes of this machine: the very agent that runs in a pod, started by the launcher and dying with it.
+
+Owns `ROOT/runs/<run>/`, one run directory an attempt, and the launcher's side of `orchestrator.claim`. Refuses to read the ledger.
+
+Invariants:
+- An attempt whose `agent.json` is there is never started again. There is no moment at which a killed launcher could leave an agent
+  that nobody finds: the agent writes `agent.json` itself, and does nothing unless the launcher that started it lives.
+- An attempt has ended when no process of it lives, and its time of death is its agent's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.claim import Claim, is_locked, last_alive
+from orchestrator.errors import Refused, Unreachable
+from orchestrator.ports import Life
+
+GONE_S = 30.0
+"""How long a killed attempt may take to be gone; a process inside a driver's call cannot be killed sooner."""
+
+
+@dataclass
+class _Child:
+    """An agent that this process started."""
+
+    process: subprocess.Popen[bytes]
+    bound: float
+    ended: float | None = None
+    exit_code: int | None = None
+
+
+class LocalBackend:
+    def __init__(self, store_url: str, root: Path, *, clock: Callable[[], float] = time.time) -> None:
+        """`root`: holds the run directories."""
+        self._store_url, self._root, self._clock = store_url, root.resolve(), clock
+        self._children: dict[str, _Child] = {}
+
+    def run_dir(self, run_key: str) -> Path:
+        return self._root / "runs" / run_key.replace("/", "_")
+
+    def submit(self, intent_key: str, run_key: str) -> None:
+        """Start the agent. An attempt that lives or has lived is left alone. Raises Refused."""
+        run_dir = self.run_dir(run_key)
+        if run_key in self._children or Claim.read(run_dir) is not None:
+            return
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            with (run_dir / "agent.log").open("ab") as output:
+                bound = self._clock()
+                process = subprocess.Popen(
+                    self._command(intent_key, run_dir, bound),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,  # a Ctrl-C in the terminal is the launcher's to pass on
+                )
+        except OSError as error:
+            raise Refused(f"run directory {run_dir}: {error.strerror}; nothing was started") from error
+        child = self._children[run_key] = _Child(process, bound)
+        threading.Thread(target=self._witness, args=(child,), name=f"witness of {run_key}", daemon=True).start()
+
+    def _command(self, intent_key: str, run_dir: Path, bound: float) -> list[str]:
+        options = {"--store": self._store_url, "--intent": intent_key, "--run-dir": str(run_dir), "--bound": repr(bound)}
+        words = [word for option in options.items() for word in option]
+        return [sys.executable, "-m", "orchestrator.agent", *words, "--launcher-pid", str(os.getpid())]
+
+    def _witness(self, child: _Child) -> None:
+        code = child.process.wait()
+        ended = self._clock()
+        child.exit_code = 128 - code if code < 0 else code
+        child.ended = ended  # last: it is what observers ask for first
+
+    def observe(self, run_key: str) -> Life:
+        run_dir = self.run_dir(run_key)
+        child, claim = self._children.get(run_key), Claim.read(run_dir)
+        if child is not None:
+            if child.ended is None or (claim is not None and is_locked(run_dir)):
+                return Life("running", child.bound)
+            return Life("ended", child.bound, child.ended, child.exit_code)
+        if claim is None:
+            return Life("absent")
+        if is_locked(run_dir):
+            return Life("running", claim.bound)
+        return Life("ended", claim.bound, last_alive(run_dir))
+
+    def drain(self, run_key: str) -> None:
+        self._signal(run_key, signal.SIGTERM)
+
+    def kill(self, run_key: str) -> None:
+        """SIGKILL to the agent, whose guard then ends everything below it. Raises Unreachable where that takes too long."""
+        self._signal(run_key, signal.SIGKILL)
+        deadline = time.monotonic() + GONE_S
+        while self.observe(run_key).state == "running":
+            if time.monotonic() > deadline:
+                raise Unreachable(f"{run_key}: killed {GONE_S:g} s ago and still not gone; look for its processes in state D")
+            time.sleep(0.005)
+
+    def _signal(self, run_key: str, number: signal.Signals) -> None:
+        child = self._children.get(run_key)
+        if child is not None:
+            with suppress(ProcessLookupError):
+                child.process.send_signal(number)
+            return
+        claim = Claim.read(self.run_dir(run_key))
+        handle = claim.open_agent() if claim is not None else None
+        if handle is not None:
+            try:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(handle, number)
+            finally:
+                os.close(handle)

@@ -1,0 +1,17 @@
+"""The agent: the life of one attempt on one node, from a verified parent to a published result.
+
+`python -m orchestrator.agent --store URL --intent KEY --run-dir DIR` is started by a backend, as a process or as PID 1 of a pod.
+It brings checkpoints in, starts the trainer, publishes what the trainer leaves in the run directory, keeps the books of where the
+time went, and turns the way the trainer ended into an exit code. It knows one intent and one run directory; it never decides
+whether there is another attempt, and never needs torch.
+
+    __main__         arguments, the right to start, exit code
+    attempt          the life: stage in, train, leave
+    events           one place to wait: signals, the launcher's death, the guard, finished tasks
+    guard            a process of its own that starts the trainer and outlives nobody
+    trainer_process  the command line and environment of the trainer; talks to the guard
+    run_directory    the agent's side of docs/contracts.md section 1
+    courier          uploads in the background, again and again until they succeed
+    timeline         pure: what was observed -> journal pieces
+    ending           pure: result.json and a wait status -> exit class
+"""

@@ -1,0 +1,327 @@
+"""The life of one attempt: stage in, train, leave.
+
+Owns the order of things and the books. Invariants:
+- The main loop never waits for the store: pieces, logs and checkpoints go through couriers, and training goes on while it is away.
+- `completed` and `drained` are said only of an attempt whose last checkpoint is published.
+- Nothing the trainer started is running when the last piece is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from orchestrator.agent.courier import Courier, Parcel, is_disk_full
+from orchestrator.agent.ending import Ending, ending_of
+from orchestrator.agent.events import Events, Task
+from orchestrator.agent.run_directory import SETTLED_S, Heartbeat, RunDirectory
+from orchestrator.agent.timeline import Timeline
+from orchestrator.agent.trainer_process import TrainerProcess, command, environment
+from orchestrator.errors import NotFound, Refused, Unreachable
+from orchestrator.ledger import Ledger
+from orchestrator.records import Intent, JournalPiece, Report
+
+log = logging.getLogger(__name__)
+
+NODE = 0
+LOOK_S = 1.0
+"""Longest time between two looks at the heartbeats."""
+HURRY_S = 5.0
+"""What is left to an agent whose launcher died, or that was asked twice to leave, to hand over what is finished."""
+PENDING_CHECKPOINTS = 2
+"""Checkpoints that wait for a slow store; older ones make room, since each holds its disk space."""
+LOG_PIECE_BYTES, LOG_BYTES = 1 << 18, 8 << 20
+"""Of the trainer's output, at most so much is sent a piece and an attempt; of a longer one, the end."""
+
+
+class Attempt:
+    def __init__(
+        self,
+        ledger: Ledger,
+        intent: Intent,
+        run: RunDirectory,
+        trainer: TrainerProcess,
+        events: Events,
+        *,
+        bound: float,
+        store_patience_s: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`bound`: Unix time since which the devices are held. `store_patience_s`: how long a silent store is waited for at the end."""
+        self.ledger, self.intent, self.run, self.trainer, self.events = ledger, intent, run, trainer, events
+        self._store_patience_s, self._clock = store_patience_s, clock
+        self._bound = bound
+        self._timeline = Timeline(bound, node=NODE, devices=intent.devices_per_node, every_steps=intent.config.checkpoint.every_steps)
+        self._small = Courier("journal", events.wake)
+        self._large = Courier("checkpoints", events.wake)
+        self._next_flush = bound + intent.flush_s
+        self._phase: str | None = "preflight"
+        """Category of whatever is not booked yet; none while the trainer's own words decide."""
+        resumed = set() if intent.resume is None else {intent.resume.step}
+        self._published, self._offered = resumed, set(resumed)
+        self._samples: set[str] = set()
+        self._step = intent.resume.step if intent.resume else None
+        self._logged, self._log_pieces = 0, 0
+        self._draining = False
+        self._hurry: float | None = None
+
+    def live(self) -> Ending:
+        """The whole life. When it returns, everything is published or given up, and the process has only to leave."""
+        ending = self._stage_in() or self._train()
+        log.info("%s: %s at step %s%s", self.intent.run_key, ending.class_, ending.step, f": {ending.reason}" if ending.reason else "")
+        ending = self._deliver(ending)
+        self._report(ending)
+        return ending
+
+    # --- Stage in ------------------------------------------------------------------------------------------------------
+
+    def _stage_in(self) -> Ending | None:
+        """Bring the checkpoints in, verified. None: the trainer may start."""
+        self._book_phase("stage_in")
+        task = Task(self._fetch, self.events.wake, (Refused, NotFound, Unreachable, OSError))
+        while not task.done:
+            self._wait()
+            if self.events.launcher_died:
+                return Ending("lost", "the launcher died", self._step)
+            if self.events.asked_to_leave:
+                return Ending("drained", "asked to leave before the trainer was started", self._step)
+        if task.error is None:
+            return None
+        if isinstance(task.error, Refused | NotFound):
+            return Ending("parent", str(task.error))
+        return Ending("disk" if is_disk_full(task.error) else "store", str(task.error))
+
+    def _fetch(self) -> None:
+        """Raises Refused, NotFound, Unreachable, OSError."""
+        intent, run = self.intent, self.run
+        run.write_stage(intent.config)
+        run.checkpoints.mkdir(exist_ok=True)
+        if intent.parent is not None:
+            self._patiently(partial(self.ledger.fetch, intent.parent.key, intent.parent.manifest_digest, run.parent))
+        if intent.resume is not None:
+            target = run.checkpoint(intent.resume.step)
+            self._patiently(partial(self.ledger.fetch, intent.resume.key, intent.resume.manifest_digest, target))
+
+    def _patiently(self, fetch: Callable[[], object]) -> None:
+        deadline = time.monotonic() + self._store_patience_s
+        while True:
+            try:
+                fetch()
+                return
+            except Unreachable as error:
+                if time.monotonic() > deadline or is_disk_full(error):
+                    raise
+                log.warning("%s; again in 1 s", error)
+                time.sleep(1.0)
+
+    # --- Train ---------------------------------------------------------------------------------------------------------
+
+    def _train(self) -> Ending:
+        self._book_phase("init")
+        variables = environment(self.intent, os.environ)
+        self.trainer.start(command(self.intent, self.run.path), variables, log=self.run.log)
+        self.events.listen_to(self.trainer)
+        born = self._clock()
+        cut: Ending | None = None
+        while self.trainer.ended is None:
+            ready = self._wait()
+            if self.trainer.fileno() in ready:
+                self.trainer.listen(self._clock())
+                continue
+            if self.events.asked_to_leave and not self._draining:
+                self._draining = True
+                self.run.ask_drain()
+            cut = self._cut(born)
+            if cut is not None:
+                self.trainer.kill(self._clock())
+        self.events.forget(self.trainer)
+        return self._ended(cut)
+
+    def _cut(self, born: float) -> Ending | None:
+        """Why the trainer must be ended now, if it must."""
+        if self.events.launcher_died:
+            return Ending("lost", "the launcher died")
+        if self.events.asked_to_leave > 1:
+            return Ending("signal", "asked a second time to leave, before the trainer had saved")
+        return self._hung(born)
+
+    def _hung(self, born: float) -> Ending | None:
+        """No rank has shown life for too long. While one rank works alone, as at the end of a stage, the others may be silent."""
+        beats = self.run.heartbeats()
+        silent_s = self._clock() - max([born, *(beat.time for beat in beats)])
+        if silent_s < self.intent.hang_timeout_s:
+            return None
+        ranks, where = _who_stands(beats, self.intent.devices_per_node)
+        names = f"rank {ranks[0]} stands" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} stand"
+        reason = f"no heartbeat for {silent_s:.1f} s (allowed: {self.intent.hang_timeout_s:g} s); {names} {where}"
+        return Ending("hang", reason, rank=ranks[0])
+
+    def _ended(self, cut: Ending | None) -> Ending:
+        """Close the trainer's books, and say how it ended. What it managed to say before it was ended counts."""
+        ended = self.trainer.ended
+        assert ended is not None
+        self._read_lines(ended.time)
+        result = self.run.result()
+        said = ending_of(result, ended.status, self.run.output_tail(), self._step)
+        ending = said if cut is None or said.saved else replace(cut, step=self._step)
+        working = "step" if self._timeline.trained else "init"
+        if ending.class_ == "completed":
+            self._timeline.book(working, min(ended.time, (self.run.path / "result.json").stat().st_mtime))
+            self._timeline.book("publish", ended.time)
+        else:
+            tail = {"drained": "drain", "hang": "hang"}.get(ending.class_, "drain" if self._draining else working)
+            self._timeline.book(tail, ended.time)
+        if result is None:
+            failure = {"status": "failed", "step": ending.step, "reason": ending.reason, "class": ending.class_, "rank": ending.rank}
+            with contextlib.suppress(OSError):  # the report says it too
+                self.run.write_result({**failure, "evaluation": {}})
+        return ending
+
+    # --- Leave ---------------------------------------------------------------------------------------------------------
+
+    def _deliver(self, ending: Ending) -> Ending:
+        """Hand over what is finished; the ending, corrected where the store did not take what it promises."""
+        self._phase = "publish"
+        self._flush(final=True)
+        while not (self._large.idle and self._small.idle) and not self._give_up():
+            self._wait()
+        if not ending.saved or ending.step is None or ending.step in self._published:
+            return ending
+        return self._undelivered(ending)
+
+    def _give_up(self) -> bool:
+        now = time.monotonic()
+        if self._hurry is None and (self.events.launcher_died or self.events.asked_to_leave > 1):
+            self._hurry = now + HURRY_S
+        if self._hurry is not None and now > self._hurry:
+            return True
+        failing = [courier.failing_since for courier in (self._small, self._large) if courier.failing_since is not None]
+        return any(now - since > self._store_patience_s for since in failing)
+
+    def _undelivered(self, ending: Ending) -> Ending:
+        name = f"the checkpoint of step {ending.step}"
+        refused = self._large.refused
+        if refused is not None:
+            return Ending("disk" if refused.disk_full else "store", f"{name} could not be published: {refused.reason}", ending.step)
+        if self._large.trouble:
+            return Ending("store", f"{name} could not be published in {self._store_patience_s:g} s: {self._large.trouble}", ending.step)
+        if self.events.launcher_died:
+            return Ending("lost", f"the launcher died before {name} was published", ending.step)
+        if self.events.asked_to_leave > 1:
+            return Ending("signal", f"asked a second time to leave, before {name} was published", ending.step)
+        return Ending(
+            "code", f"result.json says {ending.class_} at step {ending.step}, but there is no whole {self.run.checkpoint(ending.step or 0)}"
+        )
+
+    def _report(self, ending: Ending) -> None:
+        """The last piece of the journal, then the last word. Both in vain if the store is away: the exit code says it too."""
+        self._flush(final=True)
+        content = {
+            "class": ending.class_,
+            "reason": ending.reason,
+            "step": ending.step,
+            "rank": ending.rank,
+            "evaluation": dict(ending.evaluation),
+            "started": self._bound,
+            "ended": self._timeline.edge,
+            "node": NODE,
+        }
+        report = Report.model_validate(content)
+        self._small.put(Parcel("report", partial(self.ledger.write_report, self.intent, report)))
+        while not self._small.idle and not self._give_up():
+            self.events.wait(LOOK_S)
+
+    # --- Books ---------------------------------------------------------------------------------------------------------
+
+    def _book_phase(self, phase: str) -> None:
+        """The phase before ends now."""
+        assert self._phase is not None
+        self._timeline.book(self._phase, self._clock())
+        self._phase = phase
+
+    def _wait(self) -> set[int]:
+        """Wait for something to happen; flush when it is time."""
+        ready = self.events.wait(min(self._next_flush - self._clock(), LOOK_S, self.intent.hang_timeout_s / 4))
+        if self._clock() >= self._next_flush:
+            self._flush()
+        return ready
+
+    def _flush(self, *, final: bool = False) -> None:
+        """Book what is known up to now, and hand everything new to the couriers."""
+        now = self._clock()
+        self._next_flush = now + self.intent.flush_s
+        if self._phase in ("init", None):
+            beats = self.run.heartbeats()  # before the lines: a beat then never speaks of a time before an unread line
+            self._read_lines(now)
+            self._book_evidence(beats, now)
+        else:
+            self._timeline.book(self._phase, now)
+        for piece in self._timeline.take():
+            self._small.put(Parcel(f"journal piece {piece.seq}", partial(self._append, piece)))
+        self._ship_output(final=final)
+        self._offer_samples(now if final else now - SETTLED_S)
+        self._offer_checkpoints()
+
+    def _append(self, piece: JournalPiece) -> None:
+        self.ledger.append_journal(self.intent, piece)
+
+    def _read_lines(self, now: float) -> None:
+        for line in self.run.new_lines():
+            self._phase = None
+            self._timeline.line(line, now)
+            if "step" in line:
+                self._step = line["step"]
+
+    def _book_evidence(self, beats: list[Heartbeat], now: float) -> None:
+        """Between its lines, a trainer is believed in two things: it starts up until its first line, and it judges while it says so."""
+        if self._phase == "init":
+            self._timeline.book("init", now)
+        elif beats and beats[0].rank == 0 and beats[0].phase == "evaluate":
+            self._timeline.book("evaluate", beats[0].time)
+
+    def _ship_output(self, *, final: bool) -> None:
+        left = LOG_BYTES - self._logged
+        while left > 0 and (data := self.run.new_output(min(LOG_PIECE_BYTES, left))):
+            left -= len(data)
+            self._ship(data)
+        if final and self.run.unread_output:
+            data = self.run.output_tail().encode()
+            self._ship(b"\n[%d bytes left out]\n" % max(0, self.run.unread_output - len(data)) + data)
+            self.run.new_output(-1)
+
+    def _ship(self, data: bytes) -> None:
+        seq, self._log_pieces, self._logged = self._log_pieces, self._log_pieces + 1, self._logged + len(data)
+        self._small.put(Parcel(f"log piece {seq}", partial(self.ledger.append_log, self.intent, NODE, seq, data)))
+
+    def _offer_samples(self, before: float) -> None:
+        for path in self.run.settled_samples(before):
+            if path.name not in self._samples:
+                self._samples.add(path.name)
+                self._small.put(Parcel(f"sample {path.name}", partial(self.ledger.add_sample, self.intent, path.name, path)))
+
+    def _offer_checkpoints(self) -> None:
+        for step in self.run.complete_checkpoints():
+            if step not in self._offered:
+                self._offered.add(step)
+                if self.run.pin(step):
+                    parcel = Parcel(f"checkpoint of step {step}", partial(self._publish, step), partial(self.run.unpin, step))
+                    self._large.put(parcel, keep=PENDING_CHECKPOINTS)
+
+    def _publish(self, step: int) -> None:
+        self.ledger.publish(self.intent, self.run.pinned(step))
+        self._published.add(step)
+
+
+def _who_stands(beats: list[Heartbeat], devices: int) -> tuple[list[int], str]:
+    """The ranks that hold the others up, and where: those that never spoke, else those with the lowest step."""
+    silent = [rank for rank in range(devices) if rank not in {beat.rank for beat in beats}]
+    if silent:
+        return silent, "before their first heartbeat"
+    step = min(beat.step for beat in beats)
+    behind = [beat for beat in beats if beat.step == step]
+    return [beat.rank for beat in behind], f"at step {step} in phase {'/'.join(sorted({beat.phase for beat in behind}))}"

@@ -1,0 +1,120 @@
+"""Uploads in the background: in order, again and again until they succeed, without ever holding up the training.
+
+Owns the retries against the store. Refuses to know what is sent.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orchestrator.errors import NotFound, Refused, StoreConflict, Unreachable
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a full disk is what an error comes from: a folder as a store says Unreachable."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__
+    return cause is not None and cause.errno in DISK_FULL
+
+
+@dataclass(frozen=True)
+class Parcel:
+    name: str
+    """Of what is sent, for messages."""
+    send: Callable[[], object]
+    after: Callable[[], object] = lambda: None
+    """Called when it was delivered, refused or dropped."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A parcel that will never be delivered."""
+
+    name: str
+    reason: str
+    disk_full: bool
+
+
+class Courier(threading.Thread):
+    """One queue. `wake` is called, from this thread, whenever a parcel is done with."""
+
+    def __init__(self, name: str, wake: Callable[[], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._wake = wake
+        self._changed = threading.Condition()
+        self._queue: deque[Parcel] = deque()
+        self._busy = False
+        self.refused: Refusal | None = None
+        """The first parcel that the store refused."""
+        self.failing_since: float | None = None
+        """time.monotonic() of the first failure after the last success."""
+        self.trouble = ""
+        """What the store last said, while it fails."""
+        self.start()
+
+    def put(self, parcel: Parcel, *, keep: int | None = None) -> None:
+        """Queue a parcel. With `keep`, the oldest that are not yet under way make room, so that no more than `keep` wait."""
+        with self._changed:
+            self._queue.append(parcel)
+            dropped = (
+                [self._queue.popleft() for _ in range(len(self._queue) - keep)] if keep is not None and len(self._queue) > keep else []
+            )
+            self._changed.notify()
+        for old in dropped:
+            log.warning("%s: not published, newer ones wait behind it", old.name)
+            old.after()
+
+    @property
+    def idle(self) -> bool:
+        with self._changed:
+            return not self._queue and not self._busy
+
+    def run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue:
+                    self._changed.wait()
+                parcel, self._busy = self._queue.popleft(), True
+            self._deliver(parcel)
+            parcel.after()
+            with self._changed:
+                self._busy = False
+            self._wake()
+
+    def _deliver(self, parcel: Parcel) -> None:
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                parcel.send()
+            except (StoreConflict, Refused, NotFound) as error:
+                self._refuse(parcel, str(error), disk_full=False)
+                return
+            except (Unreachable, OSError) as error:
+                if is_disk_full(error):
+                    self._refuse(parcel, str(error), disk_full=True)
+                    return
+                self.trouble = f"{parcel.name}: {error}"
+                log.warning("%s; again in %.1f s", self.trouble, pause)
+                self.failing_since = self.failing_since or time.monotonic()
+                time.sleep(pause * random.uniform(0.5, 1.0))  # not all agents at once
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+                continue
+            self.failing_since, self.trouble = None, ""
+            return
+
+    def _refuse(self, parcel: Parcel, reason: str, *, disk_full: bool) -> None:
+        log.error("%s: %s", parcel.name, reason)
+        self.refused = self.refused or Refusal(parcel.name, reason, disk_full)

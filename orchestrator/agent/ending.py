@@ -1,0 +1,97 @@
+"""How an attempt ended: what the trainer said and how its process ended -> class, reason, rank, exit code. Pure.
+
+Owns the table of docs/contracts.md section 2, "How an attempt ends", as far as an agent can see it. The exit code of torchrun is
+never trusted: it is 1 for every failure (measured, torch 2.13), so a rank's own signal is read from the summary that torchrun prints.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast, get_args
+
+from orchestrator.records import EXIT_CODES, ExitClass
+
+KILLED = 128 + signal.SIGKILL
+"""Exit code of an attempt that was ended from outside without having saved: not 143, which promises a checkpoint."""
+
+_ROOT_CAUSE = re.compile(r"Root Cause \(first observed failure\):.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
+LONGEST_REASON = 2000
+
+
+@dataclass(frozen=True)
+class Ending:
+    class_: ExitClass
+    reason: str
+    step: int | None = None
+    rank: int | None = None
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    signal: int | None = None
+    """Signal that ended the trainer, where one did."""
+
+    @property
+    def exit_code(self) -> int:
+        if self.class_ in EXIT_CODES:
+            return EXIT_CODES[self.class_]
+        return KILLED if self.signal is None else 128 + self.signal
+
+    @property
+    def saved(self) -> bool:
+        """Whether this ending promises a published checkpoint of its last step."""
+        return self.class_ in ("completed", "drained")
+
+
+def ending_of(result: Mapping[str, Any] | None, status: int, output: str, step: int | None) -> Ending:
+    """The ending of a trainer that ended by itself.
+
+    Args:
+        result: content of result.json; none where the trainer wrote nothing.
+        status: wait status of the trainer's process.
+        output: the end of what it printed.
+        step: last step that it finished.
+    """
+    if result is not None:
+        return _as_said(result, step)
+    root = _ROOT_CAUSE.search(output)
+    rank, code = (int(root[1]), int(root[2])) if root else (None, os.waitstatus_to_exitcode(status))
+    who = "the trainer" if rank is None else f"rank {rank}"
+    after = f"after step {step}" if step is not None else "before its first step"
+    if code < 0:
+        return Ending("signal", f"{who} was ended by {_name(-code)} {after}", step, rank, signal=-code)
+    said = _last_words(output)
+    return Ending("code", f"{who} ended with exit code {code} {after} and wrote no result.json" + (f": {said}" if said else ""), step, rank)
+
+
+def _as_said(result: Mapping[str, Any], step: int | None) -> Ending:
+    status, said = result.get("status"), result.get("class")
+    class_: ExitClass = "code"
+    if status in ("completed", "drained"):
+        class_ = cast(ExitClass, status)
+    elif status == "failed" and said in get_args(ExitClass):
+        class_ = cast(ExitClass, said)
+    reason = str(result.get("reason") or "")
+    if class_ == "code" and not reason:
+        reason = f"result.json says status {status}, class {said}, and no reason"
+    evaluation = {name: float(value) for name, value in (result.get("evaluation") or {}).items() if isinstance(value, int | float)}
+    return Ending(class_, reason[:LONGEST_REASON], _count(result.get("step"), step), _count(result.get("rank"), None), evaluation)
+
+
+def _count(value: object, otherwise: int | None) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else otherwise
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _last_words(output: str) -> str:
+    """The last line that looks like an error, for the reason."""
+    lines = [line.strip() for line in output.splitlines() if re.match(r"\s*\w*(Error|Exception|error)\b.*:", line)]
+    own = [line for line in lines if not line.startswith("torch.distributed.elastic")]
+    return own[-1][:300] if own else ""

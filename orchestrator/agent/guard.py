@@ -1,0 +1,178 @@
+"""The guard: a small process between the agent and the trainer, so that nothing of an attempt outlives its agent.
+
+    agent ── socket ──> guard (subreaper) ──> trainer's command ──> ranks, in sessions of their own
+
+Started as a script, `python -I -S guard.py SOCKET_FD LOCK_FD ALIVE_FD`, before anything else; imports the standard library alone.
+It starts the trainer when told so, kills all descendants when the trainer has ended or the agent says so, and when the socket
+closes, which the kernel does at any death of the agent, it kills all descendants and leaves. It holds the run directory's lock
+until then. It touches `alive` every 20 ms while the agent lives and once when it dies: the agent, busy with uploads, could not
+be so punctual.
+
+Why a process, and not a death signal (PR_SET_PDEATHSIG) alone: torchrun starts each rank in its own session and a killed torchrun
+leaves them behind; and a death signal comes when the parent's *thread* ends. A subreaper inherits whatever is orphaned below it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+TICK_S = 0.02
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
+
+
+def prctl(option: int, argument: int | bytes) -> None:
+    """Raises OSError."""
+    if ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), f"prctl {option}")
+
+
+def children_of(parent: int) -> list[int]:
+    """Direct children, from /proc: the kernel's own list of them is a build option that many kernels leave out."""
+    found = []
+    for name in os.listdir("/proc"):  # noqa: PTH208 - pathlib would double this process's start-up time
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123
+                    fields = file.read().rpartition(b")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[1]) == parent:
+                found.append(int(name))
+    return found
+
+
+def kill_children() -> None:
+    """SIGKILL to every direct child. A subreaper inherits what they leave, so repeat until nothing is left to reap."""
+    for pid in children_of(os.getpid()):
+        os.kill(pid, signal.SIGKILL)  # ours until reaped: it cannot be another process
+
+
+def reap() -> tuple[dict[int, int], bool]:
+    """Wait statuses of the children that have ended, and whether any child is left."""
+    ended: dict[int, int] = {}
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended, False
+        if pid == 0:
+            return ended, True
+        ended[pid] = status
+
+
+def end_children() -> None:
+    """Returns when no descendant is left. For a subreaper."""
+    while True:
+        kill_children()
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+class Guard:
+    def __init__(self, agent: socket.socket, alive: int) -> None:
+        self.agent, self.alive = agent, alive
+        self.trainer: int | None = None
+        self.status: int | None = None
+        self.ending = False
+        self._unread = b""  # of a message that has not fully arrived
+
+    def watch(self) -> None:
+        """Returns when the agent is dead."""
+        woken, waker = os.pipe()
+        os.set_blocking(waker, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # only to be woken
+        signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        poll = select.poll()
+        poll.register(self.agent, select.POLLIN)
+        poll.register(woken, select.POLLIN)
+        while True:
+            ready = {descriptor for descriptor, _ in poll.poll(TICK_S * 1000)}
+            now = time.time_ns()
+            os.utime(self.alive, ns=(now, now))
+            if woken in ready:
+                os.read(woken, 4096)
+            if self.agent.fileno() in ready and not self._listen():
+                return
+            if woken in ready or self.ending:
+                self._reap()
+
+    def _listen(self) -> bool:
+        try:
+            data = self.agent.recv(65536)
+        except ConnectionResetError:
+            return False
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        for line in lines:
+            order = json.loads(line)
+            if "argv" in order:
+                self.trainer = start(order)
+            else:
+                self.ending = True
+                kill_children()
+        return bool(data)
+
+    def _reap(self) -> None:
+        ended, left = reap()
+        if self.trainer in ended:
+            self.status, self.ending = ended[self.trainer], True
+        if self.ending and left:
+            kill_children()
+        elif self.ending:
+            self.ending = False
+            self._say({"status": self.status, "ended": time.time()})
+
+    def _say(self, word: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent has died: the next poll tells
+            self.agent.send(json.dumps(word).encode() + b"\n")
+
+
+def start(order: dict[str, Any]) -> int:
+    """Start the trainer in a session of its own; its pid. What cannot be started ends with 127 and says why in its log."""
+    guard = os.getpid()
+    pid = os.fork()  # this process has one thread
+    if pid:
+        return pid
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        os.setsid()
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != guard:
+            os._exit(127)
+        log = os.open(order["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
+            os.dup2(source, target)
+        os.chdir(order["cwd"])
+        os.execvpe(order["argv"][0], order["argv"], order["env"])
+    except OSError as error:
+        os.write(2, f"error: {order['argv'][0]}: {error.strerror}\n".encode())
+    finally:
+        os._exit(127)
+
+
+def main() -> None:
+    agent, lock, alive = map(int, sys.argv[1:])
+    for descriptor in (agent, lock, alive):
+        os.set_inheritable(descriptor, False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    prctl(PR_SET_NAME, b"osctl-guard")
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    Guard(socket.socket(fileno=agent), alive).watch()
+    end_children()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The agent's side of the run directory (docs/contracts.md section 1): what the trainer leaves, read as it appears.
+
+Owns the reading of `metrics.jsonl`, heartbeats, `result.json`, checkpoints, samples and the log, and the writing of `stage.yaml`,
+`drain` and, where the trainer could not, `result.json`. Every reader takes half-written and damaged content in its stride:
+a trainer may die in the middle of anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opensora.config import StageConfig, write_stage
+
+SETTLED_S = 2.0
+"""A sample that has not changed for so long is whole; the trainer does not say so."""
+TAIL_BYTES = 65_536
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    rank: int
+    step: int
+    phase: str
+    time: float
+    """When it was written, Unix seconds."""
+
+
+class RunDirectory:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.parent = path / "parent"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.log = path / "trainer.log"
+        self._outgoing = path / "outgoing"
+        self._metrics_read = 0
+        self._log_read = 0
+
+    def write_stage(self, config: StageConfig) -> None:
+        write_stage(config, self.path / "stage.yaml")
+
+    def ask_drain(self) -> None:
+        (self.path / "drain").touch()
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    # what the trainer says
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl since the last call, whole ones only; numbers that are not finite are null."""
+        data = _read_from(self.path / "metrics.jsonl", self._metrics_read)
+        whole = data[: data.rfind(b"\n") + 1]
+        self._metrics_read += len(whole)
+        return [line for line in map(_metrics_line, whole.splitlines()) if line is not None]
+
+    def heartbeats(self) -> list[Heartbeat]:
+        """The latest of each rank, by rank."""
+        beats = []
+        for path in self.path.glob("heartbeat-*.json"):
+            try:
+                content, written = json.loads(path.read_text()), path.stat().st_mtime
+                beats.append(Heartbeat(int(content["rank"]), int(content["step"]), str(content.get("phase", "")), written))
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                continue
+        return sorted(beats, key=lambda beat: beat.rank)
+
+    def result(self) -> dict[str, Any] | None:
+        """None while the file is absent, blank (its space is taken at start) or half-written."""
+        try:
+            content = json.loads((self.path / "result.json").read_bytes().strip(b" \n\0") or b"null")
+        except (FileNotFoundError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Say it in the trainer's place. In place, since its space is kept even when the disk is full."""
+        descriptor = os.open(self.path / "result.json", os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, json.dumps({"schema": 1, **result}).encode() + b"\n")
+        finally:
+            os.close(descriptor)
+
+    # what is to be published
+
+    def complete_checkpoints(self) -> dict[int, Path]:
+        """By step, ascending."""
+        found = {}
+        for path in sorted(self.checkpoints.glob("step-*")):
+            if path.name[5:].isdigit() and (path / "CHECKPOINT.json").is_file():
+                found[int(path.name[5:])] = path
+        return found
+
+    def pin(self, step: int) -> bool:
+        """Copy a complete checkpoint by hard links, so that it stays whole when the trainer deletes it; False if it just did."""
+        try:
+            shutil.copytree(self.checkpoint(step), self.pinned(step), copy_function=_link)
+        except (FileNotFoundError, shutil.Error):
+            self.unpin(step)
+            return False
+        return True
+
+    def pinned(self, step: int) -> Path:
+        return self._outgoing / f"step-{step:08d}"
+
+    def unpin(self, step: int) -> None:
+        shutil.rmtree(self.pinned(step), ignore_errors=True)
+
+    def settled_samples(self, before: float) -> list[Path]:
+        """Files in samples/ that did not change since `before` (Unix seconds), by name."""
+        found = []
+        for path in sorted(self.samples.glob("*")):
+            try:
+                if path.suffix in (".mp4", ".png", ".json") and path.stat().st_mtime <= before:
+                    found.append(path)
+            except FileNotFoundError:
+                continue
+        return found
+
+    def new_output(self, limit: int) -> bytes:
+        """At most `limit` bytes of the trainer's output since the last call."""
+        data = _read_from(self.log, self._log_read, limit)
+        self._log_read += len(data)
+        return data
+
+    @property
+    def unread_output(self) -> int:
+        """Bytes of the trainer's output not yet handed out by `new_output`."""
+        return max(0, (self.log.stat().st_size if self.log.exists() else 0) - self._log_read)
+
+    def output_tail(self) -> str:
+        """The end of the trainer's output."""
+        size = self.log.stat().st_size if self.log.exists() else 0
+        return _read_from(self.log, max(0, size - TAIL_BYTES)).decode(errors="replace")
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except (PermissionError, NotImplementedError):  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _read_from(path: Path, offset: int, limit: int = -1) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(limit)
+    except FileNotFoundError:
+        return b""
+
+
+def _metrics_line(data: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(data, parse_constant=lambda _: None)
+    except ValueError:
+        return None
+    usable = isinstance(line, dict) and (isinstance(line.get("step"), int) or isinstance(line.get("phase"), str))
+    return line if usable else None

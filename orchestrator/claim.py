@@ -1,0 +1,92 @@
+"""Whose an attempt's run directory is: lock, claim, time of death. All that a launcher and an agent say to each other besides signals.
+
+Owns `RUN_DIR/lock`, `RUN_DIR/agent.json` and `RUN_DIR/alive`. Refuses to start or end anything. Linux only.
+
+Invariants:
+- The lock is a `flock` that the agent and its guard hold together. Free means: no process of the attempt lives.
+- `agent.json` is written once, by the agent that holds the lock. There means: this attempt has lived.
+- `alive` is touched every 20 ms while the agent lives, and once more when it dies. Its mtime is the time of death.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from orchestrator.processes import Process
+
+LOCK = "lock"
+CLAIM = "agent.json"
+ALIVE = "alive"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Who lives, or lived, an attempt."""
+
+    agent: Process
+    bound: float
+    """Unix time since which the devices are held."""
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Claim | None:
+        """None: no agent has ever lived this attempt."""
+        try:
+            content = json.loads((run_dir / CLAIM).read_text())
+        except FileNotFoundError:
+            return None
+        return cls(Process(**content["agent"]), content["bound"])
+
+    def write(self, run_dir: Path) -> bool:
+        """Whole or not at all, and once; False where another agent was first."""
+        draft = run_dir / f".{CLAIM}.{self.agent.pid}"
+        draft.write_text(json.dumps({"schema": 1, **asdict(self)}))
+        try:
+            os.link(draft, run_dir / CLAIM)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink()
+        return True
+
+    def open_agent(self) -> int | None:
+        """A pidfd of the agent, to be closed by the caller; none where it is dead. Never another process that got its pid."""
+        try:
+            handle = os.pidfd_open(self.agent.pid)
+        except ProcessLookupError:
+            return None
+        if not self.agent.alive():  # asked while the handle is held, so the pid cannot change hands in between
+            os.close(handle)
+            return None
+        return handle
+
+
+def take_lock(run_dir: Path) -> int | None:
+    """Descriptor that holds the lock of a run directory until it and all its copies are closed; none where it is held."""
+    lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether any process of the attempt lives. Ask only once `agent.json` is there: the question itself takes the lock for a moment."""
+    lock = take_lock(run_dir)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
+
+
+def last_alive(run_dir: Path) -> float | None:
+    """Unix time at which the agent of a run directory was last seen alive."""
+    for name in (ALIVE, CLAIM):
+        with contextlib.suppress(FileNotFoundError):
+            return (run_dir / name).stat().st_mtime
+    return None

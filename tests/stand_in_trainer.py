@@ -1,0 +1,251 @@
+"""A trainer that trains nothing: it obeys docs/contracts.md section 1 in milliseconds, so that tests can run real processes.
+
+    intent.trainer = (sys.executable, "tests/stand_in_trainer.py", "{run_dir}", "{devices}", "--step-ms", "5")
+
+Like torchrun it is one parent that starts each rank in a session of its own and flattens every end to exit code 1; unlike
+`opensora.train` its ranks ignore the death of their parent, so that whoever starts it must clean up after it. Imports the standard library
+and yaml alone.
+
+The weights are a hash chain over (seed, parent's EMA weights, every step in order): a step that is skipped, repeated or resumed
+from the wrong checkpoint gives other digests. Failures are asked for with `--fail KIND@STEP` (or OSCTL_STAND_IN_FAIL), at most
+once if `--once FILE` is given: the file is made on the way out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RESULT_BYTES = 16_384
+SAID = ("config", "parent", "nan", "oom", "disk", "code")
+"""Failures that result.json reports.
+
+The others: exit (silently), segv, kill, hang, half (killed in the middle of a checkpoint), drainless (ignores drain), odd (a loss of NaN)."""
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("devices", type=int)
+    parser.add_argument("--step-ms", type=float, default=2.0)
+    parser.add_argument("--init-ms", type=float, default=0.0)
+    parser.add_argument("--evaluate-ms", type=float, default=0.0)
+    parser.add_argument("--bytes", type=int, default=1024, help="size of each weight file")
+    parser.add_argument("--fail", default=os.environ.get("OSCTL_STAND_IN_FAIL", ""), help="KIND@STEP")
+    parser.add_argument("--fail-rank", type=int, default=0)
+    parser.add_argument("--once", type=Path, help="fail only while this file is not there")
+    return parser.parse_args()
+
+
+class StandIn:
+    def __init__(self, options: argparse.Namespace, rank: int) -> None:
+        self.options, self.rank, self.run = options, rank, options.run_dir
+        self.stage: dict[str, Any] = yaml.load((self.run / "stage.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        self.steps, self.every = self.stage["steps"], self.stage["checkpoint"]["every_steps"]
+        kind, _, step = options.fail.partition("@")
+        armed = kind and rank == options.fail_rank and not (options.once and options.once.exists())
+        self.failure, self.fail_step = (kind, int(step or 1)) if armed else ("", -1)
+        self.step, self.state = self.start()
+        self.booked = time.time()
+
+    # where it starts
+
+    def start(self) -> tuple[int, bytes]:
+        own = sorted(path for path in (self.run / "checkpoints").glob("step-*") if (path / "CHECKPOINT.json").exists())
+        if own:
+            return json.loads((own[-1] / "CHECKPOINT.json").read_text())["step"], read_state(own[-1] / "model.safetensors")
+        seed = str(self.stage["seed"]).encode()
+        parent = self.run / "parent" / "ema.safetensors"
+        return 0, digest(seed, read_state(parent) if parent.exists() else b"")
+
+    # what it says
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        draft = self.run / f".{name}.partial"
+        draft.write_text(json.dumps(content))
+        draft.replace(self.run / name)
+
+    def beat(self, phase: str) -> None:
+        beat = {"schema": 1, "rank": self.rank, "pid": os.getpid(), "step": self.step, "phase": phase, "time": time.time()}
+        self.write(f"heartbeat-{self.rank}.json", beat)
+
+    def record(self, line: dict[str, Any]) -> None:
+        if self.rank == 0:
+            with (self.run / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def book(self, phase: str) -> None:
+        now = time.time()
+        self.record({"phase": phase, "start": self.booked, "end": now})
+        self.booked = now
+
+    def finish(self, status: str, reason: str = "", kind: str | None = None, evaluation: dict[str, float] | None = None) -> None:
+        result = {"schema": 1, "status": status, "step": self.step, "reason": reason, "class": kind, "rank": self.rank if kind else None}
+        with (self.run / "result.json").open("r+b") as file:
+            file.write(json.dumps({**result, "evaluation": evaluation or {}}).encode().ljust(RESULT_BYTES))
+
+    def finished(self) -> bool:
+        return bool((self.run / "result.json").read_bytes().strip())
+
+    # what it does
+
+    def train(self) -> int:
+        self.beat("init")
+        time.sleep(self.options.init_ms / 1000)
+        self.book("init")
+        drained = False
+        while self.step < self.steps and not drained:
+            if self.step + 1 == self.fail_step and self.failure != "half":
+                return self.fail()
+            drained = (self.run / "drain").exists() and self.failure != "drainless"
+            began = time.time()
+            time.sleep(self.options.step_ms / 1000)
+            self.step += 1
+            self.state = digest(self.state, str(self.step).encode())
+            saving = time.time()
+            if self.rank == 0 and (drained or self.step % self.every == 0 or self.step == self.steps):
+                self.save()
+            self.report(began, saving)
+        if self.rank == 0:
+            if self.step == 0:
+                self.save()
+            return self.leave(drained and self.step < self.steps)
+        while not self.finished():
+            time.sleep(0.01)
+        return 0
+
+    def report(self, began: float, saving: float) -> None:
+        self.beat("train")
+        now = time.time()
+        noise = self.state[0] / 255
+        times = {"data_wait_s": began - self.booked, "step_s": saving - began, "checkpoint_s": now - saving}
+        loss = float("nan") if self.step == 3 and self.failure == "odd" else 1 / self.step + noise / 100
+        line = {"step": self.step, "time": now, "loss": loss, "lr": 1e-3, "grad_norm": noise}
+        self.record({**line, "clips": self.stage["batch_size"] * self.options.devices, "tokens": 64, **times})
+        self.booked = now
+
+    def leave(self, drained: bool) -> int:
+        if drained:
+            self.finish("drained")
+            return 0
+        evaluation = {}
+        if self.stage["evaluate"]:
+            until = time.time() + self.options.evaluate_ms / 1000
+            while time.time() < until:
+                self.beat("evaluate")
+                time.sleep(0.02)
+            evaluation = {"digit_accuracy": self.state[1] / 255, "direction_accuracy": self.state[2] / 255}
+        if self.stage["prompts"]:
+            (self.run / "samples").mkdir(exist_ok=True)
+            (self.run / "samples" / "samples.json").write_text(json.dumps({"schema": 1, "prompts": self.stage["prompts"]}))
+        self.book("evaluate")
+        self.finish("completed", evaluation=evaluation)
+        return 0
+
+    def save(self) -> None:
+        target = self.run / "checkpoints" / f"step-{self.step:08d}"
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name in ("model", "ema", "optimizer", "autoencoder", "text"):
+            state = self.state if name == "model" else digest(self.state, name.encode())
+            write_state(partial / f"{name}.safetensors", state, self.options.bytes)
+            if name == "ema" and self.failure == "half" and self.step >= self.fail_step:
+                self.fail()
+        shutil.copy(self.run / "stage.yaml", partial / "stage.yaml")
+        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        record = {"schema": 1, "step": self.step, "steps": self.steps, "complete": self.step == self.steps, "seed": self.stage["seed"]}
+        record |= {
+            "world_size": self.options.devices,
+            "clips_seen": self.step * self.stage["batch_size"] * self.options.devices,
+            "files": files,
+        }
+        record |= {name: self.stage[name] for name in ("model", "objective", "data", "autoencoder", "text")}
+        (partial / "CHECKPOINT.json").write_text(json.dumps({**record, "carried": [], "reset": []}))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        for old in sorted((self.run / "checkpoints").glob("step-*"))[: -self.stage["checkpoint"]["keep_last"]]:
+            shutil.rmtree(old)
+
+    def fail(self) -> int:
+        if self.options.once:
+            self.options.once.touch()
+        kind = self.failure
+        print(f"stand-in: rank {self.rank} fails by {kind} before step {self.step + 1}", flush=True)
+        if kind in SAID:
+            self.finish("failed", f"{kind} as asked, before step {self.step + 1}", kind)
+            return 1
+        if kind in ("segv", "kill", "half"):
+            os.kill(os.getpid(), signal.SIGSEGV if kind == "segv" else signal.SIGKILL)
+        if kind == "hang":
+            while True:
+                time.sleep(60)
+        assert kind == "exit", kind
+        return 3
+
+
+def digest(*parts: bytes) -> bytes:
+    return hashlib.sha256(b"|".join(parts)).digest()
+
+
+def write_state(path: Path, state: bytes, size: int) -> None:
+    """A real safetensors file: one tensor of bytes, whose first 32 are the state."""
+    content = (state * (size // len(state) + 1))[: max(size, len(state))]
+    header = json.dumps({"state": {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}}).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content)
+
+
+def read_state(path: Path) -> bytes:
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return data[8 + length : 8 + length + 32]
+
+
+def start_rank(options: argparse.Namespace, rank: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    os.setsid()
+    code = 1
+    try:
+        code = StandIn(options, rank).train()
+    finally:
+        os._exit(code)
+
+
+def main() -> int:
+    """Start the ranks; if one ends badly, end the others and say so as torchrun does."""
+    chosen = options()
+    with (chosen.run_dir / "result.json").open("ab") as file:
+        file.write(b" " * RESULT_BYTES)
+    ranks = {start_rank(chosen, rank): rank for rank in range(chosen.devices)}
+    while ranks:
+        pid, status = os.wait()
+        rank = ranks.pop(pid)
+        if status == 0:
+            continue
+        code = os.waitstatus_to_exitcode(status)
+        for other in ranks:
+            os.kill(other, signal.SIGTERM)
+        print(
+            f"Root Cause (first observed failure):\n[0]:\n  rank      : {rank} (local_rank: {rank})\n  exitcode  : {code} (pid: {pid})",
+            flush=True,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
