@@ -1,0 +1,153 @@
+"""What every test may need: a real S3 server, and a way to say that something is missing on this machine.
+
+A test that needs a thing this machine lacks is skipped by that thing's name, and the end of the run sums up what was not tested.
+With `OSCTL_REQUIRE=s3,browser` such a skip is a failure.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+Require = Callable[[str, str], NoReturn]
+MISSING = "not on this machine: "
+
+
+def _require(name: str, reason: str) -> NoReturn:
+    if name in os.environ.get("OSCTL_REQUIRE", "").split(","):
+        pytest.fail(f"OSCTL_REQUIRE names {name}, but: {reason}", pytrace=False)
+    pytest.skip(f"{MISSING}{name} ({reason})")
+
+
+@pytest.fixture(scope="session")
+def require() -> Require:
+    """`require("browser", "chromium is not installed")` ends a test that lacks something: skipped, or failed if it was asked for."""
+    return _require
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reasons = Counter(
+        report.longrepr[2].partition(MISSING)[2]
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and MISSING in report.longrepr[2]
+    )
+    if reasons:
+        terminalreporter.section("not tested here")
+        for reason, number in sorted(reasons.items()):
+            terminalreporter.write_line(f"{reason}: {number} tests skipped")
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A versitygw of its own, over a temporary folder."""
+
+    endpoint: str
+    bucket: str
+    root: Path
+    """Objects lie below root/bucket as plain files, so that a test can damage them behind the server's back."""
+    env: Mapping[str, str]
+    """What a process needs to reach it."""
+    stranger: Mapping[str, str]
+    """The same with the credentials of a user who may do nothing."""
+
+    def url(self, prefix: str) -> str:
+        return f"s3://{self.bucket}/{prefix}"
+
+
+@pytest.fixture(scope="session")
+def versitygw() -> Path:
+    """Path of the server's binary; built on first use."""
+    try:
+        build = subprocess.run([REPOSITORY / "scripts/build-versitygw"], capture_output=True, text=True, timeout=280)
+    except subprocess.TimeoutExpired:
+        _require("s3", "building versitygw takes longer than 280 s; run scripts/build-versitygw once by itself")
+    if build.returncode:
+        _require("s3", (build.stderr.strip().splitlines() or ["scripts/build-versitygw failed"])[-1])
+    return Path(build.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def start_s3(versitygw: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., S3Server]]:
+    """Starts servers: `start_s3()`, or `start_s3(cert=..., key=...)` for one that speaks TLS."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(cert: Path | None = None, key: Path | None = None) -> S3Server:
+        folder = tmp_path_factory.mktemp("s3")
+        process, server = _start(versitygw, folder, ["--cert", str(cert), "--key", str(key)] if cert else [])
+        running.append(process)
+        return server
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.wait(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def s3(start_s3: Callable[..., S3Server]) -> S3Server:
+    """The S3 server of this test session. Take a prefix of your own: `s3.url("my-test")` with `s3.env` in the environment."""
+    return start_s3()
+
+
+def _start(binary: Path, folder: Path, options: list[str]) -> tuple[subprocess.Popen[bytes], S3Server]:
+    bucket = "osctl-test"
+    (folder / "data" / bucket).mkdir(parents=True)
+    (folder / "iam").mkdir()
+    access, secret = secrets.token_hex(8), secrets.token_hex(16)
+    env = {**os.environ, "ROOT_ACCESS_KEY": access, "ROOT_SECRET_KEY": secret}
+    for _ in range(5):  # another process may take the free port before the server does
+        port = _free_port()
+        arguments = ["--quiet", "--port", f"127.0.0.1:{port}", "--iam-dir", folder / "iam", *options, "posix", folder / "data"]
+        with (folder / "log").open("ab") as log:
+            process = subprocess.Popen([binary, *arguments], env=env, stdout=log, stderr=log, preexec_fn=_die_with_parent)
+        if _answers(process, port):
+            break
+    else:
+        raise RuntimeError(f"versitygw does not start: {(folder / 'log').read_text()[-2000:]}")
+    endpoint = f"{'https' if options else 'http'}://127.0.0.1:{port}"
+    stranger = (secrets.token_hex(8), secrets.token_hex(16))
+    admin = ["admin", "--access", access, "--secret", secret, "--endpoint-url", endpoint, "--allow-insecure", "create-user"]
+    subprocess.run([binary, *admin, "--access", stranger[0], "--secret", stranger[1], "--role", "user"], check=True, capture_output=True)
+    settings = {"OSCTL_S3_ENDPOINT": endpoint, "AWS_REGION": "us-east-1"}
+    return process, S3Server(
+        endpoint=endpoint,
+        bucket=bucket,
+        root=folder / "data",
+        env={**settings, "AWS_ACCESS_KEY_ID": access, "AWS_SECRET_ACCESS_KEY": secret},
+        stranger={**settings, "AWS_ACCESS_KEY_ID": stranger[0], "AWS_SECRET_ACCESS_KEY": stranger[1]},
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
+    deadline = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return True
+        except OSError:
+            time.sleep(0.02)
+    return False
+
+
+def _die_with_parent() -> None:
+    """A test run that is killed leaves no server behind (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
