@@ -31,7 +31,7 @@ RESULT_BYTES = 16_384
 SAID = ("config", "parent", "nan", "oom", "disk", "code")
 """Failures that result.json reports.
 
-The others: exit (silently), segv, kill, hang, half (killed in the middle of a checkpoint), drainless (ignores drain), odd (a loss of NaN)."""
+The others: exit (silently), segv, kill, hang, half (killed while it saves), drainless (ignores drain), odd (a loss of NaN)."""
 
 
 def options() -> argparse.Namespace:
@@ -55,7 +55,8 @@ class StandIn:
         self.steps, self.every = self.stage["steps"], self.stage["checkpoint"]["every_steps"]
         kind, _, step = options.fail.partition("@")
         armed = kind and rank == options.fail_rank and not (options.once and options.once.exists())
-        self.failure, self.fail_step = (kind, int(step or 1)) if armed else ("", -1)
+        self.failure: str = kind if armed else ""
+        self.fail_step = int(step or 1) if armed else -1
         self.step, self.state = self.start()
         self.booked = time.time()
 

@@ -59,7 +59,7 @@ class Attempt:
         self._timeline = Timeline(bound, node=NODE, devices=intent.devices_per_node, every_steps=intent.config.checkpoint.every_steps)
         self._small = Courier("journal", events.wake)
         self._large = Courier("checkpoints", events.wake)
-        self._next_flush = bound + intent.flush_s
+        self._next_flush = time.monotonic() + intent.flush_s
         self._phase: str | None = "preflight"
         """Category of whatever is not booked yet; none while the trainer's own words decide."""
         resumed = set() if intent.resume is None else {intent.resume.step}
@@ -68,11 +68,18 @@ class Attempt:
         self._step = intent.resume.step if intent.resume else None
         self._logged, self._log_pieces = 0, 0
         self._draining = False
+        self._beats: list[Heartbeat] = []
+        self._heard = time.monotonic()
+        """When a heartbeat was last seen to change. Not by the heartbeats' own clock, which may be set."""
         self._hurry: float | None = None
 
     def live(self) -> Ending:
         """The whole life. When it returns, everything is published or given up, and the process has only to leave."""
-        ending = self._stage_in() or self._train()
+        try:
+            ending = self._stage_in() or self._train()
+        except OSError as error:  # the run directory itself fails
+            self.trainer.kill(self._clock())
+            ending = Ending("disk" if is_disk_full(error) else "code", str(error), self._step)
         log.info("%s: %s at step %s%s", self.intent.run_key, ending.class_, ending.step, f": {ending.reason}" if ending.reason else "")
         ending = self._deliver(ending)
         self._report(ending)
@@ -83,18 +90,20 @@ class Attempt:
     def _stage_in(self) -> Ending | None:
         """Bring the checkpoints in, verified. None: the trainer may start."""
         self._book_phase("stage_in")
-        task = Task(self._fetch, self.events.wake, (Refused, NotFound, Unreachable, OSError))
+        task = Task(self._fetch, self.events.wake)
         while not task.done:
             self._wait()
             if self.events.launcher_died:
                 return Ending("lost", "the launcher died", self._step)
             if self.events.asked_to_leave:
                 return Ending("drained", "asked to leave before the trainer was started", self._step)
-        if task.error is None:
-            return None
-        if isinstance(task.error, Refused | NotFound):
-            return Ending("parent", str(task.error))
-        return Ending("disk" if is_disk_full(task.error) else "store", str(task.error))
+        try:
+            task.check()
+        except (Refused, NotFound) as error:
+            return Ending("parent", str(error))
+        except Unreachable as error:
+            return Ending("disk" if is_disk_full(error) else "store", str(error))
+        return None
 
     def _fetch(self) -> None:
         """Raises Refused, NotFound, Unreachable, OSError."""
@@ -126,7 +135,7 @@ class Attempt:
         variables = environment(self.intent, os.environ)
         self.trainer.start(command(self.intent, self.run.path), variables, log=self.run.log)
         self.events.listen_to(self.trainer)
-        born = self._clock()
+        self._heard = time.monotonic()
         cut: Ending | None = None
         while self.trainer.ended is None:
             ready = self._wait()
@@ -136,24 +145,26 @@ class Attempt:
             if self.events.asked_to_leave and not self._draining:
                 self._draining = True
                 self.run.ask_drain()
-            cut = self._cut(born)
+            cut = self._cut()
             if cut is not None:
                 self.trainer.kill(self._clock())
         self.events.forget(self.trainer)
         return self._ended(cut)
 
-    def _cut(self, born: float) -> Ending | None:
+    def _cut(self) -> Ending | None:
         """Why the trainer must be ended now, if it must."""
         if self.events.launcher_died:
             return Ending("lost", "the launcher died")
         if self.events.asked_to_leave > 1:
             return Ending("signal", "asked a second time to leave, before the trainer had saved")
-        return self._hung(born)
+        return self._hung()
 
-    def _hung(self, born: float) -> Ending | None:
+    def _hung(self) -> Ending | None:
         """No rank has shown life for too long. While one rank works alone, as at the end of a stage, the others may be silent."""
         beats = self.run.heartbeats()
-        silent_s = self._clock() - max([born, *(beat.time for beat in beats)])
+        if beats != self._beats:
+            self._beats, self._heard = beats, time.monotonic()
+        silent_s = time.monotonic() - self._heard
         if silent_s < self.intent.hang_timeout_s:
             return None
         ranks, where = _who_stands(beats, self.intent.devices_per_node)
@@ -167,7 +178,7 @@ class Attempt:
         assert ended is not None
         self._read_lines(ended.time)
         result = self.run.result()
-        said = ending_of(result, ended.status, self.run.output_tail(), self._step)
+        said = ending_of(result, ended.status, self.run.output_tail().decode(errors="replace"), self._step)
         ending = said if cut is None or said.saved else replace(cut, step=self._step)
         working = "step" if self._timeline.trained else "init"
         if ending.class_ == "completed":
@@ -246,15 +257,15 @@ class Attempt:
 
     def _wait(self) -> set[int]:
         """Wait for something to happen; flush when it is time."""
-        ready = self.events.wait(min(self._next_flush - self._clock(), LOOK_S, self.intent.hang_timeout_s / 4))
-        if self._clock() >= self._next_flush:
+        ready = self.events.wait(min(self._next_flush - time.monotonic(), LOOK_S, self.intent.hang_timeout_s / 4))
+        if time.monotonic() >= self._next_flush:
             self._flush()
         return ready
 
     def _flush(self, *, final: bool = False) -> None:
         """Book what is known up to now, and hand everything new to the couriers."""
         now = self._clock()
-        self._next_flush = now + self.intent.flush_s
+        self._next_flush = time.monotonic() + self.intent.flush_s
         if self._phase in ("init", None):
             beats = self.run.heartbeats()  # before the lines: a beat then never speaks of a time before an unread line
             self._read_lines(now)
@@ -289,10 +300,10 @@ class Attempt:
         while left > 0 and (data := self.run.new_output(min(LOG_PIECE_BYTES, left))):
             left -= len(data)
             self._ship(data)
-        if final and self.run.unread_output:
-            data = self.run.output_tail().encode()
-            self._ship(b"\n[%d bytes left out]\n" % max(0, self.run.unread_output - len(data)) + data)
-            self.run.new_output(-1)
+        if final:
+            unread, end = self.run.rest_of_output()
+            if unread:
+                self._ship(b"\n[%d bytes left out]\n" % (unread - len(end)) + end)
 
     def _ship(self, data: bytes) -> None:
         seq, self._log_pieces, self._logged = self._log_pieces, self._log_pieces + 1, self._logged + len(data)
@@ -308,12 +319,13 @@ class Attempt:
         for step in self.run.complete_checkpoints():
             if step not in self._offered:
                 self._offered.add(step)
-                if self.run.pin(step):
+                if self.run.pin(step) or self.run.checkpoint(step).is_dir():
                     parcel = Parcel(f"checkpoint of step {step}", partial(self._publish, step), partial(self.run.unpin, step))
                     self._large.put(parcel, keep=PENDING_CHECKPOINTS)
 
     def _publish(self, step: int) -> None:
-        self.ledger.publish(self.intent, self.run.pinned(step))
+        pinned = self.run.pinned(step)
+        self.ledger.publish(self.intent, pinned if pinned.is_dir() else self.run.checkpoint(step))
         self._published.add(step)
 
 

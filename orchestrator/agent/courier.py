@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator.errors import NotFound, Refused, StoreConflict, Unreachable
+from orchestrator.errors import NotFound, OsctlError, StoreConflict, Unreachable
 
 log = logging.getLogger(__name__)
 
@@ -99,12 +99,9 @@ class Courier(threading.Thread):
         while True:
             try:
                 parcel.send()
-            except (StoreConflict, Refused, NotFound) as error:
-                self._refuse(parcel, str(error), disk_full=False)
-                return
-            except (Unreachable, OSError) as error:
-                if is_disk_full(error):
-                    self._refuse(parcel, str(error), disk_full=True)
+            except Exception as error:  # noqa: BLE001 - one parcel's fault must neither hold up the others nor keep the agent from leaving
+                if is_disk_full(error) or not isinstance(error, Unreachable | OSError):
+                    self._refuse(parcel, error)
                     return
                 self.trouble = f"{parcel.name}: {error}"
                 log.warning("%s; again in %.1f s", self.trouble, pause)
@@ -115,6 +112,8 @@ class Courier(threading.Thread):
             self.failing_since, self.trouble = None, ""
             return
 
-    def _refuse(self, parcel: Parcel, reason: str, *, disk_full: bool) -> None:
-        log.error("%s: %s", parcel.name, reason)
-        self.refused = self.refused or Refusal(parcel.name, reason, disk_full)
+    def _refuse(self, parcel: Parcel, error: Exception) -> None:
+        expected = isinstance(error, StoreConflict | OsctlError | NotFound | OSError)
+        log.error("%s: %s", parcel.name, error, exc_info=not expected)
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        self.refused = self.refused or Refusal(parcel.name, reason, is_disk_full(error))

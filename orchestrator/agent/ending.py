@@ -6,6 +6,7 @@ never trusted: it is 1 for every failure (measured, torch 2.13), so a rank's own
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -75,8 +76,14 @@ def _as_said(result: Mapping[str, Any], step: int | None) -> Ending:
     reason = str(result.get("reason") or "")
     if class_ == "code" and not reason:
         reason = f"result.json says status {status}, class {said}, and no reason"
-    evaluation = {name: float(value) for name, value in (result.get("evaluation") or {}).items() if isinstance(value, int | float)}
+    evaluation = {
+        name: float(value) for name, value in _items(result.get("evaluation")) if isinstance(value, int | float) and math.isfinite(value)
+    }
     return Ending(class_, reason[:LONGEST_REASON], _count(result.get("step"), step), _count(result.get("rank"), None), evaluation)
+
+
+def _items(value: object) -> list[tuple[str, object]]:
+    return [(str(name), item) for name, item in value.items()] if isinstance(value, dict) else []
 
 
 def _count(value: object, otherwise: int | None) -> int | None:

@@ -5,6 +5,7 @@ Owns the process's signal handlers and the watch over the launcher. Refuses to a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -49,7 +50,8 @@ class Events:
 
     def wake(self) -> None:
         """End a wait, from any thread."""
-        os.write(self._waker, b"w")
+        with contextlib.suppress(BlockingIOError):  # full of earlier calls: it will wake
+            os.write(self._waker, b"w")
 
     def wait(self, timeout_s: float) -> set[int]:
         """Descriptors that have something to say; empty after `timeout_s`, a signal or a `wake`."""
@@ -82,19 +84,22 @@ def _watch(launcher_pid: int) -> int | None:
 class Task(threading.Thread):
     """Work beside the main loop that may fail. `wake` is called when it is done."""
 
-    def __init__(self, work: Callable[[], None], wake: Callable[[], None], expected: tuple[type[Exception], ...]) -> None:
+    def __init__(self, work: Callable[[], None], wake: Callable[[], None]) -> None:
         super().__init__(daemon=True)
-        self._work, self._wake, self._expected = work, wake, expected
+        self._work, self._wake = work, wake
+        self._error: Exception | None = None
         self.done = False
-        self.error: Exception | None = None
-        """One of the expected errors; others end the thread with a traceback and are raised to the main loop as they are."""
         self.start()
 
     def run(self) -> None:
         try:
             self._work()
-        except self._expected as error:
-            self.error = error
-        finally:
-            self.done = True
-            self._wake()
+        except Exception as error:  # noqa: BLE001 - raised by `check`, where somebody can judge it
+            self._error = error
+        self.done = True
+        self._wake()
+
+    def check(self) -> None:
+        """Raises what the work raised."""
+        if self._error is not None:
+            raise self._error

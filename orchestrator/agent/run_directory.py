@@ -8,6 +8,7 @@ a trainer may die in the middle of anything.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -101,7 +102,7 @@ class RunDirectory:
         """Copy a complete checkpoint by hard links, so that it stays whole when the trainer deletes it; False if it just did."""
         try:
             shutil.copytree(self.checkpoint(step), self.pinned(step), copy_function=_link)
-        except (FileNotFoundError, shutil.Error):
+        except OSError:  # shutil.Error is one
             self.unpin(step)
             return False
         return True
@@ -129,15 +130,16 @@ class RunDirectory:
         self._log_read += len(data)
         return data
 
-    @property
-    def unread_output(self) -> int:
-        """Bytes of the trainer's output not yet handed out by `new_output`."""
-        return max(0, (self.log.stat().st_size if self.log.exists() else 0) - self._log_read)
+    def rest_of_output(self) -> tuple[int, bytes]:
+        """How much output `new_output` has not handed out and will not any more, and the end of it."""
+        size = self.log.stat().st_size if self.log.exists() else 0
+        unread, self._log_read = size - self._log_read, size
+        return unread, self.output_tail()[-unread:] if unread else b""
 
-    def output_tail(self) -> str:
+    def output_tail(self) -> bytes:
         """The end of the trainer's output."""
         size = self.log.stat().st_size if self.log.exists() else 0
-        return _read_from(self.log, max(0, size - TAIL_BYTES)).decode(errors="replace")
+        return _read_from(self.log, max(0, size - TAIL_BYTES))
 
 
 def _link(source: str, target: str) -> None:
@@ -158,8 +160,16 @@ def _read_from(path: Path, offset: int, limit: int = -1) -> bytes:
 
 def _metrics_line(data: bytes) -> dict[str, Any] | None:
     try:
-        line = json.loads(data, parse_constant=lambda _: None)
-    except ValueError:
+        line = json.loads(data, parse_constant=lambda _: None, parse_float=_finite)
+    except (ValueError, RecursionError):
         return None
-    usable = isinstance(line, dict) and (isinstance(line.get("step"), int) or isinstance(line.get("phase"), str))
+    if not isinstance(line, dict):
+        return None
+    step = line.get("step")
+    usable = isinstance(line.get("phase"), str) or (isinstance(step, int) and not isinstance(step, bool) and step >= 0)
     return line if usable else None
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None

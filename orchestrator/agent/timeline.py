@@ -8,12 +8,15 @@ Everything is counted in whole microseconds, so that sums are exact; floats appe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.records import HELD, JournalPiece
 
 MICRO = 1_000_000
+TRAINER_PHASES = ("init", "checkpoint", "evaluate")
+"""What a trainer may book that is not a step."""
 
 
 class Timeline:
@@ -56,7 +59,7 @@ class Timeline:
         if "phase" in line:
             phase = line["phase"]
             self.book(between, min(_seconds(line, "start"), now))
-            self.book(phase if phase in HELD else between, min(_seconds(line, "end"), now))
+            self.book(phase if phase in TRAINER_PHASES else between, min(_seconds(line, "end"), now))
             return
         wait, compute, save = (_seconds(line, name) for name in ("data_wait_s", "step_s", "checkpoint_s"))
         end = min(_seconds(line, "time"), now)
@@ -99,4 +102,4 @@ class Timeline:
 def _seconds(line: Mapping[str, Any], name: str) -> float:
     """A number of a line; one that is missing or not a number is 0, since a trainer's slip must not end the bookkeeping."""
     value = line.get(name)
-    return max(0.0, value) if isinstance(value, int | float) else 0.0
+    return max(0.0, value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
