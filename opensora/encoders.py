@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -117,13 +117,13 @@ class PatchAutoencoder:
 
     def save(self, directory: Path) -> None:
         tensors = {"mean": self.mean, "components": self.components, "deviation": self.deviation}
-        save_file(tensors, directory / AUTOENCODER_FILE, {"kind": "patch", "factor": str(self.factor)})
+        save_file(tensors, directory / AUTOENCODER_FILE, about(kind="patch", factor=self.factor))
 
     @classmethod
     def load(cls, path: Path) -> PatchAutoencoder:
         """Raises ParentError, where the file is not a whole patch autoencoder."""
-        tensors, metadata = _read(path, "patch", ("mean", "components", "deviation"))
-        return cls(tensors["mean"], tensors["components"], tensors["deviation"], int(metadata["factor"]))
+        tensors, told = _read(path, "patch", ("mean", "components", "deviation"))
+        return cls(tensors["mean"], tensors["components"], tensors["deviation"], told["factor"])
 
 
 class WordEncoder:
@@ -157,14 +157,14 @@ class WordEncoder:
 
     def save(self, directory: Path) -> None:
         tensors = {"vectors": torch.stack([self._vectors[word] for word in self.vocabulary])}
-        save_file(tensors, directory / TEXT_FILE, {"kind": "words", "vocabulary": json.dumps(self.vocabulary)})
+        save_file(tensors, directory / TEXT_FILE, about(kind="words", vocabulary=self.vocabulary))
 
     @classmethod
     def load(cls, path: Path) -> WordEncoder:
         """Raises ParentError, where the file is not a whole word encoder."""
-        tensors, metadata = _read(path, "words", ("vectors",))
+        tensors, told = _read(path, "words", ("vectors",))
         encoder = cls((), tensors["vectors"].shape[1])
-        encoder.vocabulary = tuple(json.loads(metadata["vocabulary"]))
+        encoder.vocabulary = tuple(told["vocabulary"])
         encoder._vectors = dict(zip(encoder.vocabulary, tensors["vectors"], strict=True))  # as saved, whatever made them
         return encoder
 
@@ -265,13 +265,18 @@ def _some_frames(clips: Clips) -> Iterator[torch.Tensor]:
         raise none_usable(clips)
 
 
-def _read(path: Path, kind: str, names: Sequence[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def about(**facts: Any) -> dict[str, str]:
+    """Facts as a safetensors file's metadata, under one key: several are written in an order that changes from run to run."""
+    return {"about": json.dumps(facts, sort_keys=True)}
+
+
+def _read(path: Path, kind: str, names: Sequence[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            told = json.loads((file.metadata() or {}).get("about", "{}"))
             tensors = {name: file.get_tensor(name).clone() for name in names}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:  # ValueError: metadata that is no JSON
         raise ParentError(f"{path}: cannot be read ({error}). Take the checkpoint from the store again") from error
-    if metadata.get("kind") != kind:
-        raise ParentError(f"{path}: kind is {metadata.get('kind')}, the stage wants {kind}. Take the right checkpoint")
-    return tensors, metadata
+    if told.get("kind") != kind:
+        raise ParentError(f"{path}: kind is {told.get('kind')}, the stage wants {kind}. Take the right checkpoint")
+    return tensors, told

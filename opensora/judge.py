@@ -115,4 +115,4 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     share, spread = right / count, z * z / count
     centre = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (0.0 if right == 0 else centre - half), (1.0 if right == count else centre + half)  # exact where rounding would miss an end

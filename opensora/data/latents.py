@@ -62,13 +62,13 @@ class Prepared:
         """
         try:
             with safe_open(directory / FILE, framework="pt") as file:  # refuses a file shorter than its header says
-                metadata = file.metadata()
+                told = json.loads((file.metadata() or {})["about"])
                 latents, caption_of, vectors, mask = (file.get_tensor(name) for name in TENSORS)
             autoencoder, text = encoders.read(directory)
-        except (OSError, SafetensorError, TrainerError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TrainerError) as error:
             raise DiskFull(f"{directory}: the latent cache is not whole ({error}). Delete this directory and start again") from error
-        captions, skipped = tuple(json.loads(metadata["captions"])), json.loads(metadata["skipped"])
-        return cls(directory, metadata["digest"], autoencoder, text, latents, captions, caption_of, vectors, mask, skipped)
+        captions = tuple(told["captions"])
+        return cls(directory, told["digest"], autoencoder, text, latents, captions, caption_of, vectors, mask, told["skipped"])
 
 
 def prepare(stage: StageConfig, cache: Path, carried: Path | None = None) -> Path:
@@ -82,6 +82,10 @@ def prepare(stage: StageConfig, cache: Path, carried: Path | None = None) -> Pat
         ParentError: for a carried checkpoint that is not whole.
         DiskFull: where the cache cannot be written.
     """
+    if stage.evaluate is not None:
+        from opensora.data.digits import canvas  # scikit-learn, which clips of a folder do not need
+
+        canvas(stage.data, stage.evaluate.frames)  # what cannot be judged is said now, not after the training
     clips = open_clips(stage.data, stage.seed)
     digest = _digest(stage, clips, carried)
     directory = cache / digest[:16]
@@ -147,8 +151,7 @@ def _build(stage: StageConfig, clips: Clips, carried: Path | None, directory: Pa
         "vectors": vectors,
         "mask": mask,
     }
-    metadata = {"digest": digest, "captions": json.dumps(captions), "skipped": json.dumps(dict(clips.skipped))}
-    save_file(tensors, directory / FILE, metadata)
+    save_file(tensors, directory / FILE, encoders.about(digest=digest, captions=captions, skipped=dict(clips.skipped)))
     autoencoder.save(directory)
     text.save(directory)
 

