@@ -327,6 +327,7 @@ _EXPECTED = {
     "model_type": "keys and values",
     "model_attributes_type": "keys and values",
     "date_type": "a date, YYYY-MM-DD",
+    "date_parsing": "a date, YYYY-MM-DD",
     "date_from_datetime_parsing": "a date, YYYY-MM-DD",
 }
 

@@ -182,7 +182,8 @@ def _step(schema: Mapping[str, Any], node: Mapping[str, Any], part: str, where: 
             return model, {}
     if isinstance(node.get("additionalProperties"), dict):
         return node["additionalProperties"], {}
-    known = sorted({name for model in models for name in model["properties"]})
+    kinds = [model["properties"]["kind"]["const"] for model in models] if len(models) > 1 else []
+    known = sorted({name for model in models for name in model["properties"]} | set(kinds))
     raise UsageError(f"{where}.{part}: no such field. {closest(part, known)}")
 
 
