@@ -7,13 +7,17 @@ from dataclasses import replace
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.cost import AttemptTime, Bill, Unbalanced, account, load_prices, merge
 from orchestrator.errors import UsageError
 from orchestrator.prices import Prices
 from orchestrator.records import HELD, WAITING, JournalPiece
+
+LAW = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+"""Deterministic, and indifferent to a busy machine."""
+
 
 PRICES = load_prices()
 
@@ -83,6 +87,7 @@ def stages(draw: st.DrawFn) -> list[AttemptTime]:
     return attempts
 
 
+@LAW
 @given(stages())
 def test_every_device_second_is_in_exactly_one_category(attempts: list[AttemptTime]) -> None:
     bill = account(attempts, PRICES)
@@ -94,6 +99,7 @@ def test_every_device_second_is_in_exactly_one_category(attempts: list[AttemptTi
             assert each.held_s == pytest.approx(time.devices * (time.ended - time.bound))
 
 
+@LAW
 @given(stages())
 def test_what_is_lost_is_taken_from_steps_and_from_nothing_else(attempts: list[AttemptTime]) -> None:
     together = account(attempts, PRICES)
@@ -107,6 +113,7 @@ def test_what_is_lost_is_taken_from_steps_and_from_nothing_else(attempts: list[A
     assert together.attempts[-1].seconds["lost"] == 0, "nobody went on from before the last attempt"
 
 
+@LAW
 @given(stages(), stages())
 def test_totals_are_the_sums_of_their_parts(first: list[AttemptTime], second: list[AttemptTime]) -> None:
     one, two = account(first, PRICES), account(second, PRICES)
@@ -117,6 +124,7 @@ def test_totals_are_the_sums_of_their_parts(first: list[AttemptTime], second: li
     assert sum(both.seconds.values()) == pytest.approx(sum(one.seconds.values()) + sum(two.seconds.values()))
 
 
+@LAW
 @given(stages(), st.integers(0, 1000))
 def test_the_price_is_linear(attempts: list[AttemptTime], factor: int) -> None:
     h800 = PRICES.device("h800")
@@ -125,6 +133,7 @@ def test_the_price_is_linear(attempts: list[AttemptTime], factor: int) -> None:
     assert account(attempts, dearer).usd == pytest.approx(expected, rel=Decimal("1e-20"))
 
 
+@LAW
 @given(journals(), st.dictionaries(st.sampled_from(WAITING), st.floats(0, 1e5), min_size=1))
 def test_queueing_costs_nothing(time: AttemptTime, queued: dict[str, float]) -> None:
     assert time.bound is not None

@@ -6,11 +6,14 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.document import MAX_BYTES, parse, parse_value, read
 from orchestrator.errors import UsageError
+
+LAW = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+"""Deterministic, and indifferent to a busy machine."""
 
 
 @pytest.mark.parametrize(
@@ -53,11 +56,13 @@ def test_infinities_and_not_a_number_are_floats() -> None:
     assert math.isnan(parse_value(".nan", "x"))
 
 
+@LAW
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_float_as_python_writes_it_is_read_as_that_float(number: float) -> None:
     assert parse_value(repr(number), "x") == number
 
 
+@LAW
 @given(st.integers())
 def test_an_integer_as_python_writes_it_is_read_as_that_integer(number: int) -> None:
     assert parse_value(str(number), "x") == number

@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opensora.config import EvaluateConfig
@@ -14,6 +14,10 @@ from orchestrator.config import Pipeline, find, load
 from orchestrator.errors import Refused, UsageError
 from orchestrator.plan import NOTHING, check_budget, extra_flops, plan
 from orchestrator.prices import load_prices
+
+LAW = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+"""Deterministic, and indifferent to a busy machine."""
+
 
 OPEN_SORA = load(find("open-sora-1.0"))
 PRICES = load_prices()
@@ -89,6 +93,7 @@ def test_what_is_committed_costs_nothing_more() -> None:
     assert rest.ratio is None, "the rest of a run is not compared with the whole published run"
 
 
+@LAW
 @given(st.sets(st.sampled_from([stage.name for stage in OPEN_SORA.stages])), st.floats(0.01, 1))
 def test_totals_are_the_sums_of_the_rows(committed: set[str], mfu: float) -> None:
     result = plan(OPEN_SORA, PRICES, mfu=mfu, committed=committed)
@@ -97,6 +102,7 @@ def test_totals_are_the_sums_of_the_rows(committed: set[str], mfu: float) -> Non
     assert result.expected.gpu_hours == pytest.approx(sum(row.expected.gpu_hours for row in result.rows))
 
 
+@LAW
 @given(st.integers(1, 64))
 def test_more_devices_of_the_same_stage_do_more_work_in_the_same_time(nodes: int) -> None:
     """The batch is per device: twice the devices see twice the clips, at the same wall time and twice the price."""
