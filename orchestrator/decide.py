@@ -307,6 +307,8 @@ def _settle(view: StageView, observed: Observed) -> list[Action]:
         stray = attempt in view.strays
         if attempt.ended and attempt.report is None and observed.stop == "kill":
             actions.append(CloseAttempt(attempt, "lost", "ended at once, as asked"))
+        elif attempt.ended and attempt.report is None and attempt.draining and attempt.life.exit_code == EXIT_CODES["drained"]:
+            actions.append(CloseAttempt(attempt, "drained", "asked to leave before it had begun"))
         elif attempt.ended:
             actions.append(CloseAttempt(attempt, *classify(attempt.report, attempt.life.exit_code)))
         elif attempt.unborn and (stray or attempt.epoch < observed.epoch):
