@@ -221,8 +221,6 @@ class FolderStore:
     def _errors(self, action: str, key: str) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError as error:
-            raise NotFound(key) from error
         except (IsADirectoryError, NotADirectoryError) as error:
             if action == "read":
                 raise NotFound(key) from error
