@@ -121,6 +121,11 @@ class TrainerProcess:
             status = word["status"]
             self.ended = Ended(KILLED if status is None else status, word["ended"])
 
+    def close(self) -> None:
+        """Let the guard go, which ends whatever still runs. An agent need not: its death says the same."""
+        self._socket.close()
+        self._guard.wait()
+
     def _order(self, order: Mapping[str, object]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a dead guard is heard by `listen`
             self._socket.sendall(json.dumps(order).encode() + b"\n")

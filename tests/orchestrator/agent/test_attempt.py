@@ -1,0 +1,333 @@
+"""Laws of an attempt's life, on the real agent process with a stand-in trainer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from live_attempts import Attempts, Watcher, assert_books_balance, stage_config, until
+
+from orchestrator.adapters.folder import FolderStore
+from orchestrator.agent import guard
+from orchestrator.agent.attempt import Attempt
+from orchestrator.agent.ending import Ending
+from orchestrator.agent.events import Events
+from orchestrator.agent.run_directory import RunDirectory
+from orchestrator.agent.trainer_process import TrainerProcess, command, environment
+from orchestrator.claim import Claim, take_lock
+from orchestrator.errors import Unreachable
+from orchestrator.ledger import Ledger
+from orchestrator.records import ExitClass, Intent
+
+
+@pytest.fixture
+def attempts(tmp_path: Path) -> Attempts:
+    return Attempts(tmp_path)
+
+
+def agent_argv(attempts: Attempts, intent: Intent, *more: str) -> list[str]:
+    run_dir = str(attempts.run_dir(intent))
+    return [
+        sys.executable,
+        "-m",
+        "orchestrator.agent",
+        "--store",
+        attempts.store.url,
+        "--intent",
+        attempts.key(intent),
+        "--run-dir",
+        run_dir,
+        *more,
+    ]
+
+
+# --- Ends ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_completed_attempt_is_published_reported_and_accounted_for(attempts: Attempts) -> None:
+    intent = attempts.intend("--step-ms", "10", "--init-ms", "300", "--evaluate-ms", "300", config=stage_config(evaluate=True), devices=2)
+    attempts.submit(intent)
+    watcher = Watcher(attempts.agent(intent))
+    life, report = attempts.end(intent), attempts.report(intent)
+    assert report is not None
+    assert (life.exit_code, report.class_, report.step) == (0, "completed", 20)
+    assert set(report.evaluation) == {"digit_accuracy", "direction_accuracy"}
+    assert attempts.published(intent)[-1] == 20
+    assert attempts.ledger.checkpoints("stage1", intent.inputs)[-1][1].complete
+    assert [key.rpartition("/")[2] for key in attempts.ledger.samples("stage1", intent.inputs, 1)] == ["samples.json"]
+
+    pieces = attempts.journal(intent)
+    assert_books_balance(pieces, life, watcher, devices=2)
+    assert [line["step"] for piece in pieces for line in piece.metrics] == list(range(1, 21))
+    assert {5, 10, 15, 20} <= {piece.last_step for piece in pieces}
+    spent = {category: sum(piece.spent.get(category, 0) for piece in pieces) for category in ("init", "step", "evaluate")}
+    assert spent["init"] > 0.3 and spent["step"] > 0.2 and spent["evaluate"] > 0.3
+    assert not attempts.left_behind(intent)
+
+
+def test_a_drained_attempt_leaves_with_143_and_its_successor_ends_with_the_same_weights(attempts: Attempts) -> None:
+    unbroken = attempts.intend(stage="unbroken")
+    attempts.live(unbroken)
+
+    first = attempts.intend("--step-ms", "100")
+    attempts.submit(first)
+    attempts.reaches(first, 5)
+    attempts.backend.drain(first.run_key)
+    life, report = attempts.end(first), attempts.report(first)
+    assert report is not None
+    assert (life.exit_code, report.class_) == (143, "drained")
+    assert report.step is not None and 5 < report.step < 20
+    assert attempts.published(first)[-1] == report.step
+
+    second = attempts.intend(attempt=2, resume=attempts.newest(first))
+    _, report = attempts.live(second)
+    assert report.class_ == "completed"
+    steps = [line["step"] for piece in attempts.journal(second) for line in piece.metrics]
+    assert steps == list(range(attempts.published(first)[-1] + 1, 21))
+    assert attempts.published(second)[0] == steps[0] // 5 * 5 + 5
+    assert attempts.weights(second) == attempts.weights(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("failure", "class_", "code", "reason"),
+    [
+        ("nan@7", "nan", 66, "nan as asked, before step 7"),
+        ("oom@7", "oom", 67, "oom as asked, before step 7"),
+        ("disk@7", "disk", 70, "disk as asked, before step 7"),
+        ("config@1", "config", 64, "config as asked, before step 1"),
+        ("exit@7", "code", 1, "rank 1 ended with exit code 3 after step"),
+        ("segv@7", "signal", 139, "rank 1 was ended by SIGSEGV after step"),
+        ("kill@7", "signal", 137, "rank 1 was ended by SIGKILL after step"),
+        ("hang@7", "hang", 68, "rank 0 stands at step 6 in phase train"),
+    ],
+)
+def test_each_failure_has_its_class_its_code_and_a_reason(
+    attempts: Attempts, failure: str, class_: ExitClass, code: int, reason: str
+) -> None:
+    rank = 0 if class_ == "hang" else 1  # the stand-in's ranks do not wait for each other: another rank's hang would not hold up rank 0
+    intent = attempts.intend("--fail", failure, "--fail-rank", str(rank), config=stage_config(steps=8), devices=2, hang_timeout_s=1.0)
+    life, report = attempts.live(intent)
+    assert (report.class_, life.exit_code, report.rank) == (class_, code, rank)
+    assert reason in report.reason
+    assert not attempts.left_behind(intent)
+    if class_ == "hang":
+        assert sum(piece.spent.get("hang", 0) for piece in attempts.journal(intent)) >= 1.0
+    result = RunDirectory(attempts.run_dir(intent)).result()
+    assert result is not None and result["class"] == class_
+
+
+def test_a_trainer_that_cannot_be_started_is_named(attempts: Attempts) -> None:
+    life, report = attempts.live(attempts.intend(trainer=("/no/such/trainer",)))
+    assert (life.exit_code, report.class_) == (1, "code")
+    assert "/no/such/trainer: No such file or directory" in report.reason
+
+
+def test_a_rank_killed_while_it_saves_leaves_the_last_whole_checkpoint(attempts: Attempts) -> None:
+    intent = attempts.intend("--fail", "half@10")
+    _, report = attempts.live(intent)
+    assert report.class_ == "signal"
+    assert attempts.published(intent) == [5]
+
+
+def test_a_second_request_to_leave_ends_a_trainer_that_does_not_drain(attempts: Attempts) -> None:
+    intent = attempts.intend("--step-ms", "100", "--fail", "drainless@99")
+    attempts.submit(intent)
+    attempts.reaches(intent, 5)
+    attempts.backend.drain(intent.run_key)
+    until((attempts.run_dir(intent) / "drain").exists, "a drain flag")
+    attempts.backend.drain(intent.run_key)
+    life, report = attempts.end(intent), attempts.report(intent)
+    assert report is not None
+    assert (life.exit_code, report.class_) == (137, "signal")
+    assert not attempts.left_behind(intent)
+
+
+# --- What an attempt starts from -----------------------------------------------------------------------------------------
+
+
+def test_a_stage_starts_from_its_parents_weights(attempts: Attempts) -> None:
+    parents = [attempts.intend(stage=f"parent{seed}", config=stage_config(steps=5, seed=seed)) for seed in (1, 2)]
+    ends = set()
+    for number, parent in enumerate(parents):
+        attempts.live(parent)
+        child = attempts.intend(stage=f"child{number}", parent=attempts.commit(parent))
+        _, report = attempts.live(child)
+        assert report.class_ == "completed"
+        assert attempts.ledger.checkpoints(child.stage, child.inputs)[-1][1].parent_manifest is not None
+        ends.add(attempts.weights(child))
+    assert len(ends) == 2
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_a_damaged_parent_is_refused_and_the_file_named(attempts: Attempts, damage: str) -> None:
+    parent = attempts.intend(config=stage_config(steps=5))
+    attempts.live(parent)
+    reference = attempts.commit(parent)
+    file = attempts.root / "store" / reference.key.replace("MANIFEST.json", "ema.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(data if damage == "flipped" else data[:-1])
+    child = attempts.intend(stage="stage2", parent=reference)
+    life, report = attempts.live(child)
+    assert (life.exit_code, report.class_) == (65, "parent")
+    assert "ema.safetensors" in report.reason
+    assert attempts.published(child) == []
+    assert not (attempts.run_dir(child) / "trainer.log").exists()
+
+
+# --- The right to start --------------------------------------------------------------------------------------------------
+
+
+def test_a_second_agent_of_the_same_attempt_touches_nothing_and_leaves(attempts: Attempts) -> None:
+    intent = attempts.intend("--step-ms", "20")
+    attempts.submit(intent)
+    attempts.agent(intent)
+    second = subprocess.run(agent_argv(attempts, intent), capture_output=True, text=True, timeout=60)
+    assert second.returncode == 69 and "another agent lives this attempt" in second.stderr
+    attempts.end(intent)
+    before = attempts.journal(intent)
+    third = subprocess.run(agent_argv(attempts, intent), capture_output=True, text=True, timeout=60)
+    assert third.returncode == 69 and "has been lived before" in third.stderr
+    report = attempts.report(intent)
+    assert attempts.journal(intent) == before and report is not None and report.class_ == "completed"
+
+
+def test_an_intent_older_than_the_lease_is_not_lived(attempts: Attempts) -> None:
+    intent = attempts.intend(epoch=1)
+    for _ in range(2):
+        handle = attempts.ledger.acquire(time.time())
+        handle.release()
+    assert handle.epoch > intent.epoch
+    attempts.submit(intent)
+    life = attempts.end(intent)
+    assert life.exit_code == 69
+    assert attempts.journal(intent) == [] and attempts.report(intent) is None and Claim.read(attempts.run_dir(intent)) is None
+    assert "the newer driver decides" in (attempts.run_dir(intent) / "agent.log").read_text()
+
+
+def test_an_agent_whose_launcher_is_dead_touches_nothing(attempts: Attempts) -> None:
+    intent = attempts.intend()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for launcher in (dead.pid, 1):
+        late = subprocess.run(agent_argv(attempts, intent, "--launcher-pid", str(launcher)), capture_output=True, text=True, timeout=60)
+        assert late.returncode == 69 and "the launcher died" in late.stderr
+    assert Claim.read(attempts.run_dir(intent)) is None and attempts.journal(intent) == []
+
+
+# --- A store that is away ------------------------------------------------------------------------------------------------
+
+
+class AwayStore(FolderStore):
+    away = False
+
+    def create(self, key: str, data: bytes) -> str:
+        if self.away:
+            raise Unreachable("store: connection refused")
+        return super().create(key, data)
+
+    def upload(self, key: str, path: Path) -> None:
+        if self.away:
+            raise Unreachable("store: connection refused")
+        super().upload(key, path)
+
+
+@pytest.fixture
+def undisturbed() -> Iterator[None]:
+    """An attempt lived in this very process changes what belongs to the process; put it back."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
+    guard.prctl(guard.PR_SET_CHILD_SUBREAPER, 0)
+
+
+def live_here(attempts: Attempts, intent: Intent, store: AwayStore, patience_s: float) -> Ending:
+    run_dir = attempts.run_dir(intent)
+    run_dir.mkdir(parents=True)
+    lock = take_lock(run_dir)
+    assert lock is not None
+    events, trainer = Events(None), TrainerProcess(run_dir, lock)
+    attempt = Attempt(Ledger(store, "demo"), intent, RunDirectory(run_dir), trainer, events, bound=time.time(), store_patience_s=patience_s)
+    try:
+        return attempt.live()
+    finally:
+        trainer.close()
+        os.close(lock)
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_training_goes_on_while_the_store_is_away_and_nothing_is_missing_when_it_is_back(attempts: Attempts) -> None:
+    intent, store = attempts.intend(flush_s=0.05), AwayStore(attempts.root / "store")
+    store.away = True
+
+    def come_back() -> None:
+        until(lambda: RunDirectory(attempts.run_dir(intent)).result(), "the end of the training")
+        store.away = False
+
+    helper = threading.Thread(target=come_back)
+    helper.start()
+    ending = live_here(attempts, intent, store, patience_s=60)
+    helper.join()
+    assert (ending.class_, ending.exit_code) == ("completed", 0)
+    assert attempts.published(intent)[-1] == 20
+    pieces = attempts.journal(intent)
+    assert [line["step"] for piece in pieces for line in piece.metrics] == list(range(1, 21))
+    assert all(left.end == right.start for left, right in pairwise(pieces))
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_what_could_not_be_published_is_not_called_completed(attempts: Attempts) -> None:
+    intent, store = attempts.intend(), AwayStore(attempts.root / "store")
+    store.away = True
+    ending = live_here(attempts, intent, store, patience_s=0.5)
+    assert (ending.class_, ending.exit_code) == ("store", 69)
+    assert "step 20" in ending.reason and "connection refused" in ending.reason
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_a_checkpoint_that_the_store_refuses_is_not_called_completed(attempts: Attempts) -> None:
+    intent = attempts.intend(config=stage_config(steps=5))
+    key = f"{attempts.ledger.keys.checkpoint('stage1', intent.inputs, 5, 1)}/model.safetensors"
+    attempts.store.create(key, b"another writer's")
+    ending = live_here(attempts, intent, AwayStore(attempts.root / "store"), patience_s=60)
+    assert (ending.class_, ending.exit_code) == ("store", 69)
+    assert "model.safetensors" in ending.reason
+
+
+# --- The trainer's command and environment -------------------------------------------------------------------------------
+
+
+def test_the_command_is_torchrun_on_a_free_port_unless_another_trainer_is_named(attempts: Attempts) -> None:
+    named = attempts.intend(trainer=("train", "--dir={run_dir}", "-n", "{devices}"), devices=3, stage="named")
+    assert command(named, Path("/run/it")) == ["train", "--dir=/run/it", "-n", "3"]
+    default = command(attempts.intend(trainer=(), devices=2, stage="default"), Path("/run/it"))
+    assert default[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert default[-3:] == ["-m", "opensora.train", "/run/it"]
+    assert default[default.index("--nproc-per-node") + 1] == "2" and "--standalone" in default
+
+
+def test_cpu_devices_see_no_cuda_and_have_one_thread_each(attempts: Attempts) -> None:
+    intent = attempts.intend()
+    cpu = environment(intent, {"PATH": "/bin"})
+    assert cpu == {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    assert environment(intent.model_copy(update={"device": "h100"}), {}) == {"PYTHONUNBUFFERED": "1"}
+
+
+def test_an_agent_needs_no_torch_and_no_sdk() -> None:
+    code = "import sys, orchestrator.agent.__main__; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "orchestrator.agent.attempt" in loaded
+    assert not {"torch", "numpy", "mlflow", "boto3", "botocore", "typer", "fsspec"} & set(loaded)

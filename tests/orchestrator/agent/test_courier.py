@@ -1,0 +1,79 @@
+"""Parcels arrive in order, however often the store is away, and none holds up the others for ever."""
+
+from __future__ import annotations
+
+import errno
+import threading
+
+import pytest
+
+from orchestrator.agent import courier
+from orchestrator.agent.courier import Courier, Parcel
+from orchestrator.errors import StoreConflict, Unreachable
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(courier, "FIRST_PAUSE_S", 0.001)
+
+
+class Store:
+    """Answers with the errors it is given, then takes what comes."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors, self.taken = list(errors), list[str]()
+
+    def take(self, name: str) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+        self.taken.append(name)
+
+
+def deliver(parcels: list[Parcel]) -> Courier:
+    done = threading.Semaphore(0)
+    one = Courier("test", done.release)
+    for parcel in parcels:
+        one.put(parcel)
+    for _ in parcels:
+        assert done.acquire(timeout=10)
+    assert one.idle
+    return one
+
+
+def test_a_store_that_is_away_is_asked_again_and_the_order_stays() -> None:
+    store = Store(Unreachable("away"), OSError(errno.EIO, "broken"), Unreachable("away"))
+    one = deliver([Parcel(name, lambda name=name: store.take(name)) for name in ("a", "b", "c")])
+    assert store.taken == ["a", "b", "c"]
+    assert one.refused is None and one.failing_since is None and one.trouble == ""
+
+
+@pytest.mark.parametrize("error", [StoreConflict("other content"), ValueError("a slip")])
+def test_a_parcel_that_cannot_succeed_is_refused_and_the_next_ones_go(error: Exception) -> None:
+    store = Store(error)
+    one = deliver([Parcel(name, lambda name=name: store.take(name)) for name in ("a", "b")])
+    assert store.taken == ["b"]
+    assert one.refused is not None and one.refused.name == "a" and str(error) in one.refused.reason and not one.refused.disk_full
+
+
+def test_a_full_disk_is_told_from_an_absent_store() -> None:
+    unreachable = Unreachable("cannot write")
+    unreachable.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    store = Store(unreachable)
+    one = deliver([Parcel("a", lambda: store.take("a"))])
+    assert one.refused is not None and one.refused.disk_full
+
+
+def test_only_the_newest_wait_for_a_slow_store() -> None:
+    store, gate, done = Store(), threading.Event(), threading.Semaphore(0)
+    dropped: list[str] = []
+    one = Courier("test", done.release)
+    one.put(Parcel("first", gate.wait))
+    while one._queue:
+        pass  # until it is under way
+    for name in ("a", "b", "c", "d"):
+        one.put(Parcel(name, lambda name=name: store.take(name), lambda name=name: dropped.append(name)), keep=2)
+    assert dropped == ["a", "b"]
+    gate.set()
+    for _ in range(3):
+        assert done.acquire(timeout=10)
+    assert store.taken == ["c", "d"]

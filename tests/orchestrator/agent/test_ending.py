@@ -1,0 +1,113 @@
+"""The table of docs/contracts.md, "How an attempt ends", as far as an agent can see it."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+
+from orchestrator.agent.ending import Ending, ending_of
+from orchestrator.records import EXIT_CODES, ExitClass
+
+TORCHRUN_KILLED = """
+E1123 07:21:27 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9) local_rank: 1 (pid: 16368) of binary: python
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+opensora.train FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-11-23_07:21:27
+  host      : localhost
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 16367)  (SIGTERM)
+  error_file: <N/A>
+  traceback : Signal 15 (SIGTERM) received by PID 16367
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-23_07:21:26
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 16368)  (SIGKILL)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 16368
+============================================================
+"""
+"""As torchrun 2.13 prints it (its head shortened)."""
+TORCHRUN_FAILED = """
+Traceback (most recent call last):
+  File "x.py", line 2, in <module>
+RuntimeError: boom
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+Root Cause (first observed failure):
+[0]:
+  rank      : 3 (local_rank: 3)
+  exitcode  : 1 (pid: 16837)
+"""
+EXITED_1 = 1 << 8
+
+
+def result(status: str, **more: Any) -> dict[str, Any]:
+    return {"schema": 1, "status": status, "step": 7, "reason": "because", "class": None, "rank": None, "evaluation": {}} | more
+
+
+@pytest.mark.parametrize(
+    ("said", "class_", "code"),
+    [
+        (result("completed"), "completed", 0),
+        (result("drained"), "drained", 143),
+        (result("failed", **{"class": "config"}), "config", 64),
+        (result("failed", **{"class": "parent"}), "parent", 65),
+        (result("failed", **{"class": "nan"}), "nan", 66),
+        (result("failed", **{"class": "oom"}), "oom", 67),
+        (result("failed", **{"class": "disk"}), "disk", 70),
+        (result("failed", **{"class": "code"}), "code", 1),
+        (result("failed"), "code", 1),
+        (result("failed", **{"class": "unheard of"}), "code", 1),
+        (result("dancing"), "code", 1),
+        ({}, "code", 1),
+    ],
+)
+def test_what_the_trainer_said_counts_and_not_its_exit_code(said: dict[str, Any], class_: ExitClass, code: int) -> None:
+    for status in (0, EXITED_1, int(signal.SIGKILL)):
+        ending = ending_of(said, status, TORCHRUN_KILLED, 6)
+        assert (ending.class_, ending.exit_code) == (class_, code)
+        assert ending.step == said.get("step", 6)
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "class_", "code", "rank", "reason"),
+    [
+        (EXITED_1, TORCHRUN_KILLED, "signal", 137, 1, "rank 1 was ended by SIGKILL after step 6"),
+        (
+            EXITED_1,
+            TORCHRUN_FAILED,
+            "code",
+            1,
+            3,
+            "rank 3 ended with exit code 1 after step 6 and wrote no result.json: RuntimeError: boom",
+        ),
+        (int(signal.SIGSEGV), "", "signal", 139, None, "the trainer was ended by SIGSEGV after step 6"),
+        (0, "", "code", 1, None, "the trainer ended with exit code 0 after step 6 and wrote no result.json"),
+        (3 << 8, "all is well: so far", "code", 1, None, "the trainer ended with exit code 3 after step 6 and wrote no result.json"),
+    ],
+)
+def test_a_trainer_that_said_nothing_is_judged_by_its_first_failing_rank(
+    status: int, output: str, class_: ExitClass, code: int, rank: int | None, reason: str
+) -> None:
+    ending = ending_of(None, status, output, 6)
+    assert (ending.class_, ending.exit_code, ending.rank, ending.reason) == (class_, code, rank, reason)
+
+
+def test_every_class_has_its_own_exit_code_and_only_drained_has_143() -> None:
+    codes = [Ending(class_, "").exit_code for class_ in EXIT_CODES]
+    assert len(set(codes)) == len(codes)
+    assert [class_ for class_ in EXIT_CODES if Ending(class_, "").exit_code == 143] == ["drained"]
+    assert Ending("lost", "").exit_code == Ending("signal", "").exit_code == 137
+
+
+def test_readings_that_are_no_numbers_are_left_out() -> None:
+    ending = ending_of(result("completed", evaluation={"a": 0.5, "b": float("nan"), "c": "x", "d": None}), 0, "", 6)
+    assert ending.evaluation == {"a": 0.5}
