@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -229,17 +228,3 @@ def compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], subject
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An optimizer's state by `<state>/<parameter name>`, for example `exp_avg/final.bias`; no positions that a new layer would shift."""
-    return {f"{key}/{name}": value for name, weight in names.items() for key, value in optimizer.state.get(weight, {}).items()}
-
-
-@torch.no_grad()
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, onto the device of each parameter. What belongs to no parameter of `names` is left out."""
-    for key, value in tensors.items():
-        state, name = key.split("/", 1)
-        if name in names:
-            optimizer.state[names[name]][state] = value.to(names[name].device)

@@ -31,12 +31,13 @@ import torch
 from torch import Tensor, nn
 
 from opensora import checkpoint, evaluate, guidance, objective, parallel, weights
-from opensora.config import OptimizerConfig, StageConfig
+from opensora.config import StageConfig
 from opensora.data.latents import Prepared, prepare
 from opensora.data.loader import Loader
 from opensora.ema import EMA
 from opensora.errors import ConfigError, Kind, NotFinite, ParentError, TrainerError
 from opensora.model import STDiT
+from opensora.optimizer import AdamW, learning_rate
 from opensora.parallel import PeerLost, Ranks
 from opensora.pictures import write_mp4, write_sheet
 from opensora.run_directory import Phase, RunDirectory
@@ -57,20 +58,6 @@ def generator_for(seed: int, purpose: str, rank: int, step: int, device: torch.d
     """The source of a rank's random numbers in one step. A hash, so that (seed 1, rank 0) and (seed 0, rank 1) do not meet."""
     digest = hashlib.sha256(f"{purpose}/{seed}/{rank}/{step}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Of step 0, 1, ...: up to `lr` over the warm-up, then level or down to 0 at the end of the stage."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    match config.decay:
-        case "constant":
-            return config.lr
-        case "linear":
-            return config.lr * (1 - progress)
-        case "cosine":
-            return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -196,15 +183,13 @@ class Trainer:
         self.objective = objective.build(stage.objective)
         self.model = _model(stage, ranks.device, start)
         self.names = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        trained = list(self.names.values())
-        config = stage.optimizer
-        self.optimizer = torch.optim.AdamW(trained, config.lr, config.betas, config.eps, config.weight_decay, fused=True)
-        self.exchange = Exchange(trained, ranks)
+        self.exchange = Exchange(list(self.names.values()), ranks)
+        self.optimizer = AdamW(self.names, stage.optimizer)
         self.ema = EMA(self.model, stage.ema_decay)
         if "ema" in start.tensors:
             self.ema.load(start.tensors["ema"])
         if "optimizer" in start.tensors:
-            checkpoint.restore_optimizer(self.optimizer, self.names, start.tensors["optimizer"])
+            self.optimizer.load(start.tensors["optimizer"])
         self.step, self.clips_seen, self.start = start.step, start.clips_seen, start
         self.autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda" and stage.dtype == "bf16")
         self.booked = self.began = time.time()  # end of the last interval that metrics.jsonl accounts for; start of the loop
@@ -255,9 +240,7 @@ class Trainer:
         lr = learning_rate(self.stage.optimizer, self.step, self.stage.steps)
         if self.stage.optimizer.grad_clip is not None:
             self.exchange.gradients *= min(1.0, self.stage.optimizer.grad_clip / (norm + 1e-6))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        self.optimizer.step(lr)
         self.ema.update(self.step)
 
         self.step += 1
@@ -283,16 +266,19 @@ class Trainer:
         )
 
     def save(self) -> float:
-        """Write a checkpoint of this step, on the first rank; seconds that it took."""
+        """Write a checkpoint of this step, on the first rank; seconds that it took.
+
+        Raises:
+            NotFinite: the weights are not: a gradient was finite and its update was not.
+        """
         if not self.ranks.is_first:
             return 0.0
         began = time.time()
+        for name, weight in self.names.items():
+            if not weight.isfinite().all():
+                raise NotFinite(f"step {self.step}: weight {name} is not finite; nothing was saved, lower optimizer.lr")
         self.run.heartbeat(self.step, "checkpoint")
-        tensors = {
-            "model": self.model.state_dict(),
-            "ema": self.averaged(),
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.names),
-        }
+        tensors = {"model": self.model.state_dict(), "ema": self.averaged(), "optimizer": self.optimizer.state()}
         checkpoint.save(
             self.run.checkpoints,
             self.stage,
@@ -502,25 +488,18 @@ def _born() -> float:
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - started)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """0 completed or drained · 1 failed; `result.json` says how."""
-    parallel.die_with_launcher()
-    parser = argparse.ArgumentParser(prog="torchrun -m opensora.train", description="Run one stage of training in a run directory.")
-    parser.add_argument("run_dir", type=Path, help="holds stage.yaml, and parent/ or checkpoints/ to start from")
-    path = parser.parse_args(argv).run_dir
-    notice = _notice_signals()
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
-    run = RunDirectory(path, int(os.environ.get("RANK", "0")))
+def run_reported(run: RunDirectory, notice: Notice) -> int:
+    """`run_stage`, with every end written to result.json. 0 completed or drained · 1 failed."""
     try:
         run.reserve_result()
     except OSError as error:
-        sys.stderr.write(f"error: run directory {path}: {error.strerror}; nothing was started\n")
+        log.info("error: run directory %s: %s; nothing was started", run.path, error.strerror)
         return 1
     try:
         with parallel.join() as ranks:
             run_stage(run, ranks, notice, _born())
     except PeerLost as error:
-        log.info("rank %d: another rank is gone (%s)", run.rank, str(error).splitlines()[0])
+        log.info("rank %d: another rank ended (%s)", run.rank, str(error).splitlines()[0])
         return 1
     except Exception as error:  # the boundary: whatever happened is reported, with its class
         kind = _classify(error)
@@ -528,6 +507,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.info("error: rank %d: %s", run.rank, error, exc_info=kind == "code")
         return 1
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """See `run_reported`. The exit code of a launcher around it says less than `result.json`."""
+    parallel.die_with_launcher()
+    parser = argparse.ArgumentParser(prog="torchrun -m opensora.train", description="Run one stage of training in a run directory.")
+    parser.add_argument("run_dir", type=Path, help="holds stage.yaml, and parent/ or checkpoints/ to start from")
+    path = parser.parse_args(argv).run_dir
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+    return run_reported(RunDirectory(path, int(os.environ.get("RANK", "0"))), _notice_signals())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from opensora.parallel import Ranks, join
+
+LAUNCHER = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+import time
+time.sleep(600)
+"""
+RANK = """
+import os, sys, time
+from opensora import parallel
+parallel.die_with_launcher()
+print(os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_rank_dies_with_its_launcher() -> None:
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK], stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        pid = int(launcher.stdout.readline())
+        assert alive(pid)
+        launcher.kill()
+        deadline = time.monotonic() + 10
+        while alive(pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        died = not alive(pid)
+        if not died:
+            os.kill(pid, signal.SIGKILL)
+    assert died
+
+
+def test_one_process_needs_no_group() -> None:
+    with join() as ranks:
+        assert (ranks.rank, ranks.world, ranks.is_first) == (0, 1, True)
+        assert ranks.sum_(torch.ones(2)).tolist() == [1, 1]
+        assert ranks.share("a path/ü") == "a path/ü"
+        assert not torch.distributed.is_initialized()
+
+
+def test_one_process_under_a_launcher_has_one() -> None:
+    code = "from opensora import parallel; import torch\n"
+    code += "with parallel.join() as ranks: print(ranks.world, torch.distributed.get_world_size(), ranks.share('x'))"
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | launched, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["1", "1", "x"], done.stderr
+
+
+def test_ranks_know_their_place() -> None:
+    assert not Ranks(1, 2, torch.device("cpu")).is_first
