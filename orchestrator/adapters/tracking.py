@@ -34,7 +34,6 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",  # else it reports each table it makes
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its default, 7 with backoff, notices a dead server after minutes
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
@@ -80,7 +79,8 @@ class MlflowTracker:
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
-        logging.getLogger("alembic").setLevel(logging.WARNING)
+        for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # else each table that is made and each retry is announced
         if self.url.startswith("sqlite:///"):
             Path(self.url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         return MlflowClient(tracking_uri=self.url, registry_uri=self.url)
@@ -223,10 +223,18 @@ class MlflowTracker:
         try:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            lines = str(error).strip().splitlines()
-            fact = lines[0][:300] if lines else type(error).__name__
+            fact = _first_line(error)
             raise Unreachable(f"MLflow {self.url}: {fact}. Training does not wait for it; `osctl sync` brings it up to date") from error
 
 
 def milliseconds(time_s: float) -> int:
     return round(time_s * 1000)
+
+
+def _first_line(error: BaseException) -> str:
+    """What happened: where the network is at fault its own word, not the four that MLflow, requests and urllib3 wrapped around it."""
+    root = error
+    while (inner := root.__cause__ or root.__context__) is not None:
+        root = inner
+    lines = str(root if isinstance(root, OSError) else error).strip().splitlines()
+    return lines[0][:300].rstrip(".") if lines else type(error).__name__
