@@ -113,11 +113,10 @@ def _stage(stage: Stage, ledger: Ledger, prices: Prices, results: dict[str, Comm
     pace = _median([line["step_s"] + line["data_wait_s"] + line["checkpoint_s"] for line in steps[-200:]])
     tail = [line["loss"] for line in steps[-max(1, len(steps) // 10) :]]
     last = attempts[-1] if attempts else None
-    state = "committed" if committed else "ready" if last is None else "running" if last.ended is None else "ended"
     return StageStatus(
         name=stage.name,
         parent=parent,
-        state=state if state != "ended" else "ready" if last is not None and last.state in ("drained", "lost") else "failed",
+        state="committed" if committed else _open_state(last),
         inputs=inputs,
         step=reached,
         steps=stage.config.steps,
@@ -132,6 +131,15 @@ def _stage(stage: Stage, ledger: Ledger, prices: Prices, results: dict[str, Comm
         committed=committed,
         published_gpu_hours=published,
     )
+
+
+def _open_state(last: AttemptStatus | None) -> str:
+    """Of a stage that is not committed, by its last attempt."""
+    if last is None:
+        return "ready"
+    if last.ended is None or last.state == "completed":  # completed: between the outcome and the commit
+        return "running"
+    return "ready" if last.state in ("drained", "lost", "signal") else "failed"
 
 
 def _attempts(

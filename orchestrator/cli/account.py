@@ -65,7 +65,7 @@ def cost(
     output.note(f"device-seconds by what they were spent on; total {output.dollars(current.usd)}")
     for name in sorted({stage.spec.resources.device for stage in workspace.pipeline.stages}):
         device = workspace.prices.device(name)
-        output.note(f"{name}: ${device.usd_per_hour} a device-hour ({device.basis}: {device.source}, {device.date})")
+        output.note(f"{name}: ${device.usd_per_hour} a device-hour ({device.source}, {device.date})")
 
 
 def _bill(bill: Bill | AttemptBill) -> dict[str, Any]:
@@ -125,7 +125,8 @@ def lineage(
             "step": link.committed.step if link.committed else None,
             "weights": link.committed.weights_digest[:12] if link.committed else None,
             "manifest": link.committed.manifest_digest[:12] if link.committed else None,
-            "verdict": "; ".join(fault.text for fault in link.faults) or ("verified" if verify else "present"),
+            "verdict": "; ".join(f"{fault.key.rsplit('/', 1)[-1]}: {fault.text}" for fault in link.faults)
+            or ("verified" if verify else "present"),
         }
         for link in links
     ]
@@ -145,7 +146,9 @@ def lineage(
     faults = [fault for link in links for fault in link.faults]
     if faults:
         count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
-        raise CorruptCheckpoint(f"lineage {last.name}: {count}, first: {faults[0].text}. Do not train on it; make the stage again")
+        raise CorruptCheckpoint(
+            f"lineage {last.name}: {count}, first: {faults[0].key}: {faults[0].text}. Do not train on it; make the stage again"
+        )
 
 
 def sync(file: options.File = None, store: options.Store = None, tracking: options.Tracking = None) -> None:
