@@ -95,7 +95,9 @@ class Ledger:
         return sorted((inputs for name, inputs in self.stages() if name == stage), key=created, reverse=True)
 
     def committed(self, stage: str, inputs: str) -> Committed | None:
-        return self._find(Committed, self.keys.committed(stage, inputs))
+        key = self.keys.committed(stage, inputs)
+        self._known.pop(key, None)  # what everything after it rests on is read anew each time
+        return self._find(Committed, key)
 
     def commit(self, committed: Committed) -> Committed:
         """Make an attempt's result the stage's. Returns the result that is there: of a repeated call, the first one.
@@ -346,7 +348,7 @@ class Ledger:
 
     def _find(self, kind: type[AnyRecord], key: str) -> AnyRecord | None:
         try:
-            return _decode(self.store, kind, key, self.store.read(key).data)
+            return self._read_all(kind, [key])[0]
         except NotFound:
             return None
 
