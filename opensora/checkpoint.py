@@ -21,6 +21,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from yaml import YAMLError
 
 from opensora.config import Autoencoder, DataConfig, Frozen, ModelConfig, Objective, StageConfig, TextEncoder, read_stage, write_stage
 from opensora.encoders import copy_encoders
@@ -173,7 +174,7 @@ def read(path: Path) -> tuple[Record, StageConfig]:
         stage = read_stage(path / "stage.yaml")
     except FileNotFoundError as error:
         raise _broken(path, f"{Path(error.filename).name} is missing") from error
-    except (ValidationError, ValueError) as error:
+    except (ValidationError, ValueError, YAMLError) as error:
         raise _broken(path, f"a record cannot be read: {str(error).splitlines()[0]}") from error
     for name, size in record.files.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None

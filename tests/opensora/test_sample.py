@@ -16,7 +16,7 @@ PROMPTS = ("a digit 3 moving left", "a digit 7 moving up", "a digit 0 moving dow
 
 @pytest.fixture
 def trained(tiny_stage: Callable[..., StageConfig], complete: Callable[..., Path]) -> Path:
-    return complete(tiny_stage(data={"frames": 4}, optimizer={"warmup_steps": 0}))
+    return complete(tiny_stage(data={"frames": 4}, optimizer={"warmup_steps": 0, "lr": 0.1}))
 
 
 @pytest.fixture
