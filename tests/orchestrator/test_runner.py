@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,6 +221,12 @@ class Rig:
         (inputs, *_) = self.ledger.inputs_of(stage)
         found = [self.ledger.outcome(stage, inputs, number) for number in self.ledger.attempts(stage, inputs)]
         return [outcome.class_ if outcome else "open" for outcome in found]
+
+
+@pytest.fixture(autouse=True)
+def _no_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drivers die here, machines do not: syncing every record to the disk would take most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

@@ -1,0 +1,357 @@
+"""kill -9 of launcher, agent or rank at any moment, then launch again: the same weights, nothing twice, every second in the books.
+
+Real processes: a launcher (tests/e2e/launch.py), its agents and guards, the stand-in trainer. Watched from outside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live_attempts import STAND_IN, Watcher, stage_config, until
+
+from orchestrator.adapters.folder import FolderStore
+from orchestrator.claim import is_locked
+from orchestrator.config import Pipeline, Resources, Stage, StageSpec
+from orchestrator.cost import TOLERANCE, TOLERANCE_S, account, load_prices
+from orchestrator.ledger import Ledger
+from orchestrator.processes import Process
+from orchestrator.snapshot import attempt_times
+
+LAUNCH = str(Path(__file__).parent / "launch.py")
+STAGES = ("stage1", "stage2", "stage3")
+SEED = 20261123
+
+
+def chain(*, step_ms: float = 8, steps: int = 20, devices: int = 2) -> Pipeline:
+    """Three stages of the stand-in trainer, a quarter of a second each."""
+    stages = tuple(
+        Stage(
+            spec=StageSpec(name=name, config="x.yaml", parent=parent, resources=Resources(devices_per_node=devices), hang_timeout_s=30),
+            config=stage_config(steps=steps, every_steps=5, seed=number, evaluate=parent == "stage2"),
+        )
+        for number, (name, parent) in enumerate(zip(STAGES, (None, *STAGES), strict=False))
+    )
+    return Pipeline(
+        name="demo", backend="local", store="store", tracking="none", experiment="demo", budget_usd=None, flush_s=0.2,
+        trainer=(sys.executable, STAND_IN, "{run_dir}", "{devices}", "--step-ms", str(step_ms)), stages=stages,
+    )  # fmt: skip
+
+
+class Site:
+    """One pipeline in one folder, and a watcher that sees every agent from the outside."""
+
+    def __init__(self, root: Path, pipeline: Pipeline | None = None):
+        root.mkdir(parents=True)
+        self.root, self.pipeline = root, pipeline or chain()
+        (root / "pipeline.json").write_text(self.pipeline.model_dump_json())
+        self.launchers: list[subprocess.Popen[str]] = []
+        self.agents: dict[str, Watcher] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        """Agents are named by their launcher as soon as they are started; their lives are read from the kernel."""
+        while not self._over.wait(0.005):
+            for line in self._named():
+                name, pid = line.rsplit(" ", 1)
+                if name not in self.agents:
+                    with suppress(ProcessLookupError):
+                        self.agents[name] = Watcher(Process.of(int(pid)))
+
+    def _named(self) -> list[str]:
+        with suppress(FileNotFoundError):
+            return (self.root / "agents.log").read_text().splitlines()
+        return []
+
+    def close(self) -> None:
+        for launcher in self.launchers:
+            launcher.kill()
+            launcher.communicate()
+        self._over.set()
+        self._thread.join()
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(FolderStore(self.root / "store"), "demo")
+
+    # launching
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        launcher = subprocess.Popen(
+            [sys.executable, LAUNCH, str(self.root), *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        self.launchers.append(launcher)
+        return launcher
+
+    def finish(self, launcher: subprocess.Popen[str]) -> dict[str, Any]:
+        output, errors = launcher.communicate(timeout=120)
+        assert launcher.returncode == 0, (launcher.returncode, output, errors)
+        result: dict[str, Any] = json.loads(output)
+        return result
+
+    def launch(self, *arguments: str) -> dict[str, Any]:
+        return self.finish(self.start(*arguments))
+
+    def processes(self, *, agents: bool = True, trainers: bool = True) -> list[int]:
+        """Pids of agents, and of trainers' parents and ranks, below this root. Guards are seen by their locks."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    words = (entry / "cmdline").read_text().split("\0")
+                    if any(word.startswith(f"{self.root}/runs") for word in words) and (
+                        agents if "orchestrator.agent" in words else trainers
+                    ):
+                        found.append(int(entry.name))
+        return found
+
+    def victim(self, kind: str, launcher: subprocess.Popen[str], choose: random.Random) -> int | None:
+        """Pid to kill after a random while; none where the launch was over before."""
+        if kind == "launcher":
+            time.sleep(choose.uniform(0.0, 2.5))
+            return launcher.pid if launcher.poll() is None else None
+        wanted = {"agents": kind == "agent", "trainers": kind == "rank"}
+        while launcher.poll() is None and not self.processes(**wanted):
+            time.sleep(0.01)
+        time.sleep(choose.uniform(0.0, 0.5))
+        found = self.processes(**wanted)
+        return choose.choice(found) if found else None
+
+    # what must hold in the end, seen from outside
+
+    def digests(self) -> dict[str, str]:
+        ledger = self.ledger
+        results = [ledger.committed(stage, inputs) for stage, inputs in ledger.stages()]
+        return {result.stage: result.weights_digest for result in results if result}
+
+    def check(self, digests: dict[str, str]) -> None:
+        ledger = self.ledger
+        assert self.digests() == digests
+        assert sorted(stage for stage, _ in ledger.stages()) == list(STAGES), "every stage has run with one set of inputs"
+        committed = [event.stage for event in ledger.events() if event.kind == "committed"]
+        assert sorted(filter(None, committed)) == list(STAGES), "committed once, and logged once"
+        (last,) = ledger.inputs_of("stage3")
+        assert all(link.ok for link in ledger.lineage("stage3", last, full=True))
+        assert self.processes() == [] and not any(is_locked(path.parent) for path in self.root.glob("runs/*/agent.json")), "left behind"
+        self.check_books(ledger)
+
+    def check_books(self, ledger: Ledger) -> None:
+        """Each device-second that the watcher saw is in exactly one category of exactly one attempt."""
+        prices = load_prices()
+        for stage in self.pipeline.stages:
+            (inputs,) = ledger.inputs_of(stage.name)
+            times = [time for time, *_ in attempt_times(stage, inputs, ledger)]
+            bill = account(times, prices)
+            bill.check()
+            done_again = [time.resumed_from for time in times[1:]]
+            assert done_again == sorted(done_again), "an attempt went on from behind an earlier one"
+            for time_, line in zip(times, bill.attempts, strict=True):
+                assert time_.ended is not None, f"{stage.name} a{time_.attempt} has no outcome"
+                watcher = self.agents.get(f"demo_{stage.name}@{inputs}_a{time_.attempt}")
+                if watcher is not None:
+                    wall = line.devices * (watcher.death - watcher.started)
+                    assert abs(line.held_s - wall) <= max(TOLERANCE * wall, TOLERANCE_S * line.devices), (
+                        stage.name,
+                        time_.attempt,
+                        line.held_s,
+                        wall,
+                    )
+                    assert all(seconds >= 0 for seconds in line.seconds.values())
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> Iterator[list[Site]]:
+    opened: list[Site] = []
+    yield opened
+    for site in opened:
+        site.close()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Weight digests of a run that nothing befell."""
+    site = Site(tmp_path_factory.mktemp("unbroken") / "site")
+    try:
+        result = site.launch()
+        assert result["status"] == "succeeded"
+        digests = site.digests()
+        assert sorted(digests) == list(STAGES)
+        site.check(digests)
+        assert set(site.agents) and len(site.agents) == 3
+        return digests
+    finally:
+        site.close()
+
+
+# --- Side effects ------------------------------------------------------------------------------------------------------------------
+
+KINDS = (
+    "lease", "revision", "event-launched", "intent", "event-attempt", "submit", "outcome", "event-outcome", "event-retry",
+    "committed", "event-committed", "event-ended", "release",
+)  # fmt: skip
+"""Every kind of effect that a launch without a stop has, in an order in which few launches reach each of them."""
+
+
+def test_killed_before_and_after_each_kind_of_side_effect(tmp_path: Path, unbroken: dict[str, str], sites: list[Site]) -> None:
+    """Launch after launch, each dying at its first effect of one kind, until none is left to die at; then one that lives."""
+    reached = []
+    for kind in KINDS:
+        for when in ("before", "after"):
+            if not sites or len(sites[-1].digests()) == len(STAGES):
+                sites.append(Site(tmp_path / f"{kind}-{when}"))
+            launcher = sites[-1].start("--die", f"{kind}:{when}")
+            if kind == "event-retry":
+                (agent,) = until(lambda: sites[-1].processes(trainers=False), "an agent")
+                os.kill(agent, signal.SIGKILL)
+            launcher.communicate(timeout=120)
+            assert launcher.returncode == -signal.SIGKILL, f"{kind} was not reached"
+            reached += (sites[-1].root / "effects.log").read_text().splitlines()[-1:]
+    assert reached == [f"died {when} {kind}" for kind in KINDS for when in ("before", "after")]
+    for site in sites:
+        site.launch()
+        site.check(unbroken)
+
+
+def moments(tmp_path: Path, sites: list[Site], digests: dict[str, str], count: int, seed: int) -> dict[str, int]:
+    """Kill launcher, agent or rank at `count` random moments, over as many pipelines as that takes. How often each was hit."""
+    choose = random.Random(seed)
+    hits = {"launcher": 0, "agent": 0, "rank": 0}
+    while sum(hits.values()) < count:
+        site = Site(tmp_path / f"site{len(sites)}")
+        sites.append(site)
+        launcher, spared = site.start(), 0
+        while launcher.poll() is None or launcher.returncode != 0:
+            if launcher.returncode is not None:
+                launcher, spared = site.start(), 0
+            if sum(hits.values()) >= count:
+                break
+            # Three attempts in a row without a checkpoint would rightly end the launch as failed: the launcher is next then.
+            victim = choose.choice(("launcher", "agent", "rank")) if spared < 2 else "launcher"
+            pid = site.victim(victim, launcher, choose)
+            if pid is None:
+                continue
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                hits[victim] += 1
+                spared += victim != "launcher"
+            if victim == "launcher":
+                launcher.wait()
+        launcher.communicate(timeout=120)
+        if launcher.returncode != 0:
+            site.launch()
+        site.check(digests)
+        site.close()
+    return hits
+
+
+def test_killed_at_twenty_random_moments(tmp_path: Path, unbroken: dict[str, str], sites: list[Site]) -> None:
+    hits = moments(tmp_path, sites, unbroken, 20, SEED)
+    assert sum(hits.values()) == 20 and min(hits.values()) > 0, hits
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(1800)
+def test_killed_at_a_hundred_random_moments(tmp_path: Path, unbroken: dict[str, str], sites: list[Site]) -> None:
+    hits = moments(tmp_path, sites, unbroken, 120, SEED + 1)
+    assert sum(hits.values()) == 120
+    print(f"seed {SEED + 1}: {hits} over {len(sites)} pipelines, 0 failures")
+
+
+# --- Two at once -------------------------------------------------------------------------------------------------------------------
+
+
+def test_of_launchers_at_once_one_drives_and_the_others_are_told_who(tmp_path: Path, unbroken: dict[str, str], sites: list[Site]) -> None:
+    site = Site(tmp_path / "site")
+    sites.append(site)
+    launchers = [site.start() for _ in range(3)]
+    outputs = [launcher.communicate(timeout=120) for launcher in launchers]
+    codes = [launcher.returncode for launcher in launchers]
+    winner = codes.index(0)
+    for number, (code, (_, errors)) in enumerate(zip(codes, outputs, strict=True)):
+        if number != winner:
+            assert code == 4 and f":{launchers[winner].pid}" in errors, (code, errors)
+    site.check(unbroken)
+
+
+def test_launching_again_does_nothing_twice(tmp_path: Path, unbroken: dict[str, str], sites: list[Site]) -> None:
+    site = Site(tmp_path / "site", chain(step_ms=1))
+    sites.append(site)
+    site.launch()
+    before = sorted(path for path in (site.root / "store/demo/stages").rglob("*"))
+    assert site.launch()["status"] == "succeeded"
+    assert sorted(path for path in (site.root / "store/demo/stages").rglob("*")) == before
+    site.check(unbroken)
+
+
+def test_a_holder_that_stood_still_beyond_its_lease_is_fenced(tmp_path: Path, unbroken: dict[str, str], sites: list[Site]) -> None:
+    site = Site(tmp_path / "site")
+    sites.append(site)
+    first = site.start("--ttl", "1")
+    until(site.processes, "an agent")
+    os.kill(first.pid, signal.SIGSTOP)
+    time.sleep(1.1)
+    second = site.start("--ttl", "1")
+    until(lambda: (lease := site.ledger.lease()) is not None and lease.epoch == 2, "the lease of the second")
+    os.kill(first.pid, signal.SIGCONT)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 4 and "taken over" in errors, errors
+    site.finish(second)
+    site.check(unbroken)
+    by_first = [event for event in site.ledger.events() if event.epoch == 1 and event.kind in ("outcome", "committed", "ended")]
+    assert by_first == []
+
+
+# --- Stops -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_interrupted_once_it_saves_and_the_next_launch_goes_on(tmp_path: Path, sites: list[Site]) -> None:
+    site = Site(tmp_path / "site", chain(steps=200))
+    sites.append(site)
+    launcher = site.start("stage1")
+    until(lambda: list((site.root / "store").glob("demo/stages/stage1@*/checkpoints/*/MANIFEST.json")), "a checkpoint")
+    launcher.send_signal(signal.SIGINT)
+    output, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130, (output, errors)
+    assert json.loads(output)["status"] == "suspended"
+    (inputs,) = site.ledger.inputs_of("stage1")
+    outcome = site.ledger.outcome("stage1", inputs, 1)
+    assert outcome is not None and outcome.class_ == "drained" and outcome.step and outcome.step < 200
+    assert site.processes() == []
+    site.launch("stage1")
+    second = site.ledger.intent("stage1", inputs, 2)
+    assert second is not None and second.resume is not None and second.resume.step == outcome.step
+
+
+def test_interrupted_twice_it_ends_at_once(tmp_path: Path, sites: list[Site]) -> None:
+    site = Site(tmp_path / "site", chain(steps=2000))
+    sites.append(site)
+    launcher = site.start("stage1")
+    until(lambda: list((site.root / "store").glob("demo/stages/stage1@*/checkpoints/*/MANIFEST.json")), "a checkpoint")
+    launcher.send_signal(signal.SIGTERM)  # launch.py: kill
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    assert site.processes() == []
+
+
+def test_a_cancel_written_by_another_process_drains_the_launch(tmp_path: Path, sites: list[Site]) -> None:
+    site = Site(tmp_path / "site", chain(steps=2000))
+    sites.append(site)
+    launcher = site.start("stage1")
+    until(lambda: list((site.root / "store").glob("demo/stages/stage1@*/checkpoints/*/MANIFEST.json")), "a checkpoint")
+    assert site.ledger.ask_cancel(time.time())
+    output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 130 and json.loads(output)["status"] == "cancelled"
