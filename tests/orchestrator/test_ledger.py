@@ -79,8 +79,8 @@ def intent(ledger: Ledger, stage: str = "stage1", attempt: int = 1, parent: str 
     inputs = inputs_digest(config(frames), 2, reference.committed_digest if reference else None)
     return Intent(
         run_key=run_key(ledger.pipeline, stage, inputs, attempt), pipeline=ledger.pipeline, stage=stage, inputs=inputs, attempt=attempt,
-        epoch=1, created=NOW + frames, config=config(frames), config_digest=config(frames).digest(), nodes=1, devices_per_node=2, device="cpu-core",
-        trainer=(), hang_timeout_s=300, flush_s=5, parent=reference, resume=None, code="0.1.0",
+        epoch=1, created=NOW + frames, config=config(frames), config_digest=config(frames).digest(), nodes=1, devices_per_node=2,
+        device="cpu-core", trainer=(), hang_timeout_s=300, flush_s=5, parent=reference, resume=None, code="0.1.0",
     )  # fmt: skip
 
 

@@ -427,6 +427,32 @@ def test_a_multipart_upload_whose_last_answer_was_lost_succeeds(faulty: Faulty, 
 
 
 @pytest.mark.s3
+@pytest.mark.parametrize("same", [True, False])
+def test_a_multipart_upload_never_overwrites_what_came_before_its_end(
+    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool
+) -> None:
+    store, other = (S3Store(s3.url(f"parts/{tmp_path.name}"), env=s3.env) for _ in range(2))
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.write_bytes(os.urandom(PART_BYTES + 10))
+    theirs.write_bytes(ours.read_bytes() if same else b"theirs")
+    send = store._send_parts
+
+    def send_and_lose(*arguments: Any) -> Any:
+        parts = send(*arguments)
+        other.upload("a", theirs)
+        return parts
+
+    monkeypatch.setattr(store, "_send_parts", send_and_lose)
+    if same:
+        store.upload("a", ours)
+    else:
+        with pytest.raises(StoreConflict):
+            store.upload("a", ours)
+    assert other.read("a").data == theirs.read_bytes()
+    assert not store._client.list_multipart_uploads(Bucket=s3.bucket, Prefix=store.prefix).get("Uploads")
+
+
+@pytest.mark.s3
 @pytest.mark.parametrize("status", [409, 500, 503])
 def test_a_burst_of_server_errors_is_waited_out(faulty: Faulty, status: int) -> None:
     faulty.harm("PUT", *[status] * 4)
