@@ -1,0 +1,65 @@
+"""The same three stages with the store on a real S3 server and MLflow behind a real server, which is down while they train."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_recipe import STAGES, Osctl, write
+
+from orchestrator.adapters import mlflow_ui
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+@pytest.fixture(scope="module")
+def on_a_folder(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    osctl = Osctl(write(tmp_path_factory.mktemp("folder")))
+    osctl("launch")
+    return osctl.digests()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def runs(url: str) -> list[dict[str, Any]]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(url)
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    return [{"name": run.info.run_name, "status": run.info.status, "tags": run.data.tags, "metrics": run.data.metrics} for run in found]
+
+
+def test_on_s3_with_mlflow_away_the_result_is_the_same_and_sync_catches_up(s3: Any, on_a_folder: dict[str, str], tmp_path: Path) -> None:
+    port = free_port()
+    tracking = f"http://127.0.0.1:{port}"
+    osctl = Osctl(write(tmp_path / "run", store=s3.url("three-stages"), tracking=tracking), env=s3.env)
+
+    said = osctl("launch").stderr
+    assert "osctl sync" in said, "MLflow was away, and the launch says how to mend that"
+    assert osctl.digests() == on_a_folder, "the same weights, wherever the checkpoints lie"
+    assert {line["verdict"] for line in osctl.json("lineage", "--verify")} == {"verified"}
+    away = osctl("sync", expect=5).stderr
+    assert tracking in away
+
+    with (tmp_path / "server.log").open("ab") as log:
+        url = f"sqlite:///{tmp_path}/mlflow.db"
+        with mlflow_ui.running(mlflow_ui.start(url, tmp_path / "artifacts", port, log)) as server:
+            server.wait_until_up()
+            osctl("sync")
+            first = runs(server.url)
+            osctl("sync")
+            assert len(runs(server.url)) == len(first) == 1 + 3 + 3, "pipeline, stages, attempts: nothing is doubled"
+    stages = {run["name"]: run for run in first if run["tags"].get("osctl/kind") == "stage"}
+    assert set(stages) == set(STAGES)
+    for run in stages.values():
+        assert run["status"] == "FINISHED" and run["metrics"]["usd"] > 0 and run["metrics"]["gpu_hours"] == 0
+        assert run["metrics"]["loss"] > 0
