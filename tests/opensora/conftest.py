@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from opensora import train
+from opensora import checkpoint, train
 from opensora.config import StageConfig, write_stage
+from opensora.data.latents import Prepared, prepare
 from opensora.parallel import Ranks
 from opensora.run_directory import RunDirectory
 
@@ -85,7 +86,7 @@ def make_trainer() -> Callable[..., train.Trainer]:
     def make(run: RunDirectory, rank: int = 0, world: int = 1) -> train.Trainer:
         stage, ranks = run.stage(), Deaf(rank, world, torch.device("cpu"))
         start = train.find_start(run, stage)
-        prepared = train.Prepared.open(train.prepare(stage, run.latents, start.encoders))
+        prepared = Prepared.open(prepare(stage, run.latents, start.encoders))
         return train.Trainer(run, stage, ranks, train.Notice(), prepared, start)
 
     return make
@@ -98,6 +99,6 @@ def complete(make_run: Callable[..., RunDirectory]) -> Callable[..., Path]:
     def finish(stage: StageConfig, *, parent: Path | None = None) -> Path:
         run = make_run(stage, parent=parent)
         assert train.run_reported(run, train.Notice()) == 0
-        return train.checkpoint.directory(run.checkpoints, stage.steps)
+        return checkpoint.directory(run.checkpoints, stage.steps)
 
     return finish

@@ -109,7 +109,7 @@ class Recorder:
 
 def test_ranks_and_steps_draw_their_own_noise_and_times(tiny_stage: Stages, make_run: Runs, make_trainer: Trainers) -> None:
     """Upstream gave every rank the same (open-sora 1.0: one seed, 1024, for all)."""
-    drawn = {}
+    drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     run = make_run(tiny_stage(steps=3))
     for rank in (0, 1, 0):
         trainer = make_trainer(run, rank, world=2)
