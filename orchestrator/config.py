@@ -15,8 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from opensora.config import FolderSource, Frozen, StageConfig
-from orchestrator.document import Document, Loc, closest, parse_value, read, shown, validate
-from orchestrator.errors import UsageError
+from orchestrator.document import Document, Loc, closest, parse_value, read, shown, usage_error, validate
 
 Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9.-]{0,38}[a-z0-9])?$")]
 """Lower-case letters, digits, `-` and `.`; from a letter; 40 characters at most, since names of cluster objects are built from it."""
@@ -169,8 +168,8 @@ def find(file: str | None) -> Path:
     if file in names:
         return names[file]
     if path.is_dir():
-        raise UsageError(f"{file}: a folder without pipeline.yaml or osctl.yaml. Name the pipeline file in it")
-    raise UsageError(f"{file}: no such file, folder or shipped pipeline. {closest(file, list(names))}")
+        raise usage_error(f"{file}: a folder without pipeline.yaml or osctl.yaml. Name the pipeline file in it")
+    raise usage_error(f"{file}: no such file, folder or shipped pipeline. {closest(file, list(names))}")
 
 
 def load(path: Path, *, overrides: Mapping[str, str] | None = None, env: Mapping[str, str] | None = None) -> Pipeline:
@@ -237,21 +236,21 @@ def with_data(pipeline: Pipeline, folder: str) -> Pipeline:
 def _captions(folder: Path) -> tuple[str, ...]:
     """Different captions, in the file's order."""
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder. Name a folder of clips with a captions.csv (columns path,text)")
+        raise usage_error(f"{folder}: no such folder. Name a folder of clips with a captions.csv (columns path,text)")
     path = folder / "captions.csv"
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             rows = csv.DictReader(lines)
             columns = rows.fieldnames or []
             if not {"path", "text"} <= set(columns):
-                raise UsageError(f"{path}: columns are {', '.join(columns) or 'none'}, expected path and text. Add a line `path,text`")
+                raise usage_error(f"{path}: columns are {', '.join(columns) or 'none'}, expected path and text. Add a line `path,text`")
             captions = tuple(dict.fromkeys(text for row in rows if (text := (row["text"] or "").strip())))
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such file. Write a captions.csv with the columns path,text") from None
+        raise usage_error(f"{path}: no such file. Write a captions.csv with the columns path,text") from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: byte {error.start} is not UTF-8. Save it as UTF-8") from None
+        raise usage_error(f"{path}: byte {error.start} is not UTF-8. Save it as UTF-8") from None
     if not captions:
-        raise UsageError(f"{path}: holds no caption. Write one line `path,text` a clip")
+        raise usage_error(f"{path}: holds no caption. Write one line `path,text` a clip")
     return captions
 
 
@@ -288,7 +287,7 @@ def _override_target(key: str, label: str, names: Sequence[str]) -> tuple[Loc, s
     if stage is None:
         first, dot, _ = plain.partition(".")
         known = [name for name in names if name] if dot else [*_SCALARS, *(f"{name}.steps" for name in names if name)]
-        raise UsageError(f"{label}: no stage or field {first!r} in this pipeline. {closest(first, known)}")
+        raise usage_error(f"{label}: no stage or field {first!r} in this pipeline. {closest(first, known)}")
     rest = tuple(plain.removeprefix(f"{stage}.").split("."))
     # `parent` names a stage, `parent.weights` says what is taken from it.
     if rest[0] in StageSpec.model_fields and not (rest[0] == "parent" and len(rest) > 1):

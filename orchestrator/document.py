@@ -55,7 +55,7 @@ class Document:
 
     def error(self, loc: Loc, fact: str, next_step: str) -> UsageError:
         key = dotted(self.value, loc)
-        return UsageError(f"{self.at(loc)}: {key + ': ' if key else ''}{fact}. {next_step}")
+        return usage_error(f"{self.at(loc)}: {key + ': ' if key else ''}{fact}. {next_step}")
 
     def with_value(self, loc: Loc, value: Any, label: str | None = None) -> Document:
         """The document with one value replaced or added; `label` says how the person said so, none: it is the file's still."""
@@ -92,14 +92,14 @@ def read(path: Path) -> Document:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise UsageError(f"{path}: {size:,} bytes, a configuration has at most {MAX_BYTES:,}. Name a YAML file of stages")
+            raise usage_error(f"{path}: {size:,} bytes, a configuration has at most {MAX_BYTES:,}. Name a YAML file of stages")
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such file. Check the name, or see `osctl init`") from None
+        raise usage_error(f"{path}: no such file. Check the name, or see `osctl init`") from None
     except IsADirectoryError:
-        raise UsageError(f"{path}: is a folder, not a file. Name a YAML file in it") from None
+        raise usage_error(f"{path}: is a folder, not a file. Name a YAML file in it") from None
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}. Check its permissions") from error
+        raise usage_error(f"{path}: cannot be read: {error.strerror}. Check its permissions") from error
     return parse(_text(path, data), str(path))
 
 
@@ -109,7 +109,7 @@ def parse(text: str, source: str) -> Document:
     lines: dict[Loc, int] = {}
     value = _Reader(source, lines).value(node, ())
     if not isinstance(value, dict):
-        raise UsageError(f"{source}: expected keys and values, found {shown(value)}. See `osctl explain`")
+        raise usage_error(f"{source}: expected keys and values, found {shown(value)}. See `osctl explain`")
     return Document(source, value, lines, {})
 
 
@@ -138,6 +138,11 @@ def validate(model: type[Model], document: Document, root: str) -> Model:
     fact = _fact(first["type"], first["msg"], first["input"], first.get("ctx", {}))
     path = ".".join([root, *(part for part in loc if isinstance(part, str))])
     raise document.error(loc, fact, f"See `osctl explain {path}`")
+
+
+def usage_error(message: str) -> UsageError:
+    """One line, whatever was in the file: what cannot be printed is escaped."""
+    return UsageError("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message))
 
 
 def closest(name: str, known: Sequence[str]) -> str:
@@ -185,15 +190,15 @@ def models_in(annotation: Any) -> tuple[type[BaseModel], ...]:
 
 def _text(path: Path, data: bytes) -> str:
     if data.startswith(b"\xef\xbb\xbf"):
-        raise UsageError(f"{path}:1: starts with a byte order mark, expected plain UTF-8. Save it without one")
+        raise usage_error(f"{path}:1: starts with a byte order mark, expected plain UTF-8. Save it without one")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8. Save the file as UTF-8") from None
+        raise usage_error(f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8. Save the file as UTF-8") from None
     for number, line_text in enumerate(text.splitlines(), start=1):
         if "\t" in line_text[: len(line_text) - len(line_text.lstrip())]:
-            raise UsageError(f"{path}:{number}: indented by a tab, YAML wants spaces. Replace the tab by spaces")
+            raise usage_error(f"{path}:{number}: indented by a tab, YAML wants spaces. Replace the tab by spaces")
     return text
 
 
@@ -203,12 +208,12 @@ def _compose(text: str, source: str) -> yaml.Node | None:
         node: yaml.Node | None = loader.get_single_node()
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise UsageError(f"{source}:{line}: character {ord(text[error.position]):#06x} is not allowed in YAML. Remove it") from None
+        raise usage_error(f"{source}:{line}: character {ord(text[error.position]):#06x} is not allowed in YAML. Remove it") from None
     except yaml.MarkedYAMLError as error:
         where = f"{source}:{error.problem_mark.line + 1}" if error.problem_mark else source
-        raise UsageError(f"{where}: not YAML: {error.problem or error.context}. Correct the line, or quote the value") from None
+        raise usage_error(f"{where}: not YAML: {error.problem or error.context}. Correct the line, or quote the value") from None
     except RecursionError:
-        raise UsageError(f"{source}: nested more than {MAX_DEPTH} levels deep. Remove levels") from None
+        raise usage_error(f"{source}: nested more than {MAX_DEPTH} levels deep. Remove levels") from None
     return node
 
 
@@ -224,9 +229,9 @@ class _Reader:
         self.values += 1
         line = node.start_mark.line + 1
         if self.values > MAX_VALUES:
-            raise UsageError(f"{self.source}:{line}: more than {MAX_VALUES:,} values, aliases followed. Write the file without aliases")
+            raise usage_error(f"{self.source}:{line}: more than {MAX_VALUES:,} values, aliases followed. Write the file without aliases")
         if len(loc) > MAX_DEPTH:
-            raise UsageError(f"{self.source}:{line}: nested more than {MAX_DEPTH} levels deep. Remove levels")
+            raise usage_error(f"{self.source}:{line}: nested more than {MAX_DEPTH} levels deep. Remove levels")
         match node:
             case yaml.MappingNode(tag=tag) if tag == _MAP:
                 return self._mapping(node, loc)
@@ -236,18 +241,20 @@ class _Reader:
                 return [self.value(item, (*loc, place)) for place, item in enumerate(node.value)]
             case yaml.ScalarNode(tag=tag) if tag in _SCALARS:
                 return _SCALARS[tag](node.value)
-        raise UsageError(f"{self.source}:{line}: tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not allowed. Write a plain value")
+        raise usage_error(f"{self.source}:{line}: tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not allowed. Write a plain value")
 
     def _mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, Any]:
         content: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                raise UsageError(f"{self.source}:{line}: a key is {key_node.id}, expected a name. Write `name: value`")
+                raise usage_error(f"{self.source}:{line}: a key is {key_node.id}, expected a name. Write `name: value`")
             key = key_node.value
             if key in content:
                 first = self.lines[*loc, key]
-                raise UsageError(f"{self.source}:{line}: {'.'.join(map(str, (*loc, key)))}: given twice, first on line {first}. Remove one")
+                raise usage_error(
+                    f"{self.source}:{line}: {'.'.join(map(str, (*loc, key)))}: given twice, first on line {first}. Remove one"
+                )
             self.lines[*loc, key] = line
             content[key] = self.value(value_node, (*loc, key))
         return content

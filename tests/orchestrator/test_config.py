@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from opensora.config import IDDPM, FolderSource, KLAutoencoder, ManifestSource, StageConfig, read_stage
 from orchestrator.config import find, load, shipped, shipped_folder, with_data
@@ -583,3 +586,48 @@ def test_a_folder_without_captions_is_refused(recipe: Path, content: str | None,
 def test_a_folder_that_is_not_there_is_refused(recipe: Path) -> None:
     with pytest.raises(UsageError, match=r"^absent: no such folder"):
         with_data(load(recipe), "absent")
+
+
+# Whatever is written, the answer is a pipeline or one line
+
+WORDS = st.sampled_from(["iddpm", "flow", "stage1", "stage2", "\ud800", "\n"])
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3), max_leaves=4)
+LAW = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+def paths(value: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Every place in a file's content."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(inner for key, item in items for inner in paths(item, (*path, key)))]
+
+
+@settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_any_value_anywhere_gives_a_pipeline_or_one_line(recipe: Path, data: st.DataObject) -> None:
+    file, text = data.draw(st.sampled_from([("pipeline.yaml", PIPELINE), ("stage2.yaml", STAGE)]))
+    content = yaml.safe_load(text)
+    place = data.draw(st.sampled_from(paths(content)))
+    value = data.draw(VALUES)
+    if place:
+        target = content
+        for part in place[:-1]:
+            target = target[part]
+        target[place[-1]] = value
+    else:
+        content = value
+    Path("pipeline.yaml").write_text(PIPELINE)
+    Path("stage2.yaml").write_text(STAGE)
+    Path(file).write_text(yaml.safe_dump(content))
+    try:
+        load(recipe)
+    except UsageError as error:
+        assert "\n" not in str(error)
+        assert str(error).startswith(("pipeline.yaml", "stage2.yaml"))

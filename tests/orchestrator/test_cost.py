@@ -268,6 +268,18 @@ def test_a_step_that_was_done_three_times_is_lost_twice_and_productive_once() ->
     assert bill.goodput == pytest.approx(20 / 27)
 
 
+def test_progress_of_later_attempts_does_not_bring_lost_steps_back() -> None:
+    """1: steps 1-10, published 8. 2: from 8 to 13, published 12. 3: from 12 to 20, the end."""
+    times = [
+        attempt([piece(0, {"step": 10}, devices=1, steps=(1, 10))], devices=1, ended=10, last_published=8),
+        attempt([piece(20, {"step": 5}, devices=1, steps=(9, 13))], number=2, devices=1, bound=20, ended=25, resumed_from=8),
+        attempt([piece(30, {"step": 8}, devices=1, steps=(13, 20))], number=3, devices=1, bound=30, ended=38, resumed_from=12),
+    ]
+    bill = account(times, PRICES)
+    assert [each.seconds["lost"] for each in bill.attempts] == [2, 1, 0]
+    assert bill.seconds["step"] == 20
+
+
 def test_the_order_of_attempts_and_pieces_does_not_matter() -> None:
     pieces = [piece(float(at), {"step": 1}, seq=at, devices=1, steps=(at + 1, at + 1)) for at in range(5)]
     first = attempt(pieces, devices=1, ended=5, last_published=3)
