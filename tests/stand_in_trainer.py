@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -31,7 +32,8 @@ RESULT_BYTES = 16_384
 SAID = ("config", "parent", "nan", "oom", "disk", "code")
 """Failures that result.json reports.
 
-The others: exit (silently), segv, kill, hang, half (killed while it saves), drainless (ignores drain), odd (a loss of NaN)."""
+The others: exit (silently), segv, kill, hang, half (killed while it saves), drainless (ignores drain), odd (a loss of NaN),
+linger (says its last word and stays)."""
 
 
 def options() -> argparse.Namespace:
@@ -49,8 +51,8 @@ def options() -> argparse.Namespace:
 
 
 class StandIn:
-    def __init__(self, options: argparse.Namespace, rank: int) -> None:
-        self.options, self.rank, self.run = options, rank, options.run_dir
+    def __init__(self, options: argparse.Namespace, rank: int, arrived: mmap.mmap) -> None:
+        self.options, self.rank, self.run, self.arrived = options, rank, options.run_dir, memoryview(arrived).cast("Q")
         self.stage: dict[str, Any] = yaml.load((self.run / "stage.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         self.steps, self.every = self.stage["steps"], self.stage["checkpoint"]["every_steps"]
         kind, _, step = options.fail.partition("@")
@@ -114,6 +116,7 @@ class StandIn:
             time.sleep(self.options.step_ms / 1000)
             self.step += 1
             self.state = digest(self.state, str(self.step).encode())
+            self.meet()
             saving = time.time()
             if self.rank == 0 and (drained or self.step % self.every == 0 or self.step == self.steps):
                 self.save()
@@ -121,10 +124,19 @@ class StandIn:
         if self.rank == 0:
             if self.step == 0:
                 self.save()
-            return self.leave(drained and self.step < self.steps)
+            code = self.leave(drained and self.step < self.steps)
+            while self.failure == "linger":
+                time.sleep(60)
+            return code
         while not self.finished():
             time.sleep(0.01)
         return 0
+
+    def meet(self) -> None:
+        """What an all-reduce does to ranks: nobody leaves a step before all have come to it."""
+        self.arrived[self.rank] = self.step
+        while min(self.arrived[: self.options.devices]) < self.step and not self.finished():
+            time.sleep(0.0005)
 
     def report(self, began: float, saving: float) -> None:
         self.beat("train")
@@ -214,14 +226,14 @@ def read_state(path: Path) -> bytes:
     return data[8 + length : 8 + length + 32]
 
 
-def start_rank(options: argparse.Namespace, rank: int) -> int:
+def start_rank(options: argparse.Namespace, rank: int, arrived: mmap.mmap) -> int:
     pid = os.fork()
     if pid:
         return pid
     os.setsid()
     code = 1
     try:
-        code = StandIn(options, rank).train()
+        code = StandIn(options, rank, arrived).train()
     finally:
         os._exit(code)
 
@@ -231,7 +243,8 @@ def main() -> int:
     chosen = options()
     with (chosen.run_dir / "result.json").open("ab") as file:
         file.write(b" " * RESULT_BYTES)
-    ranks = {start_rank(chosen, rank): rank for rank in range(chosen.devices)}
+    arrived = mmap.mmap(-1, 8 * chosen.devices)
+    ranks = {start_rank(chosen, rank, arrived): rank for rank in range(chosen.devices)}
     while ranks:
         pid, status = os.wait()
         rank = ranks.pop(pid)

@@ -1,7 +1,7 @@
 """`python -m orchestrator.agent`: the right to start, then one attempt's life, then an exit code that says how it ended.
 
 An agent starts only if the launcher that started it lives, no other agent holds or ever held the run directory, and the intent is
-not older than the pipeline's lease. Otherwise it touches nothing and leaves with 69.
+not older than the pipeline's lease. Otherwise it touches nothing but the time of its death, and leaves with 69.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from orchestrator.agent.attempt import Attempt
 from orchestrator.agent.events import Events
 from orchestrator.agent.run_directory import RunDirectory
 from orchestrator.agent.trainer_process import TrainerProcess
-from orchestrator.claim import Claim, take_lock
+from orchestrator.claim import ALIVE, Claim, take_lock
 from orchestrator.errors import NotFound, OsctlError, Refused, Unreachable
 from orchestrator.ledger import Ledger, read_intent
 from orchestrator.processes import Process
@@ -39,6 +39,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--run-dir", required=True, type=Path, help="directory of this attempt, on a local disk")
     parser.add_argument("--bound", type=float, help="Unix time since which the devices are held; none: now")
     parser.add_argument("--launcher-pid", type=int, help="process whose death ends the attempt; none: nobody's")
+    parser.add_argument("--lock-fd", type=int, help="descriptor that holds the run directory's lock; none: the agent takes it")
     parser.add_argument("--store-patience", type=float, default=300.0, help="seconds to wait for a store that does not answer (300)")
     return parser.parse_args(argv)
 
@@ -50,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     events = Events(args.launcher_pid)
     run_dir: Path = args.run_dir.resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
+    lock: int | None = args.lock_fd
+    if lock is not None:
+        os.set_inheritable(lock, False)
     try:
-        lock = take_lock(run_dir)
+        lock = lock if lock is not None else take_lock(run_dir)
         if lock is None:
             raise Refused(f"run directory {run_dir}: another agent lives this attempt; nothing was started")
         store = open_store(args.store)
@@ -63,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise Refused(f"run directory {run_dir}: this attempt has been lived before; nothing was started")
     except (OsctlError, NotFound) as error:
         log.error("error: %s", error)
+        if lock is not None and Claim.read(run_dir) is None:
+            (run_dir / ALIVE).touch()
         return NOT_STARTED
     trainer = TrainerProcess(run_dir, lock)
     attempt = Attempt(ledger, intent, RunDirectory(run_dir), trainer, events, bound=bound, store_patience_s=args.store_patience)

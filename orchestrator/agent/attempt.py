@@ -29,8 +29,10 @@ from orchestrator.records import Intent, JournalPiece, Report
 log = logging.getLogger(__name__)
 
 NODE = 0
+LEAVE_S = 3.0
+"""What a trainer has to leave after its last word. Its devices are held meanwhile, and leaving is where collectives like to hang."""
 LOOK_S = 1.0
-"""Longest time between two looks at the heartbeats."""
+"""Longest time between two looks at heartbeats and checkpoints."""
 HURRY_S = 5.0
 """What is left to an agent whose launcher died, or that was asked twice to leave, to hand over what is finished."""
 PENDING_CHECKPOINTS = 2
@@ -68,6 +70,8 @@ class Attempt:
         self._step = intent.resume.step if intent.resume else None
         self._logged, self._log_pieces = 0, 0
         self._draining = False
+        self._said: float | None = None
+        """When result.json was first seen to be written."""
         self._beats: list[Heartbeat] = []
         self._heard = time.monotonic()
         """When a heartbeat was last seen to change. Not by the heartbeats' own clock, which may be set."""
@@ -146,7 +150,7 @@ class Attempt:
                 self._draining = True
                 self.run.ask_drain()
             cut = self._cut()
-            if cut is not None:
+            if cut is not None or self._has_had_its_say():
                 self.trainer.kill(self._clock())
         self.events.forget(self.trainer)
         return self._ended(cut)
@@ -159,6 +163,11 @@ class Attempt:
             return Ending("signal", "asked a second time to leave, before the trainer had saved")
         return self._hung()
 
+    def _has_had_its_say(self) -> bool:
+        if self._said is None and self.run.result() is not None:
+            self._said = time.monotonic()
+        return self._said is not None and time.monotonic() - self._said > LEAVE_S
+
     def _hung(self) -> Ending | None:
         """No rank has shown life for too long. While one rank works alone, as at the end of a stage, the others may be silent."""
         beats = self.run.heartbeats()
@@ -170,7 +179,7 @@ class Attempt:
         ranks, where = _who_stands(beats, self.intent.devices_per_node)
         names = f"rank {ranks[0]} stands" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} stand"
         reason = f"no heartbeat for {silent_s:.1f} s (allowed: {self.intent.hang_timeout_s:g} s); {names} {where}"
-        return Ending("hang", reason, rank=ranks[0])
+        return Ending("hang", reason, rank=ranks[0] if len(ranks) == 1 else None)
 
     def _ended(self, cut: Ending | None) -> Ending:
         """Close the trainer's books, and say how it ended. What it managed to say before it was ended counts."""
@@ -215,8 +224,8 @@ class Attempt:
         return any(now - since > self._store_patience_s for since in failing)
 
     def _undelivered(self, ending: Ending) -> Ending:
-        name = f"the checkpoint of step {ending.step}"
-        refused = self._large.refused
+        name = _checkpoint_name(ending.step)
+        refused = self._large.refused.get(name)
         if refused is not None:
             return Ending("disk" if refused.disk_full else "store", f"{name} could not be published: {refused.reason}", ending.step)
         if self._large.trouble:
@@ -256,10 +265,12 @@ class Attempt:
         self._phase = phase
 
     def _wait(self) -> set[int]:
-        """Wait for something to happen; flush when it is time."""
+        """Wait for something to happen, a second at most; flush when it is time."""
         ready = self.events.wait(min(self._next_flush - time.monotonic(), LOOK_S, self.intent.hang_timeout_s / 4))
         if time.monotonic() >= self._next_flush:
             self._flush()
+        elif self._phase is None:
+            self._offer_checkpoints()  # the trainer deletes old ones, and a killed attempt keeps what is published
         return ready
 
     def _flush(self, *, final: bool = False) -> None:
@@ -320,7 +331,7 @@ class Attempt:
             if step not in self._offered:
                 self._offered.add(step)
                 if self.run.pin(step) or self.run.checkpoint(step).is_dir():
-                    parcel = Parcel(f"checkpoint of step {step}", partial(self._publish, step), partial(self.run.unpin, step))
+                    parcel = Parcel(_checkpoint_name(step), partial(self._publish, step), partial(self.run.unpin, step))
                     self._large.put(parcel, keep=PENDING_CHECKPOINTS)
 
     def _publish(self, step: int) -> None:
@@ -329,8 +340,15 @@ class Attempt:
         self._published.add(step)
 
 
+def _checkpoint_name(step: int | None) -> str:
+    return f"the checkpoint of step {step}"
+
+
 def _who_stands(beats: list[Heartbeat], devices: int) -> tuple[list[int], str]:
-    """The ranks that hold the others up, and where: those that never spoke, else those with the lowest step."""
+    """The ranks that hold the others up, and where: those that never spoke, else those with the lowest step.
+
+    Inside a collective all ranks stand at the same step; then all are named, since their heartbeats cannot tell who is to blame.
+    """
     silent = [rank for rank in range(devices) if rank not in {beat.rank for beat in beats}]
     if silent:
         return silent, "before their first heartbeat"

@@ -41,9 +41,8 @@ class Parcel:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A parcel that will never be delivered."""
+    """Why a parcel will never be delivered."""
 
-    name: str
     reason: str
     disk_full: bool
 
@@ -57,8 +56,8 @@ class Courier(threading.Thread):
         self._changed = threading.Condition()
         self._queue: deque[Parcel] = deque()
         self._busy = False
-        self.refused: Refusal | None = None
-        """The first parcel that the store refused."""
+        self.refused: dict[str, Refusal] = {}
+        """Parcels that the store will never take, by name."""
         self.failing_since: float | None = None
         """time.monotonic() of the first failure after the last success."""
         self.trouble = ""
@@ -116,4 +115,4 @@ class Courier(threading.Thread):
         expected = isinstance(error, StoreConflict | OsctlError | NotFound | OSError)
         log.error("%s: %s", parcel.name, error, exc_info=not expected)
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
-        self.refused = self.refused or Refusal(parcel.name, reason, is_disk_full(error))
+        self.refused[parcel.name] = Refusal(reason, is_disk_full(error))

@@ -102,10 +102,13 @@ class RunDirectory:
         """Copy a complete checkpoint by hard links, so that it stays whole when the trainer deletes it; False if it just did."""
         try:
             shutil.copytree(self.checkpoint(step), self.pinned(step), copy_function=_link)
-        except OSError:  # shutil.Error is one
+            files = json.loads((self.pinned(step) / "CHECKPOINT.json").read_text())["files"]
+            whole = all((self.pinned(step) / name).is_file() for name in files)  # or the trainer was just deleting it
+        except (OSError, ValueError, KeyError, TypeError):  # shutil.Error is an OSError
+            whole = False
+        if not whole:
             self.unpin(step)
-            return False
-        return True
+        return whole
 
     def pinned(self, step: int) -> Path:
         return self._outgoing / f"step-{step:08d}"

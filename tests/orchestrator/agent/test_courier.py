@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from functools import partial
 
 import pytest
 
@@ -42,17 +43,18 @@ def deliver(parcels: list[Parcel]) -> Courier:
 
 def test_a_store_that_is_away_is_asked_again_and_the_order_stays() -> None:
     store = Store(Unreachable("away"), OSError(errno.EIO, "broken"), Unreachable("away"))
-    one = deliver([Parcel(name, lambda name=name: store.take(name)) for name in ("a", "b", "c")])
+    one = deliver([Parcel(name, partial(store.take, name)) for name in ("a", "b", "c")])
     assert store.taken == ["a", "b", "c"]
-    assert one.refused is None and one.failing_since is None and one.trouble == ""
+    assert one.refused == {} and one.failing_since is None and one.trouble == ""
 
 
 @pytest.mark.parametrize("error", [StoreConflict("other content"), ValueError("a slip")])
 def test_a_parcel_that_cannot_succeed_is_refused_and_the_next_ones_go(error: Exception) -> None:
     store = Store(error)
-    one = deliver([Parcel(name, lambda name=name: store.take(name)) for name in ("a", "b")])
+    one = deliver([Parcel(name, partial(store.take, name)) for name in ("a", "b")])
     assert store.taken == ["b"]
-    assert one.refused is not None and one.refused.name == "a" and str(error) in one.refused.reason and not one.refused.disk_full
+    assert list(one.refused) == ["a"]
+    assert str(error) in one.refused["a"].reason and not one.refused["a"].disk_full
 
 
 def test_a_full_disk_is_told_from_an_absent_store() -> None:
@@ -60,7 +62,7 @@ def test_a_full_disk_is_told_from_an_absent_store() -> None:
     unreachable.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     store = Store(unreachable)
     one = deliver([Parcel("a", lambda: store.take("a"))])
-    assert one.refused is not None and one.refused.disk_full
+    assert one.refused["a"].disk_full
 
 
 def test_only_the_newest_wait_for_a_slow_store() -> None:
@@ -71,7 +73,7 @@ def test_only_the_newest_wait_for_a_slow_store() -> None:
     while one._queue:
         pass  # until it is under way
     for name in ("a", "b", "c", "d"):
-        one.put(Parcel(name, lambda name=name: store.take(name), lambda name=name: dropped.append(name)), keep=2)
+        one.put(Parcel(name, partial(store.take, name), partial(dropped.append, name)), keep=2)
     assert dropped == ["a", "b"]
     gate.set()
     for _ in range(3):

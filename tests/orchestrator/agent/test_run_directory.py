@@ -70,6 +70,10 @@ def test_a_pinned_checkpoint_outlives_the_trainers_own_copy(tmp_path: Path) -> N
     assert not run.pin(10)
     own.mkdir(parents=True)
     (own / "model.safetensors").write_bytes(b"weights")
+    (own / "CHECKPOINT.json").write_text('{"files": {"model.safetensors": 7, "ema.safetensors": 7}}')
+    assert not run.pin(10), "half deleted"
+    assert not run.pinned(10).exists()
+    (own / "ema.safetensors").write_bytes(b"average")
     assert run.pin(10)
     (own / "model.safetensors").unlink()
     assert (run.pinned(10) / "model.safetensors").read_bytes() == b"weights"
