@@ -1,9 +1,12 @@
 """Whose an attempt's run directory is: lock, claim, time of death. All that a launcher and an agent say to each other besides signals.
 
-Owns `RUN_DIR/lock`, `RUN_DIR/agent.json` and `RUN_DIR/alive`. Refuses to start or end anything. Linux only.
+Owns `RUN_DIR/lock`, `RUN_DIR/submitted.json`, `RUN_DIR/agent.json` and `RUN_DIR/alive`. Refuses to start or end anything. Linux only.
 
 Invariants:
-- The lock is a `flock` that the agent and its guard hold together. Free means: no process of the attempt lives.
+- The lock is a `flock` that a local launcher hands to the agent it starts, and that the agent and its guard hold together. Free means:
+  no process of the attempt lives.
+- `submitted.json` is written once, by the launcher that holds the lock, before it starts the agent. There means: devices are held from
+  then on, even if the agent dies before it can say a word.
 - `agent.json` is written once, by the agent that holds the lock. There means: this attempt has lived.
 - `alive` is touched every 20 ms while the agent lives, and once more when it dies. Its mtime is the time of death.
 """
@@ -20,6 +23,7 @@ from pathlib import Path
 from orchestrator.processes import Process
 
 LOCK = "lock"
+SUBMITTED = "submitted.json"
 CLAIM = "agent.json"
 ALIVE = "alive"
 
@@ -65,6 +69,22 @@ class Claim:
         return handle
 
 
+def write_submission(run_dir: Path, bound: float) -> None:
+    """Whole or not at all. For the holder of the lock."""
+    draft = run_dir / f".{SUBMITTED}"
+    draft.write_text(json.dumps({"schema": 1, "bound": bound}))
+    draft.replace(run_dir / SUBMITTED)
+
+
+def read_submission(run_dir: Path) -> float | None:
+    """Unix time since which the devices are held; none: no launcher has started an agent here."""
+    try:
+        bound: float = json.loads((run_dir / SUBMITTED).read_text())["bound"]
+    except FileNotFoundError:
+        return None
+    return bound
+
+
 def take_lock(run_dir: Path) -> int | None:
     """Descriptor that holds the lock of a run directory until it and all its copies are closed; none where it is held."""
     lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -77,7 +97,7 @@ def take_lock(run_dir: Path) -> int | None:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether any process of the attempt lives. Ask only once `agent.json` is there: the question itself takes the lock for a moment."""
+    """Whether any process of the attempt lives. The question itself takes the lock for a moment, so ask only once something is there."""
     lock = take_lock(run_dir)
     if lock is not None:
         os.close(lock)
@@ -86,7 +106,7 @@ def is_locked(run_dir: Path) -> bool:
 
 def last_alive(run_dir: Path) -> float | None:
     """Unix time at which the agent of a run directory was last seen alive."""
-    for name in (ALIVE, CLAIM):
+    for name in (ALIVE, CLAIM, SUBMITTED):
         with contextlib.suppress(FileNotFoundError):
             return (run_dir / name).stat().st_mtime
     return None

@@ -193,6 +193,9 @@ STALLS = 3
 BACKOFF_S = (0.0, 5.0, 20.0)
 """Seconds before the next attempt, by the number of ends in a row without a new checkpoint (beyond the first: most faults are passing)."""
 
+LEFT_EARLY = (EXIT_CODES["drained"], EXIT_CODES["store"])
+"""How an agent leaves that is asked to before it has begun: ended by SIGTERM, or, a moment later, refusing to start."""
+
 
 def classify(report: Report | None, exit_code: int | None) -> tuple[ExitClass, str]:
     """Class and reason of an attempt that is over. The agent's own word counts first; an exit code only says why there is none."""
@@ -307,7 +310,7 @@ def _settle(view: StageView, observed: Observed) -> list[Action]:
         stray = attempt in view.strays
         if attempt.ended and attempt.report is None and observed.stop == "kill":
             actions.append(CloseAttempt(attempt, "lost", "ended at once, as asked"))
-        elif attempt.ended and attempt.report is None and attempt.draining and attempt.life.exit_code == EXIT_CODES["drained"]:
+        elif attempt.ended and attempt.report is None and attempt.draining and attempt.life.exit_code in LEFT_EARLY:
             actions.append(CloseAttempt(attempt, "drained", "asked to leave before it had begun"))
         elif attempt.ended:
             actions.append(CloseAttempt(attempt, *classify(attempt.report, attempt.life.exit_code)))

@@ -3,8 +3,8 @@
 Owns `ROOT/runs/<run>/`, one run directory an attempt, and the launcher's side of `orchestrator.claim`. Refuses to read the ledger.
 
 Invariants:
-- An attempt whose `agent.json` is there is never started again. There is no moment at which a killed launcher could leave an agent
-  that nobody finds: the agent writes `agent.json` itself, and does nothing unless the launcher that started it lives.
+- An attempt whose `submitted.json` or `agent.json` is there is never started again. There is no moment at which a killed launcher could
+  leave an agent that nobody finds: the agent is born with the run directory's lock in its hands.
 - An attempt has ended when no process of it lives, and its time of death is its agent's.
 """
 
@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.claim import Claim, is_locked, last_alive
+from orchestrator.claim import SUBMITTED, Claim, is_locked, last_alive, read_submission, take_lock, write_submission
 from orchestrator.errors import Refused, Unreachable
 from orchestrator.ports import Life
 
@@ -51,47 +51,61 @@ class LocalBackend:
     def submit(self, intent_key: str, run_key: str) -> None:
         """Start the agent. An attempt that lives or has lived is left alone. Raises Refused."""
         run_dir = self.run_dir(run_key)
-        if run_key in self._children or Claim.read(run_dir) is not None:
+        if run_key in self._children:
             return
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(run_dir)
+            if lock is None:
+                return
+            try:
+                if Claim.read(run_dir) is None and read_submission(run_dir) is None:
+                    self._start(intent_key, run_key, run_dir, lock)
+            finally:
+                os.close(lock)
+        except OSError as error:
+            raise Refused(f"run directory {run_dir}: {error.strerror}; nothing was started") from error
+
+    def _start(self, intent_key: str, run_key: str, run_dir: Path, lock: int) -> None:
+        bound = self._clock()
+        write_submission(run_dir, bound)
+        try:
             with (run_dir / "agent.log").open("ab") as output:
-                bound = self._clock()
                 process = subprocess.Popen(
-                    self._command(intent_key, run_dir, bound),
+                    self._command(intent_key, run_dir, bound, lock),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
+                    pass_fds=(lock,),
                     start_new_session=True,  # a Ctrl-C in the terminal is the launcher's to pass on
                 )
-        except OSError as error:
-            raise Refused(f"run directory {run_dir}: {error.strerror}; nothing was started") from error
+        except OSError:
+            (run_dir / SUBMITTED).unlink()
+            raise
         child = self._children[run_key] = _Child(process, bound)
         threading.Thread(target=self._witness, args=(child,), name=f"witness of {run_key}", daemon=True).start()
 
-    def _command(self, intent_key: str, run_dir: Path, bound: float) -> list[str]:
+    def _command(self, intent_key: str, run_dir: Path, bound: float, lock: int) -> list[str]:
         options = {"--store": self._store_url, "--intent": intent_key, "--run-dir": str(run_dir), "--bound": repr(bound)}
         words = [word for option in options.items() for word in option]
-        return [sys.executable, "-m", "orchestrator.agent", *words, "--launcher-pid", str(os.getpid())]
+        return [sys.executable, "-m", "orchestrator.agent", *words, "--launcher-pid", str(os.getpid()), "--lock-fd", str(lock)]
 
     def _witness(self, child: _Child) -> None:
         code = child.process.wait()
-        ended = self._clock()
         child.exit_code = 128 - code if code < 0 else code
-        child.ended = ended  # last: it is what observers ask for first
+        child.ended = self._clock()  # last: who sees it sees the exit code too
 
     def observe(self, run_key: str) -> Life:
         run_dir = self.run_dir(run_key)
         child, claim = self._children.get(run_key), Claim.read(run_dir)
-        if child is not None:
-            if child.ended is None or (claim is not None and is_locked(run_dir)):
-                return Life("running", child.bound)
-            return Life("ended", child.bound, child.ended, child.exit_code)
-        if claim is None:
+        bound = claim.bound if claim is not None else read_submission(run_dir)
+        if bound is None:
             return Life("absent")
-        if is_locked(run_dir):
-            return Life("running", claim.bound)
-        return Life("ended", claim.bound, last_alive(run_dir))
+        if (child is not None and child.ended is None) or is_locked(run_dir):
+            return Life("running", bound)
+        if child is not None:
+            return Life("ended", bound, child.ended, child.exit_code)
+        return Life("ended", bound, last_alive(run_dir))
 
     def drain(self, run_key: str) -> None:
         self._signal(run_key, signal.SIGTERM)
