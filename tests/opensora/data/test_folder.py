@@ -157,7 +157,7 @@ def test_what_is_wrong_in_the_csv_is_named_by_file_and_line(folder: Path, conten
 
 
 def test_more_columns_blank_lines_and_a_byte_order_mark_do_no_harm(folder: Path) -> None:
-    (folder / "captions.csv").write_text("\ufeffnum_frames,text,path\r\n\r\n30,two wheels,wheels.mp4\r\n", newline="")
+    (folder / "captions.csv").write_text("\ufeffpath,num_frames,text\r\n\r\nwheels.mp4,30,two wheels\r\n", newline="")
     clips = FolderClips(data(folder))
     assert list(clips.captions) == ["two wheels"]
     assert clips.read(0, 1)[1] == [0]
