@@ -16,7 +16,8 @@ How nothing is doubled, though MLflow has no idempotency keys:
 - A reading (dollars, hours) is sent only where it differs from what MLflow shows.
 - Parameters, tags, data sets, samples, model versions and aliases are compared before they are written.
 
-On a stage's curve each step stands once, from the attempt whose checkpoint first held it; the curves of attempts have every step.
+On a stage's curves each step stands once, from the attempt whose checkpoint first held it; the curves of attempts have every step, and
+every reading.
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ POINTS_A_CALL = 900
 VALUE_CHARACTERS = 500
 """Longest parameter or tag, in characters; longer ones are cut. MLflow's own limit on every database."""
 PICTURES = (".png", ".mp4")
+
+BOOKKEEPING = frozenset({"clips", "tokens", "data_wait_s", "checkpoint_s"})
+"""Per-step readings that only the curves of attempts have: on a stage's page their sums (`seconds/...`) say more in less room."""
 
 KILLED = frozenset({"drained", "signal", "lost"})
 """Ends that say nothing against the work: somebody or something stopped it."""
@@ -410,7 +414,7 @@ def stage_curve(attempts: Sequence[AttemptTime], cursor: int) -> Iterator[tuple[
             for line in piece.metrics:
                 step = line.get("step")
                 if isinstance(step, int) and reached < step <= attempt.last_published:
-                    yield step, list(points(line))
+                    yield step, [point for point in points(line) if point.key not in BOOKKEEPING]
                     reached = step
 
 

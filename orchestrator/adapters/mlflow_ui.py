@@ -30,6 +30,9 @@ from orchestrator.errors import Refused, Unreachable, UsageError
 STAGES = "tags.`osctl/kind` = 'stage' and tags.`osctl/current` = 'true'"
 """The stage runs that the pipeline as launched last stands on."""
 
+WORKFLOW = "workflowType=machine_learning"
+"""Else MLflow's pages open on the menu for language-model traces."""
+
 
 def serve(tracking: str, home: Path, experiment: str, *, port: int = 5000, open_browser: bool = True, say: Callable[[str], None]) -> None:
     """Show where a pipeline's stages stand side by side, and for a local database serve it until Ctrl-C.
@@ -80,13 +83,15 @@ def show(base: str, experiment: str, open_browser: bool, say: Callable[[str], No
 
 def experiment_page(base: str, experiment: str) -> str:
     """Address of an experiment's table of runs. `experiment` is MLflow's id."""
-    return f"{base.rstrip('/')}/#/experiments/{experiment}/runs"
+    return f"{base.rstrip('/')}/#/experiments/{experiment}/runs?{WORKFLOW}"
 
 
 def compare_page(base: str, experiment: str, runs: Sequence[str]) -> str:
     """Address of the page that sets N runs side by side. `experiment` and `runs` are MLflow's ids."""
     quote = urllib.parse.quote
-    return f"{base.rstrip('/')}/#/compare-runs?runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}"
+    return (
+        f"{base.rstrip('/')}/#/compare-runs?runs={quote(json.dumps(list(runs)))}&experiments={quote(json.dumps([experiment]))}&{WORKFLOW}"
+    )
 
 
 def experiment_id(base: str, name: str) -> str | None:
