@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NOT_STARTED
     trainer = TrainerProcess(run_dir, lock)
     attempt = Attempt(ledger, intent, RunDirectory(run_dir), trainer, events, bound=bound, store_patience_s=args.store_patience)
-    return attempt.live().exit_code
+    code = attempt.live().exit_code
+    trainer.touch()
+    return code
 
 
 def check_epoch(ledger: Ledger, intent: Intent) -> None:

@@ -96,14 +96,17 @@ class Guard:
         poll = select.poll()
         poll.register(self.agent, select.POLLIN)
         poll.register(woken, select.POLLIN)
+        seen = time.time()
         while True:
             ready = {descriptor for descriptor, _ in poll.poll(TICK_S * 1000)}
-            now = time.time_ns()
-            os.utime(self.alive, ns=(now, now))
+            last, seen = seen, time.time()
             if woken in ready:
                 os.read(woken, 4096)
             if self.agent.fileno() in ready and not self._listen():
+                late = max(0.0, seen - last - TICK_S)
+                os.utime(self.alive, (seen, seen - late / 2))  # woken late by a busy machine: it died some time in between
                 return
+            os.utime(self.alive, (seen, seen))
             if woken in ready or self.ending:
                 self._reap()
 
@@ -148,6 +151,7 @@ def start(order: dict[str, Any]) -> int:
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         os.setsid()
+        os.setpriority(os.PRIO_PROCESS, 0, order["nice"])
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != guard:
             os._exit(127)
@@ -170,6 +174,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     prctl(PR_SET_NAME, b"osctl-guard")
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+    with contextlib.suppress(PermissionError):  # as root: on a busy machine a late wake-up is a wrong time of death
+        os.setpriority(os.PRIO_PROCESS, 0, -10)
     Guard(socket.socket(fileno=agent), alive).watch()
     end_children()
 

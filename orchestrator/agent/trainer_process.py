@@ -81,7 +81,7 @@ class TrainerProcess:
         argv = [sys.executable, "-I", "-S", guard.__file__, *map(str, shared)]
         self._guard = subprocess.Popen(argv, pass_fds=shared, start_new_session=True, stdin=subprocess.DEVNULL)
         theirs.close()
-        os.close(alive)
+        self._alive = alive
         self._unread = b""
         self.ended: Ended | None = None
 
@@ -90,7 +90,7 @@ class TrainerProcess:
         return self._socket.fileno()
 
     def start(self, argv: Sequence[str], variables: Mapping[str, str], *, log: Path) -> None:
-        self._order({"argv": list(argv), "env": dict(variables), "cwd": str(self.run_dir), "log": str(log)})
+        self._order({"argv": list(argv), "env": dict(variables), "cwd": str(self.run_dir), "log": str(log), "nice": os.nice(0)})
 
     def kill(self, clock: float, patience_s: float = 30.0) -> Ended:
         """End the trainer and everything below it; returns when it is gone, or after `patience_s` with what cannot be killed."""
@@ -121,10 +121,15 @@ class TrainerProcess:
             status = word["status"]
             self.ended = Ended(KILLED if status is None else status, word["ended"])
 
+    def touch(self) -> None:
+        """Say that the agent lives, as the guard does, for the case that somebody killed the guard."""
+        os.utime(self._alive)
+
     def close(self) -> None:
         """Let the guard go, which ends whatever still runs. An agent need not: its death says the same."""
         self._socket.close()
         self._guard.wait()
+        os.close(self._alive)
 
     def _order(self, order: Mapping[str, object]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a dead guard is heard by `listen`
