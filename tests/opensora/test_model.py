@@ -317,6 +317,7 @@ def test_frozen_temporal_layers_change_no_number_and_get_no_gradient() -> None:
     outputs[1].square().sum().backward()
     for name, parameter in frozen.named_parameters():
         assert (parameter.grad is None) == ("temporal_attention" in name), name
+        assert parameter.requires_grad != ("temporal_attention" in name), name  # neither do optimizer and DDP wait for one
 
 
 def test_weights_loaded_into_a_frozen_model_keep_their_temporal_effect() -> None:

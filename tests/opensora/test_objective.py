@@ -49,6 +49,13 @@ def test_iddpm_draws_every_step_and_no_other() -> None:
     assert drawn.unique().tolist() == list(range(50))
 
 
+def test_flow_draws_the_times_that_it_is_configured_for() -> None:
+    uniform, crowded = (build(Flow.model_validate({"kind": "flow", "time": time})) for time in ("uniform", "logit-normal"))
+    drawn = [objective.draw_time(64, torch.Generator().manual_seed(0)) for objective in (uniform, crowded)]
+    assert torch.equal(drawn[0], torch.rand(64, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(drawn[1], torch.randn(64, generator=torch.Generator().manual_seed(0)).sigmoid())
+
+
 @OBJECTIVES
 def test_sampling_gives_latents_of_the_noises_shape_and_repeats_itself(config: IDDPM | Flow) -> None:
     model, objective = network_for(config), build(config)
