@@ -60,6 +60,11 @@ def test_the_fit_is_the_same_bits_whatever_the_batching_and_the_order() -> None:
         assert torch.equal(getattr(whole, name), getattr(parts, name))
 
 
+def test_the_sign_of_a_component_is_that_of_its_strongest_pixel() -> None:
+    components = PatchAutoencoder.fit([frames()], 4, 12).components
+    assert (components.gather(1, components.abs().argmax(1, keepdim=True)) > 0).all()
+
+
 def test_latents_of_the_fitted_frames_have_unit_variance_and_are_uncorrelated() -> None:
     autoencoder = PatchAutoencoder.fit([frames()], 4, 8)
     latents = autoencoder.encode(frames()).permute(1, 0, 2, 3).flatten(1)  # (C, positions)
