@@ -17,6 +17,8 @@ import contextlib
 import fcntl
 import json
 import os
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ LOCK = "lock"
 SUBMITTED = "submitted.json"
 CLAIM = "agent.json"
 ALIVE = "alive"
+PULSE_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,26 @@ def is_locked(run_dir: Path) -> bool:
     if lock is not None:
         os.close(lock)
     return lock is None
+
+
+@contextlib.contextmanager
+def pulse(run_dir: Path) -> Iterator[None]:
+    """Keep `alive` as long as there is no guard to do it, and leave it at the time of the end."""
+    alive, over = run_dir / ALIVE, threading.Event()
+
+    def beat() -> None:
+        while not over.wait(PULSE_S):
+            alive.touch()
+
+    alive.touch()
+    thread = threading.Thread(target=beat, name="pulse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        alive.touch()
 
 
 def last_alive(run_dir: Path) -> float | None:

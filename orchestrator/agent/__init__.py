@@ -5,7 +5,8 @@ It brings checkpoints in, starts the trainer, publishes what the trainer leaves 
 time went, and turns the way the trainer ended into an exit code. It knows one intent and one run directory; it never decides
 whether there is another attempt, and never needs torch.
 
-    __main__         arguments, the right to start, exit code
+    __main__         arguments, exit code
+    start            the right to start
     attempt          the life: stage in, train, leave
     events           one place to wait: signals, the launcher's death, the guard, finished tasks
     guard            a process of its own that starts the trainer and outlives nobody

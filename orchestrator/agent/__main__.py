@@ -2,6 +2,8 @@
 
 An agent starts only if the launcher that started it lives, no other agent holds or ever held the run directory, and the intent is
 not older than the pipeline's lease. Otherwise it touches nothing but the time of its death, and leaves with 69.
+
+Everything heavy is imported once that time is being kept: a second of imports on a busy machine is a second that devices are held.
 """
 
 from __future__ import annotations
@@ -11,25 +13,16 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
-from orchestrator.adapters import open_store
-from orchestrator.agent.attempt import Attempt
 from orchestrator.agent.events import Events
-from orchestrator.agent.run_directory import RunDirectory
-from orchestrator.agent.trainer_process import TrainerProcess
-from orchestrator.claim import ALIVE, Claim, take_lock
-from orchestrator.errors import NotFound, OsctlError, Refused, Unreachable
-from orchestrator.ledger import Ledger, read_intent
-from orchestrator.processes import Process
-from orchestrator.records import EXIT_CODES, Intent
+from orchestrator.claim import Claim, pulse, take_lock
 
 log = logging.getLogger(__name__)
 
-NOT_STARTED = EXIT_CODES["store"]
-T = TypeVar("T")
+NOT_STARTED = 69
+"""records.EXIT_CODES["store"]."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -51,57 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     events = Events(args.launcher_pid)
     run_dir: Path = args.run_dir.resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
-    lock: int | None = args.lock_fd
-    if lock is not None:
-        os.set_inheritable(lock, False)
-    try:
-        lock = lock if lock is not None else take_lock(run_dir)
-        if lock is None:
-            raise Refused(f"run directory {run_dir}: another agent lives this attempt; nothing was started")
-        store = open_store(args.store)
-        intent = _ask(lambda: read_intent(store, args.intent), events, args.store_patience)
-        ledger = Ledger(store, intent.pipeline)
-        _ask(lambda: check_epoch(ledger, intent), events, args.store_patience)
-        bound = began if args.bound is None else args.bound
-        if not Claim(Process.of(os.getpid()), bound).write(run_dir):
-            raise Refused(f"run directory {run_dir}: this attempt has been lived before; nothing was started")
-    except (OsctlError, NotFound) as error:
-        log.error("error: %s", error)
-        if lock is not None and Claim.read(run_dir) is None:
-            (run_dir / ALIVE).touch()
+    lock: int | None = args.lock_fd if args.lock_fd is not None else take_lock(run_dir)
+    if lock is None:
+        log.error("error: run directory %s: another agent lives this attempt; nothing was started", run_dir)
         return NOT_STARTED
-    trainer = TrainerProcess(run_dir, lock)
-    attempt = Attempt(ledger, intent, RunDirectory(run_dir), trainer, events, bound=bound, store_patience_s=args.store_patience)
+    os.set_inheritable(lock, False)
+    if Claim.read(run_dir) is not None:
+        log.error("error: run directory %s: this attempt has been lived before; nothing was started", run_dir)
+        return NOT_STARTED
+    bound = began if args.bound is None else args.bound
+    with pulse(run_dir):
+        from orchestrator.agent.start import begin
+
+        begun = begin(args.store, args.intent, run_dir, lock=lock, bound=bound, events=events, store_patience_s=args.store_patience)
+    if begun is None:
+        return NOT_STARTED
+    attempt, trainer = begun
     code = attempt.live().exit_code
     trainer.touch()
     return code
-
-
-def check_epoch(ledger: Ledger, intent: Intent) -> None:
-    """Raises Refused where a newer driver holds, or held, the lease: it may have given this attempt up."""
-    lease = ledger.lease()
-    if lease is not None and lease.epoch > intent.epoch:
-        raise Refused(
-            f"{intent.run_key}: its intent is of epoch {intent.epoch}, the lease of epoch {lease.epoch} ({lease.holder}); "
-            "nothing was started, the newer driver decides"
-        )
-
-
-def _ask(question: Callable[[], T], events: Events, patience_s: float) -> T:
-    """Ask a store that may be away for a while. Raises Unreachable, Refused, NotFound."""
-    deadline = time.monotonic() + patience_s
-    while True:
-        if events.launcher_died or events.asked_to_leave:
-            raise Refused(
-                "asked to leave before anything was started" if events.asked_to_leave else "the launcher died; nothing was started"
-            )
-        try:
-            return question()
-        except Unreachable as error:
-            if time.monotonic() > deadline:
-                raise
-            log.warning("%s; again in 1 s", error)
-            events.wait(1.0)
 
 
 if __name__ == "__main__":

@@ -63,12 +63,12 @@ class Watched:
         if name == "replace":
             return lambda key, data, etag: self.effects.around(turn_of(data), call, key, data, etag)
         if name == "submit":
-            return lambda *arguments: self.effects.around(name, self.submit, *arguments)
+            return lambda *arguments: self.effects.around(name, self.submit_and_tell, *arguments)
         if name in ("drain", "kill"):
             return lambda *arguments: self.effects.around(name, call, *arguments)
         return call
 
-    def submit(self, intent_key: str, run_key: str) -> None:
+    def submit_and_tell(self, intent_key: str, run_key: str) -> None:
         """Tells the watcher whom to watch, before anything can befall the launcher."""
         self.inner.submit(intent_key, run_key)
         child = self.inner._children.get(run_key)

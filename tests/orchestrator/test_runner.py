@@ -59,6 +59,7 @@ def pipeline(*parents: tuple[str, str | None], seeds: dict[str, int] | None = No
 
 
 CHAIN = pipeline(("one", None), ("two", "one"), ("three", "two"))
+PAIR = pipeline(("one", None), ("two", "one"))
 
 Script = list[tuple[Any, ...]]
 """What an attempt does, one entry a look: ("step",) · ("publish", step) · ("end", class) · ("vanish",) · ("do", callable)."""
@@ -505,7 +506,7 @@ def crashed(rig: Rig, at: int, after: bool) -> bool:
     """Launch with a driver that dies at its n-th effect. False: it had fewer."""
     count = [0]
     store, backend = Mortal(rig.store, count, at, after), Mortal(rig.backend, count, at, after)
-    runner = Runner(CHAIN, Ledger(store, "demo"), backend, rig.clock)  # type: ignore[arg-type]
+    runner = Runner(PAIR, Ledger(store, "demo"), backend, rig.clock)  # type: ignore[arg-type]
     try:
         runner.run()
     except Crash:
@@ -513,8 +514,15 @@ def crashed(rig: Rig, at: int, after: bool) -> bool:
     return False
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("attempts_live_on", [False, True], ids=["local", "cluster"])
+@pytest.mark.parametrize(
+    ("after", "attempts_live_on"),
+    [
+        pytest.param(False, False, id="before-local"),
+        pytest.param(True, True, id="after-cluster"),
+        pytest.param(True, False, id="after-local", marks=pytest.mark.prove),
+        pytest.param(False, True, id="before-cluster", marks=pytest.mark.prove),
+    ],
+)
 def test_killed_at_any_effect_the_next_driver_carries_on(tmp_path: Path, after: bool, attempts_live_on: bool) -> None:
     """Enumerates every effect of a launch whose second stage also loses an attempt."""
     at, digests = 0, None
@@ -530,12 +538,12 @@ def test_killed_at_any_effect_the_next_driver_carries_on(tmp_path: Path, after: 
                     rig.backend._die(body, None)
         if died:
             clock.time += 60  # the lease of this very process would otherwise be seen alive
-        result = rig.launch()
+        result = rig.launch(PAIR)
         assert result.status == "succeeded", (at, result)
         found = [stage.weights_digest for stage in result.stages]
         digests = digests or found
         assert found == digests
-        assert len(rig.kinds("committed")) == 3, (at, rig.kinds("committed"))
+        assert len(rig.kinds("committed")) == 2, (at, rig.kinds("committed"))
         for stage, inputs in rig.ledger.stages():
             numbers = rig.ledger.attempts(stage, inputs)
             assert all(rig.ledger.outcome(stage, inputs, number) for number in numbers), (at, stage)

@@ -337,7 +337,7 @@ def test_cpu_devices_see_no_cuda_and_have_one_thread_each(attempts: Attempts) ->
 
 
 def test_an_agent_needs_no_torch_and_no_sdk() -> None:
-    code = "import sys, orchestrator.agent.__main__; print(*sys.modules)"
+    code = "import sys, orchestrator.agent.__main__, orchestrator.agent.start; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "orchestrator.agent.attempt" in loaded
     assert not {"torch", "numpy", "mlflow", "boto3", "botocore", "typer", "fsspec"} & set(loaded)

@@ -1,0 +1,73 @@
+"""An agent's right to start: an intent that can be read, a lease that is not newer, a run directory that nobody has claimed.
+
+Owns the checks and the claim. Refuses to live the attempt (`attempt` does), and to touch anything where it has no right.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from orchestrator.adapters import open_store
+from orchestrator.agent.attempt import Attempt
+from orchestrator.agent.events import Events
+from orchestrator.agent.run_directory import RunDirectory
+from orchestrator.agent.trainer_process import TrainerProcess
+from orchestrator.claim import Claim
+from orchestrator.errors import NotFound, OsctlError, Refused, Unreachable
+from orchestrator.ledger import Ledger, read_intent
+from orchestrator.processes import Process
+from orchestrator.records import Intent
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def begin(
+    store_url: str, intent_key: str, run_dir: Path, *, lock: int, bound: float, events: Events, store_patience_s: float
+) -> tuple[Attempt, TrainerProcess] | None:
+    """Claim the run directory, whose lock is held. None, said in the log: there is no right to start."""
+    try:
+        store = open_store(store_url)
+        intent = _ask(lambda: read_intent(store, intent_key), events, store_patience_s)
+        ledger = Ledger(store, intent.pipeline)
+        _ask(lambda: check_epoch(ledger, intent), events, store_patience_s)
+        if not Claim(Process.of(os.getpid()), bound).write(run_dir):
+            raise Refused(f"run directory {run_dir}: this attempt has been lived before; nothing was started")
+    except (OsctlError, NotFound) as error:
+        log.error("error: %s", error)
+        return None
+    trainer = TrainerProcess(run_dir, lock)
+    return Attempt(ledger, intent, RunDirectory(run_dir), trainer, events, bound=bound, store_patience_s=store_patience_s), trainer
+
+
+def check_epoch(ledger: Ledger, intent: Intent) -> None:
+    """Raises Refused where a newer driver holds, or held, the lease: it may have given this attempt up."""
+    lease = ledger.lease()
+    if lease is not None and lease.epoch > intent.epoch:
+        raise Refused(
+            f"{intent.run_key}: its intent is of epoch {intent.epoch}, the lease of epoch {lease.epoch} ({lease.holder}); "
+            "nothing was started, the newer driver decides"
+        )
+
+
+def _ask(question: Callable[[], T], events: Events, patience_s: float) -> T:
+    """Ask a store that may be away for a while. Raises Unreachable, Refused, NotFound."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        if events.launcher_died or events.asked_to_leave:
+            raise Refused(
+                "asked to leave before anything was started" if events.asked_to_leave else "the launcher died; nothing was started"
+            )
+        try:
+            return question()
+        except Unreachable as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("%s; again in 1 s", error)
+            events.wait(1.0)
