@@ -88,7 +88,7 @@ def cell(value: Any) -> str:
     if isinstance(value, Decimal):
         return f"{value:,.2f}" if abs(value) >= 1 else f"{value:,.4f}"
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
     return str(value)
 
 
