@@ -36,7 +36,7 @@ def test_the_caption_names_the_motion_that_the_pixels_show(frames: int, size: in
     along = {"left": (1, -1), "right": (1, 1), "up": (0, -1), "down": (0, 1)}
     for text, shift in zip(clips.captions, moved, strict=True):
         axis, sign = along[text.split()[-1]]
-        assert shift[axis] * sign > 0.3 * size  # nearly the whole way: the digit leaves half of the frame free
+        assert shift[axis] * sign > 0.18 * size  # half of the way that is free (a quarter of the frame), to a pixel
         assert abs(shift[1 - axis]) < 0.2 * size
 
 
