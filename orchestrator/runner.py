@@ -69,7 +69,8 @@ UNREACHABLE_POLL_S = 2.0
 """Seconds before a store or cluster that did not answer is asked again. Attempts go on meanwhile."""
 
 HASH_AT_MOST_BYTES = 64 * 2**20
-"""A parent in a folder is hashed here before an attempt is intended, up to this size (0.1 s). The agent hashes every parent anyway."""
+"""What an attempt starts from is hashed before it is intended where it lies in a folder, up to this size (0.2 s). Beyond that its agent
+is the first to read every byte, as it does anyway."""
 
 
 class Clock(Protocol):
@@ -383,16 +384,21 @@ class Runner:
         inputs = self._inputs(parent)
         assert inputs is not None
         ref = self.ledger.parent_ref(parent.name, inputs)
-        manifest = self.ledger.verify(ref.key, ref.manifest_digest, full=False)
-        size = sum(file.size for file in manifest.files.values())
-        if not self.ledger.store.url.startswith("s3://") and size <= HASH_AT_MOST_BYTES:
-            self.ledger.verify(ref.key, ref.manifest_digest, full=True)
+        self._verify(ref.key, ref.manifest_digest)
         return ref
 
+    def _verify(self, manifest_key: str, manifest_digest: str) -> Manifest:
+        """Raises CorruptCheckpoint."""
+        manifest = self.ledger.verify(manifest_key, manifest_digest, full=False)
+        size = sum(file.size for file in manifest.files.values())
+        if not self.ledger.store.url.startswith("s3://") and size <= HASH_AT_MOST_BYTES:
+            self.ledger.verify(manifest_key, manifest_digest, full=True)
+        return manifest
+
     def _verified(self, checkpoint: Checkpoint, stage: Stage, inputs: str) -> Manifest | None:
-        """The manifest, its files there in their sizes; None, and never used again, where it is not whole or not of this stage."""
+        """The manifest; None, and never used again, where the checkpoint is not what was published or not of this stage."""
         try:
-            manifest = self.ledger.verify(checkpoint.key, checkpoint.digest, full=False)
+            manifest = self._verify(checkpoint.key, checkpoint.digest)
         except CorruptCheckpoint as error:
             self._broke(checkpoint, stage, str(error))
             return None

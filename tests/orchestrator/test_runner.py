@@ -316,12 +316,14 @@ def test_a_lost_attempt_goes_on_from_its_newest_checkpoint(rig: Rig) -> None:
     assert any("from step 20" in detail for detail in rig.kinds("retry"))
 
 
-def test_a_broken_checkpoint_is_passed_over_for_an_older_one(rig: Rig) -> None:
-    def cut() -> None:
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_a_broken_checkpoint_is_passed_over_for_an_older_one(rig: Rig, damage: str) -> None:
+    def spoil() -> None:
         (path,) = (rig.store.root / "demo/stages").glob("two@*/checkpoints/step-00000020-a1/ema.safetensors")
-        path.write_bytes(path.read_bytes()[:-1])
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
 
-    rig.backend.scripts["two", 1] = [("publish", 10), ("publish", 20), ("do", cut), ("vanish",)]
+    rig.backend.scripts["two", 1] = [("publish", 10), ("publish", 20), ("do", spoil), ("vanish",)]
     result = rig.launch()
     assert result.status == "succeeded"
     (inputs,) = rig.ledger.inputs_of("two")
