@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 from pydantic import ValidationError
@@ -238,10 +239,12 @@ class VersionPicture:
 def picture(facts: Facts, prices: Prices) -> list[RunPicture]:
     """Every run, parents before their children. Pure."""
     bills = [account([attempt.time for attempt in stage.attempts], prices) for stage in facts.stages]
-    runs = [_pipeline_picture(facts, merge(bills))]
+    whole = merge(bills)
+    categories = [category for category, seconds in whole.seconds.items() if seconds]
+    runs = [_pipeline_picture(facts, whole, categories)]
     for stage, bill in zip(facts.stages, bills, strict=True):
-        runs.append(_stage_picture(facts, stage, bill))
-        runs += [_attempt_picture(facts, stage, *pair) for pair in zip(stage.attempts, bill.attempts, strict=True)]
+        runs.append(_stage_picture(facts, stage, bill, categories))
+        runs += [_attempt_picture(facts, stage, *pair, categories) for pair in zip(stage.attempts, bill.attempts, strict=True)]
     return runs
 
 
@@ -267,7 +270,7 @@ def versions(facts: Facts) -> list[VersionPicture]:
     ]
 
 
-def _pipeline_picture(facts: Facts, bill: Bill) -> RunPicture:
+def _pipeline_picture(facts: Facts, bill: Bill, categories: Sequence[str]) -> RunPicture:
     last = facts.events[-1] if facts.events else None
     ended = last if last is not None and last.kind == "ended" else None
     published = [stage.stage.spec.published for stage in facts.stages if stage.current and stage.stage.spec.published]
@@ -279,12 +282,13 @@ def _pipeline_picture(facts: Facts, bill: Bill) -> RunPicture:
         status=_pipeline_status(ended),
         ended=ended.time if ended else None,
         tags=_common(facts) | {"osctl/kind": "pipeline", "osctl/store": facts.store, "osctl/backend": facts.pipeline.backend},
-        readings=_bill_readings(bill) | _reference(bill, sum(ref.gpu_hours for ref in published), sum(ref.usd for ref in published)),
+        readings=_bill_readings(bill, categories)
+        | _reference(bill, sum(ref.gpu_hours for ref in published), sum(ref.usd for ref in published)),
         as_of=_as_of(facts),
     )
 
 
-def _stage_picture(facts: Facts, stage: StageFacts, bill: Bill) -> RunPicture:
+def _stage_picture(facts: Facts, stage: StageFacts, bill: Bill, categories: Sequence[str]) -> RunPicture:
     committed, last = stage.committed, stage.attempts[-1]
     intent, published = last.intent, stage.stage.spec.published
     config = intent.config
@@ -315,7 +319,7 @@ def _stage_picture(facts: Facts, stage: StageFacts, bill: Bill) -> RunPicture:
         status=status,
         ended=ended,
         tags=_common(facts) | tags,
-        readings=_bill_readings(bill)
+        readings=_bill_readings(bill, categories)
         | _reference(bill, published.gpu_hours if published else 0.0, published.usd if published else 0.0)
         | {f"evaluation/{metric_name(name)}": value for name, value in evaluation.items()},
         as_of=_as_of(facts),
@@ -326,7 +330,7 @@ def _stage_picture(facts: Facts, stage: StageFacts, bill: Bill) -> RunPicture:
     )
 
 
-def _attempt_picture(facts: Facts, stage: StageFacts, attempt: AttemptFacts, bill: AttemptBill) -> RunPicture:
+def _attempt_picture(facts: Facts, stage: StageFacts, attempt: AttemptFacts, bill: AttemptBill, categories: Sequence[str]) -> RunPicture:
     intent, outcome = attempt.intent, attempt.outcome
     tags = {
         "osctl/kind": "attempt",
@@ -345,7 +349,7 @@ def _attempt_picture(facts: Facts, stage: StageFacts, attempt: AttemptFacts, bil
         status=_attempt_status(outcome),
         ended=outcome.ended if outcome else None,
         tags=_common(facts) | tags,
-        readings=_bill_readings(bill),
+        readings=_bill_readings(bill, categories),
         as_of=_as_of(facts),
         params={
             "nodes": str(intent.nodes),
@@ -384,11 +388,12 @@ def _common(facts: Facts) -> dict[str, str]:
     return {"osctl/pipeline": facts.pipeline.name, LEDGER: facts.ledger}
 
 
-def _bill_readings(bill: Bill | AttemptBill) -> dict[str, float]:
+def _bill_readings(bill: Bill | AttemptBill, categories: Sequence[str]) -> dict[str, float]:
+    """`categories`: what the pipeline spent any time on. A run without it shows 0 beside the others, not nothing."""
     readings = {"usd": float(bill.usd), "gpu_hours": bill.gpu_hours, "device_hours": bill.device_hours}
     if bill.goodput is not None:
         readings["goodput"] = bill.goodput
-    return readings | {f"seconds/{category}": seconds for category, seconds in bill.seconds.items() if seconds}
+    return readings | {f"seconds/{category}": bill.seconds[category] for category in categories}
 
 
 def _reference(bill: Bill, gpu_hours: float, usd: float) -> dict[str, float]:
@@ -458,9 +463,15 @@ def stage_key(facts: Facts, stage: StageFacts) -> str:
 
 
 def source_uri(store: str, key: str) -> str:
-    """Where a checkpoint lies. A folder gets a scheme of ours: MLflow servers refuse `file:` sources outside of their own artifacts."""
+    """Where a checkpoint lies, for people and for `osctl`.
+
+    A folder gets a scheme of ours, with its own path as a query: an MLflow server refuses sources with a local path outside of its own
+    artifacts, and those whose path is a symbolic link on its own disk.
+    """
     base = store.rstrip("/")
-    return f"{base}/{key}" if "://" in base and not base.startswith("file:") else f"osctl+file://{base.removeprefix('file://')}/{key}"
+    if "://" in base and not base.startswith("file:"):
+        return f"{base}/{key}"
+    return f"osctl://folder/{key}?store={quote(base.removeprefix('file://'))}"
 
 
 def alias_of(stage: str) -> str:

@@ -34,6 +34,7 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # its default, 7 with backoff, notices a dead server after minutes
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
@@ -71,6 +72,7 @@ class MlflowTracker:
     def __init__(self, url: str, artifacts: Path | None = None):
         self.url = url
         self._artifacts = artifacts
+        self._experiments: dict[str, str] = {}
 
     @cached_property
     def _client(self) -> MlflowClient:
@@ -88,9 +90,10 @@ class MlflowTracker:
     def runs(self, experiment: str, tags: Mapping[str, str]) -> list[TrackedRun]:
         condition = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         with self._reach():
+            self._experiments[experiment] = number = self.experiment(experiment)
             found = self._pages(
                 lambda token: self._client.search_runs(
-                    [self.experiment(experiment)], condition, max_results=PAGE, order_by=["attributes.start_time ASC"], page_token=token
+                    [number], condition, max_results=PAGE, order_by=["attributes.start_time ASC"], page_token=token
                 )
             )
             return [
@@ -128,7 +131,8 @@ class MlflowTracker:
 
     def create(self, experiment: str, name: str, tags: Mapping[str, str], start: float) -> str:
         with self._reach():
-            run = self._client.create_run(self.experiment(experiment), milliseconds(start), dict(tags), name)
+            number = self._experiments.get(experiment) or self.experiment(experiment)
+            run = self._client.create_run(number, milliseconds(start), dict(tags), name)
             return str(run.info.run_id)
 
     def log(

@@ -100,9 +100,9 @@ def main() -> int:
     pipeline = Pipeline.model_validate_json((root / "pipeline.json").read_bytes())
     store = FolderStore(root / "store")
     effects = Effects(options.die, root / "effects.log")
-    ledger = Ledger(Watched(store, effects), pipeline.name)  # type: ignore[arg-type]
+    ledger = Ledger(Watched(store, effects), pipeline.name)
     backend = Watched(LocalBackend(store.url, root), effects)
-    runner = Runner(pipeline, ledger, backend, lease_ttl_s=options.ttl)  # type: ignore[arg-type]
+    runner = Runner(pipeline, ledger, backend, lease_ttl_s=options.ttl)
     signal.signal(signal.SIGINT, lambda *_: runner.drain())
     signal.signal(signal.SIGTERM, lambda *_: runner.kill())
     try:

@@ -18,8 +18,11 @@ import pytest
 from written_ledger import Writer, pipeline
 
 from orchestrator.adapters import mlflow_ui, open_store
+from orchestrator.adapters.tracking import MlflowTracker
 from orchestrator.errors import Refused
 from orchestrator.ledger import Ledger
+from orchestrator.prices import load_prices
+from orchestrator.projection import project
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -70,7 +73,7 @@ def test_a_server_that_was_down_is_brought_up_to_date_once(tmp_path: Path, serve
     story.train(intent, 15)
     story.draw(intent, "sheet.png", b"a sheet", tmp_path)
     server.wait_until_up(UP_S)
-    assert projection(tmp_path, server.url) == (0, [])
+    project(story.ledger, MlflowTracker(server.url), load_prices())
     half = curves(tmp_path)
     assert max(step for _, _, step, _, _ in half) == 15
 
@@ -94,12 +97,13 @@ def test_a_server_that_was_down_is_brought_up_to_date_once(tmp_path: Path, serve
     assert curves(tmp_path) == half
 
     servers(port).wait_until_up(UP_S)
+    assert projection(tmp_path, server.url) == (0, [])
     for _ in range(2):
-        assert projection(tmp_path, server.url) == (0, [])
         after = curves(tmp_path)
         assert set(after.values()) == {1} and half.keys() <= after.keys()
         losses = {(key, step) for key, name, step, _, _ in after if name == "loss"}
         assert len(losses) == 2 * 3 * 30
+        project(story.ledger, MlflowTracker(server.url), load_prices())
     number = mlflow_ui.experiment_id(server.url, "demo")
     assert number is not None
     assert len(mlflow_ui.stage_runs(server.url, number)) == 3

@@ -59,7 +59,7 @@ def browser(chromium: tuple[str, str], tmp_path: Path) -> Iterator[Any]:
 
     options = webdriver.ChromeOptions()
     options.binary_location = chromium[0]
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1500,1500", f"--user-data-dir={tmp_path}"):
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1500,1750", f"--user-data-dir={tmp_path}"):
         options.add_argument(argument)
     browser = webdriver.Chrome(options=options, service=Service(chromium[1]))
     try:
@@ -113,6 +113,7 @@ class Page:
                     if (line.length) found[name] = line;
                 }
             }
+            values.scrollTop = 45 * Object.keys(found).indexOf('gpu_hours');
             return found;
         """
         found: dict[str, list[str]] = self.browser.execute_script(f"return (async () => {{ {script} }})()")

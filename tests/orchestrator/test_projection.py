@@ -229,7 +229,8 @@ def test_each_committed_stage_is_a_model_version_under_its_name(story: Writer, t
         story.results[name].weights_digest for name in ("stage1", "stage2", "stage3")
     ]
     source = tracker._client.get_model_version("demo", "3").source
-    assert source == f"osctl+file://{story.ledger.store.url}/{story.results['stage3'].manifest.removesuffix('/MANIFEST.json')}"
+    place = story.results["stage3"].manifest.removesuffix("/MANIFEST.json")
+    assert source == f"osctl://folder/{place}?store={story.ledger.store.url}"
 
 
 def test_an_alias_follows_the_current_result(story: Writer, tracker: MlflowTracker, prices: Prices) -> None:
@@ -256,7 +257,7 @@ def test_names_fit_mlflow() -> None:
     assert [alias_of(name) for name in ("stage1", "stage3.b", "latest", "v1")] == ["stage1", "stage3-b", "stage-latest", "stage-v1"]
     assert metric_name("direction@24%") == "direction_24_"
     assert source_uri("s3://bucket/prefix/", "demo/x") == "s3://bucket/prefix/demo/x"
-    assert source_uri("file:///a/b", "demo/x") == source_uri("/a/b", "demo/x") == "osctl+file:///a/b/demo/x"
+    assert source_uri("file:///a/b", "demo/x") == source_uri("/a/b", "demo/x") == "osctl://folder/demo/x?store=/a/b"
     long = pipeline().stages[0].config.model_copy(update={"prompts": ("x" * 1000,)})
     assert len(flatten(long)["prompts"]) == 500
 
