@@ -251,7 +251,7 @@ def judge(ends: Sequence[Attempt], max_attempts: int) -> Verdict:
     last = ends[-1]
     assert last.outcome is not None
     class_, rule = last.outcome.class_, RULES[last.outcome.class_]
-    what = f"{last.stage}: attempt {last.number} ended with {class_}: {last.outcome.reason}"
+    what = f"{last.stage}: attempt {last.number} ended with {class_}" + (f": {last.outcome.reason}" if last.outcome.reason else "")
     advice = f". {rule.hint[0].upper()}{rule.hint[1:]}" if rule.hint else ""
     if rule.then == "suspend":
         return Verdict("suspended", f"{what}. `osctl launch` goes on from step {max(last.published, last.resumed_from)}", 130)

@@ -437,7 +437,7 @@ class Runner:
             }
         )
         written = self.ledger.write_outcome(intent, outcome)
-        self._event("outcome", attempt, f"{written.class_}: {written.reason}")
+        self._event("outcome", attempt, f"{written.class_}: {written.reason}" if written.reason else written.class_)
 
     def _commit(self, action: Commit) -> None:
         attempt, outcome = action.attempt, action.attempt.outcome

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -127,7 +129,7 @@ def checkpoint(step: int, number: int = 1, complete: bool = False) -> Checkpoint
 
 
 def test_every_class_has_a_rule() -> None:
-    assert set(RULES) == set(ExitClass.__args__)
+    assert set(RULES) == set(get_args(ExitClass))
 
 
 @pytest.mark.parametrize("class_", ["config", "parent", "nan", "oom", "disk"])
@@ -406,7 +408,7 @@ class World:
                 done += 1
         return list(actions)
 
-    def _effects(self, action: object) -> list[object]:
+    def _effects(self, action: object) -> list[Callable[[], None]]:
         if isinstance(action, StartAttempt):
             return [lambda: self._intend(action), lambda: self._submit((action.stage, action.inputs, action.number))]
         if isinstance(action, CloseAttempt):
