@@ -75,6 +75,8 @@ class Flow(Frozen):
     kind: Literal["flow"]
     time: Literal["uniform", "logit-normal"] = "logit-normal"
     """Distribution of training times in (0, 1); logit-normal as in Esser et al. 2024."""
+    shift: PositiveFloat = 1.0
+    """Above 1, times of training and sampling move towards noise: shift t / (1 + (shift - 1) t), Esser et al. 2024, section 5.3.2."""
 
 
 Objective = Annotated[IDDPM | Flow, Field(discriminator="kind")]

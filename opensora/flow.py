@@ -10,6 +10,7 @@ time embedding was made for.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -35,6 +36,11 @@ def velocity(clean: Tensor, noise: Tensor) -> Tensor:
     return clean - noise
 
 
+def shifted(time: Tensor, shift: float) -> Tensor:
+    """Times in (0, 1) moved towards noise for a shift above 1: what a caption decides is decided there (Esser et al. §5.3.2)."""
+    return shift * time / (1 + (shift - 1) * time)
+
+
 def draw_time(kind: Literal["uniform", "logit-normal"], clips: int, generator: torch.Generator) -> Tensor:
     """(B,) fp32 in (0, 1)."""
     if kind == "uniform":
@@ -47,23 +53,23 @@ def loss(prediction: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
     return (prediction - velocity(clean, noise)).square().flatten(1).mean(1)
 
 
-def euler(network: Network, noise: Tensor, steps: int) -> Tensor:
-    """Clean latents: `steps` equal Euler steps from time 1 to time 0."""
+def euler(network: Network, noise: Tensor, steps: int, shift: float = 1.0) -> Tensor:
+    """Clean latents: Euler steps from time 1 to time 0, equal ones but for `shift`."""
+    times = shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
     x = noise
-    for step in reversed(range(steps)):
-        time = torch.full((len(x),), (step + 1) / steps, device=x.device)
-        x = x + network(x, time * NETWORK_TIME) / steps
+    for now, then in itertools.pairwise(times):
+        x = x + network(x, torch.full((len(x),), now * NETWORK_TIME, device=x.device)) * (now - then)
     return x
 
 
 class RectifiedFlow:
     """The objective `flow` (see `opensora.objective`): times are fp32 in (0, 1)."""
 
-    def __init__(self, time: Literal["uniform", "logit-normal"] = "logit-normal") -> None:
-        self.time = time
+    def __init__(self, time: Literal["uniform", "logit-normal"] = "logit-normal", shift: float = 1.0) -> None:
+        self.time, self.shift = time, shift
 
     def draw_time(self, clips: int, generator: torch.Generator) -> Tensor:
-        return draw_time(self.time, clips, generator)
+        return shifted(draw_time(self.time, clips, generator), self.shift)
 
     def loss(self, network: Network, clean: Tensor, time: Tensor, noise: Tensor) -> Tensor:
         return loss(network(interpolate(clean, noise, time), time * NETWORK_TIME), clean, noise)
@@ -72,4 +78,4 @@ class RectifiedFlow:
         """Clean latents from noise. The way is deterministic: `generators` stay untouched. Raises ConfigError."""
         if sampling.method != "euler":
             raise ConfigError(f"sampling: method {sampling.method} belongs to objective iddpm, not to flow. Use euler")
-        return euler(network, noise, sampling.steps)
+        return euler(network, noise, sampling.steps, self.shift)

@@ -39,4 +39,4 @@ def build(config: IDDPM | Flow) -> Objective:
         case IDDPM():
             return Diffusion(config.steps)
         case Flow():
-            return RectifiedFlow(config.time)
+            return RectifiedFlow(config.time, config.shift)

@@ -97,3 +97,31 @@ def test_uniform_times_are_uniform_and_logit_normal_times_crowd_in_the_middle() 
 def test_iddpms_samplers_are_refused() -> None:
     with pytest.raises(ConfigError, match="ancestral belongs to objective iddpm"):
         RectifiedFlow().sample(lambda x, time: x, torch.zeros(1, 4, 1, 2, 2), SamplingConfig(method="ancestral"), [])
+
+
+def test_a_shift_moves_times_towards_noise_and_keeps_the_ends() -> None:
+    time = torch.linspace(0, 1, 11)
+    torch.testing.assert_close(flow.shifted(time, 1.0), time)
+    moved = flow.shifted(time, 4.0)
+    assert (moved[0], moved[-1]) == (0, 1)
+    assert (moved[1:-1] > time[1:-1]).all() and (moved.diff() > 0).all()
+    assert float(moved[5]) == pytest.approx(0.8)  # 4 · 0.5 / (1 + 3 · 0.5)
+    torch.testing.assert_close(flow.shifted(moved, 1 / 4), time)
+
+
+def test_shifted_steps_still_lead_from_noise_to_the_clip() -> None:
+    clean, noise = torch.full((2, 1, 1, 2, 2), 3.0), torch.zeros(2, 1, 1, 2, 2)
+    seen: list[float] = []
+
+    def network(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        seen.append(float(time[0]))
+        return clean - noise
+
+    torch.testing.assert_close(flow.euler(network, noise, 4, shift=3.0), clean)
+    assert seen == pytest.approx([1000, 900, 750, 500])
+
+
+def test_shift_reaches_training_and_sampling() -> None:
+    plain, shifted = flow.RectifiedFlow("uniform"), flow.RectifiedFlow("uniform", 3.0)
+    times = [objective.draw_time(1000, torch.Generator().manual_seed(0)) for objective in (plain, shifted)]
+    torch.testing.assert_close(times[1], flow.shifted(times[0], 3.0))
