@@ -660,8 +660,8 @@ class Follower:
     """Projects every `interval_s` until the launch is over and everything is there. A dead MLflow costs one line, not a run."""
 
     LAG = 0.02
-    LAST_TRIES = 4
-    """Tries after the launch has ended, with backoff 1, 2, 4 s between them; then it is `osctl sync`'s turn."""
+    LAST_TRIES = 3
+    """Tries after the launch has ended, 1 and 2 s between them; then it is `osctl sync`'s turn."""
     BACKOFF_S = 60.0
     """Longest pause between two tries while MLflow is down."""
 

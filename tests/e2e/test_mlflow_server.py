@@ -82,7 +82,7 @@ def test_a_server_that_was_down_is_brought_up_to_date_once(tmp_path: Path, serve
     server.stop()
     assert not [process for process in psutil.process_iter() if _group(process.pid) == server.process.pid]
 
-    launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    launcher = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     assert launcher.stdin is not None
     story.finish(intent)
     for name in ("stage2", "stage3"):

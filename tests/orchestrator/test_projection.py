@@ -325,6 +325,7 @@ def test_projecting_thrice_changes_no_row(story: Writer, tracker: MlflowTracker,
     for _ in range(2):
         project(again(story.ledger), open_tracker("sqlite", home) or tracker, prices)
     assert rows(home / "mlflow.db") == once
+    project(again(story.ledger), CrashingTracker(tracker), prices)  # type: ignore[arg-type] # nor is anything sent
     assert len(once["runs"]) == 8 and sum(once["metrics"].values()) > 1000
 
 
@@ -481,18 +482,18 @@ def test_a_corrected_price_is_shown_even_when_it_is_lower(story: Writer, tracker
 
 def test_a_live_bill_does_not_add_a_row_at_every_look(story: Writer, tracker: MlflowTracker, prices: Prices, home: Path) -> None:
     projector = Projector(story.ledger, tracker, prices)
-    story.pipeline = pipeline(steps=600)
+    story.pipeline = pipeline(steps=300)
     story.launch()
     intent = story.begin("stage1")
-    for step in range(10, 601, 10):
+    for step in range(10, 301, 10):
         story.train(intent, step)
-        projector.bring(lag=Follower.LAG * 5)
+        projector.bring(lag=0.5)
     with sqlite3.connect(home / "mlflow.db") as connection:
         (count,) = connection.execute("select count(*) from metrics where key = 'usd'").fetchone()
         (steps,) = connection.execute("select count(distinct step) from metrics where key = 'loss'").fetchone()
     connection.close()
-    assert steps == 600
-    assert count < 3 * 60 / 2
+    assert steps == 300
+    assert count < 3 * 30 / 2
 
 
 def test_a_deleted_experiment_comes_back(story: Writer, tracker: MlflowTracker, prices: Prices) -> None:
@@ -577,11 +578,11 @@ def test_a_mlflow_that_stays_dead_is_left_to_sync() -> None:
     script = Script("-", launch_ends_at_look=9)
     assert not script.follow()
     assert script.looks == 9 + Follower.LAST_TRIES
-    assert max(script.pauses) <= Follower.BACKOFF_S and script.pauses[-3:] == [1.0, 2.0, 4.0]
+    assert max(script.pauses) <= Follower.BACKOFF_S and script.pauses[-2:] == [1.0, 2.0]
 
 
 def test_a_launch_is_over_when_its_process_is_gone(story: Writer) -> None:
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     launch = Launch(process.pid, list)
     assert not launch.over()
     assert process.stdin is not None
@@ -654,7 +655,7 @@ def test_what_would_become_mlruns_is_refused(tmp_path: Path) -> None:
 def test_the_follower_outlives_its_launch_just_long_enough(story: Writer, home: Path) -> None:
     """The launcher is killed while stage 1 trains; what it left is shown, and nothing is claimed about its end."""
     story.launch()
-    launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    launcher = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     follower = projection(home, "sqlite", "--follow-pid", str(launcher.pid), "--interval", "0.2")
     intent = story.begin("stage1")
     wait_for(lambda: len(shown(home / "mlflow.db")) == 3, follower)
