@@ -28,8 +28,8 @@ class Resources(Frozen):
     """Machines; each runs one agent."""
     devices_per_node: PositiveInt = 1
     """Processes of a node, one a device."""
-    device: str = "cpu-core"
-    """A device of the price list."""
+    device: str = "auto"
+    """A device of the price list; `auto`: this machine's CUDA devices, where it has any, else its cores."""
 
 
 class Published(Frozen):
@@ -244,7 +244,7 @@ def _captions(folder: Path) -> tuple[str, ...]:
             columns = rows.fieldnames or []
             if not {"path", "text"} <= set(columns):
                 raise usage_error(f"{path}: columns are {', '.join(columns) or 'none'}, expected path and text. Add a line `path,text`")
-            captions = tuple(dict.fromkeys(text for row in rows if (text := (row["text"] or "").strip())))
+            captions = tuple(dict.fromkeys(text for row in rows if (text := _caption(path, rows.line_num, row))))
     except FileNotFoundError:
         raise usage_error(f"{path}: no such file. Write a captions.csv with the columns path,text") from None
     except UnicodeDecodeError as error:
@@ -252,6 +252,34 @@ def _captions(folder: Path) -> tuple[str, ...]:
     if not captions:
         raise usage_error(f"{path}: holds no caption. Write one line `path,text` a clip")
     return captions
+
+
+def _caption(path: Path, line: int, row: Mapping[str, str | None]) -> str:
+    """Of one row, whose clip has to lie inside the folder: said here, before anything is launched."""
+    clip = Path(row["path"] or "")
+    if clip.is_absolute() or ".." in clip.parts:
+        raise usage_error(f"{path}:{line}: path {str(clip)!r} does not lie inside the folder. Give it relative to the folder, with /")
+    return (row["text"] or "").strip()
+
+
+def on_devices(pipeline: Pipeline, gpus: int) -> Pipeline:
+    """The same pipeline with `device: auto` decided for a machine with so many CUDA devices.
+
+    A stage gets as many GPUs as it has processes, or as there are; its batch a device grows in turn, so that the global batch and with it
+    the recipe stay the same. Where they do not divide, fewer GPUs are used.
+    """
+    stages: list[Stage] = []
+    for stage in pipeline.stages:
+        asked = stage.spec.resources
+        if asked.device == "auto":
+            total = stage.config.batch_size * asked.devices_per_node
+            ranks = max((n for n in range(1, min(gpus, asked.devices_per_node) + 1) if total % n == 0), default=None)
+            update = {"device": "cpu-core"} if ranks is None else {"device": "local-gpu", "devices_per_node": ranks}
+            spec = stage.spec.model_copy(update={"resources": asked.model_copy(update=update)})
+            config = stage.config if ranks is None else stage.config.model_copy(update={"batch_size": total // ranks})
+            stage = stage.model_copy(update={"spec": spec, "config": config})
+        stages.append(stage)
+    return pipeline.model_copy(update={"stages": tuple(stages)})
 
 
 def _with_environment(document: Document, env: Mapping[str, str]) -> Document:

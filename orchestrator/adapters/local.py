@@ -29,6 +29,14 @@ GONE_S = 30.0
 """How long a killed attempt may take to be gone; a process inside a driver's call cannot be killed sooner."""
 
 
+def cuda_devices() -> int:
+    """How many NVIDIA devices this process may use: CUDA_VISIBLE_DEVICES, else device nodes. Asking the driver would mean importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
+    return sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
 @dataclass
 class _Child:
     """An agent that this process started."""

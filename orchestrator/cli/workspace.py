@@ -40,13 +40,16 @@ class Workspace:
         data: str | None = None,
     ) -> Workspace:
         from orchestrator import config
+        from orchestrator.adapters.local import cuda_devices
 
         overrides = dict(split(setting) for setting in settings or ())
         for name, value in (("store", store), ("tracking", tracking)):
             if value is not None:
                 overrides[name] = value
         pipeline = config.load(config.find(file), overrides=overrides, env=os.environ)
-        return cls(config.with_data(pipeline, data) if data else pipeline)
+        if data:
+            pipeline = config.with_data(pipeline, data)
+        return cls(config.on_devices(pipeline, cuda_devices()))
 
     @cached_property
     def store(self) -> Store:
