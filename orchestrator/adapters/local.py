@@ -30,7 +30,7 @@ GONE_S = 30.0
 
 
 def cuda_devices() -> int:
-    """How many NVIDIA devices this process may use: CUDA_VISIBLE_DEVICES, else device nodes. Asking the driver would mean importing torch."""
+    """How many NVIDIA devices this process may use: CUDA_VISIBLE_DEVICES, else device nodes. The driver is not asked: that takes torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
