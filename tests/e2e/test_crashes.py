@@ -22,7 +22,7 @@ import pytest
 from live_attempts import STAND_IN, Watcher, stage_config, until
 
 from orchestrator.adapters.folder import FolderStore
-from orchestrator.claim import is_locked
+from orchestrator.claim import ALIVE, is_locked
 from orchestrator.config import Pipeline, Resources, Stage, StageSpec
 from orchestrator.cost import TOLERANCE, TOLERANCE_S, account, load_prices
 from orchestrator.ledger import Ledger
@@ -32,6 +32,8 @@ from orchestrator.snapshot import attempt_times
 LAUNCH = str(Path(__file__).parent / "launch.py")
 STAGES = ("stage1", "stage2", "stage3")
 SEED = 20261123
+UNBORN_S = 0.5
+"""An interpreter's start on a busy machine; 0.05 s on an idle one."""
 
 
 def chain(*, step_ms: float = 8, steps: int = 20, devices: int = 2) -> Pipeline:
@@ -59,7 +61,7 @@ class Site:
         self.launchers: list[subprocess.Popen[str]] = []
         self.agents: dict[str, Watcher] = {}
         self.late_s = 0.0
-        """How late this machine wakes a waiting process at worst: no watcher is better than that. A millisecond on an idle one."""
+        """How late this machine wakes a waiting process at worst: no watcher is better than that, at either end of a life."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -166,16 +168,18 @@ class Site:
             assert done_again == sorted(done_again), "an attempt went on from behind an earlier one"
             for time_, line in zip(times, bill.attempts, strict=True):
                 assert time_.ended is not None, f"{stage.name} a{time_.attempt} has no outcome"
-                watcher = self.agents.get(f"demo_{stage.name}@{inputs}_a{time_.attempt}")
-                if watcher is not None:
-                    wall = line.devices * (watcher.death - watcher.started)
-                    assert abs(line.held_s - wall) <= max(TOLERANCE * wall, (TOLERANCE_S + self.late_s) * line.devices), (
-                        stage.name,
-                        time_.attempt,
-                        line.held_s,
-                        wall,
-                    )
-                    assert all(seconds >= 0 for seconds in line.seconds.values())
+                name = f"demo_{stage.name}@{inputs}_a{time_.attempt}"
+                watcher = self.agents.get(name)
+                if watcher is None:
+                    continue
+                wall = line.devices * (watcher.death - watcher.started)
+                doubt = max(TOLERANCE * wall, (TOLERANCE_S + 2 * self.late_s) * line.devices)
+                assert all(seconds >= 0 for seconds in line.seconds.values())
+                if not (self.root / "runs" / name / ALIVE).exists():
+                    # Killed after its launcher, and before Python had begun to run it: nobody is left who could know when.
+                    assert wall <= UNBORN_S * line.devices, (stage.name, time_.attempt, wall)
+                    continue
+                assert abs(line.held_s - wall) <= doubt, (stage.name, time_.attempt, line.held_s, wall, doubt)
 
 
 @pytest.fixture
