@@ -172,7 +172,7 @@ def test_a_stage_carries_its_configuration_lineage_and_bill(story: Writer, track
     assert run.metrics["ratio_vs_reference"] == pytest.approx(bill.gpu_hours / 0.5)
     assert run.metrics["usd_reference"] == 1.5
     # Ten steps on eight devices stand before the kill without a checkpoint after step 10 of 15: five were lost.
-    assert run.metrics["seconds/lost"] == pytest.approx(5 * 8 * 0.9 * story.step_s)
+    assert run.metrics["seconds/lost"] == pytest.approx(5 * 8 * 0.9 * story.pace(story.pipeline.stage("stage2").config))
     whole = runs_of(tracker)["demo"].metrics
     stages = [run.metrics for run in runs_of(tracker).values() if run.tags["osctl/kind"] == "stage"]
     for reading in ("usd", "gpu_hours", "seconds/step", "usd_reference"):
