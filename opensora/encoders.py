@@ -69,10 +69,14 @@ class TextEncoder(Protocol):
 
 
 class PatchAutoencoder:
-    """Patches of factor x factor pixels onto their principal components, each scaled to unit variance."""
+    """Patches of factor x factor pixels onto their principal components, with one scale for all: their mean variance is 1.
+
+    Scaling each component to unit variance was tried: it blows up those that are mostly noise, and a model then learns captions
+    much later (docs/log.md).
+    """
 
     def __init__(self, mean: torch.Tensor, components: torch.Tensor, deviation: torch.Tensor, factor: int) -> None:
-        """mean (3·f·f,) · components (C, 3·f·f), orthonormal rows · deviation (C,), of pixels in [−1, 1]."""
+        """mean (3·f·f,) · components (C, 3·f·f), orthonormal rows · deviation (), of pixels in [−1, 1]."""
         self.mean, self.components, self.deviation = mean, components, deviation
         self.factor = factor
         self.channels = components.shape[0]
@@ -98,20 +102,19 @@ class PatchAutoencoder:
         variances, rows = variances.flip(0)[:channels], vectors.T.flip(0)[:channels]
         strongest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
         rows = rows * strongest.sign()  # an eigenvector's sign is arbitrary: the strongest pixel is bright
-        # Directions that the frames do not have (grey frames have 2/3 of them) keep at least the variance of rounding to a byte.
-        deviation = variances.clamp(min=1 / 12).sqrt()
+        deviation = variances.mean().clamp(min=1 / 12).sqrt()  # at least that of rounding to a byte: one-coloured frames have none
         return cls((mean / 127.5 - 1).float(), rows.float().contiguous(), (deviation / 127.5).float(), factor)
 
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         rows, columns = frames.shape[-2] // self.factor, frames.shape[-1] // self.factor
         patches = rearrange(frames, "n c (h p) (w q) -> (n h w) (c p q)", p=self.factor, q=self.factor).float() / 127.5 - 1
-        latents = (patches - self.mean.to(frames.device)) @ (self.components / self.deviation[:, None]).T.to(frames.device)
+        latents = (patches - self.mean.to(frames.device)) @ (self.components / self.deviation).T.to(frames.device)
         return rearrange(latents, "(n h w) c -> n c h w", h=rows, w=columns).contiguous()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         rows, columns = latents.shape[-2:]
         flat = rearrange(latents, "n c h w -> (n h w) c").float()
-        patches = flat @ (self.components * self.deviation[:, None]).to(latents.device) + self.mean.to(latents.device)
+        patches = flat @ (self.components * self.deviation).to(latents.device) + self.mean.to(latents.device)
         pixels = ((patches + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return rearrange(pixels, "(n h w) (c p q) -> n c (h p) (w q)", h=rows, w=columns, c=3, p=self.factor, q=self.factor)
 

@@ -26,7 +26,7 @@ from opensora.errors import DiskFull, ParentError, TrainerError
 
 FILE = "latents.safetensors"
 TENSORS = ("latents", "caption_of", "vectors", "mask")
-VERSION = 1
+VERSION = 2
 """Raised whenever the same inputs would be encoded differently."""
 ENCODED_AT_ONCE = 256
 """Clips."""
