@@ -108,12 +108,13 @@ class Facts:
 
 
 class Reader:
-    """Reads a ledger again and again, events and journals only once."""
+    """Reads a ledger again and again; events, journals and attempts that are over only once."""
 
     def __init__(self, ledger: Ledger):
         self.ledger = ledger
         self._events: list[Event] = []
         self._seen: tuple[int, int] | None = None
+        self._over: dict[tuple[str, str, int], AttemptFacts] = {}
 
     def read(self) -> Facts | None:
         """None: never launched. Raises Unreachable, Refused (a damaged record)."""
@@ -153,27 +154,36 @@ class Reader:
                     yield StageFacts(stage, inputs, current.get(name) == inputs, attempts, self.ledger.committed(name, inputs))
 
     def _attempts(self, stage: str, inputs: str) -> Iterator[AttemptFacts]:
+        numbers = self.ledger.attempts(stage, inputs)
+        # Outcomes first: where there is one, the journal, the checkpoints and the samples that are read after it are all there will be.
+        outcomes = {number: self.ledger.outcome(stage, inputs, number) for number in numbers if (stage, inputs, number) not in self._over}
         published: dict[int, int] = {}
-        for _, manifest in self.ledger.checkpoints(stage, inputs):
+        for _, manifest in self.ledger.checkpoints(stage, inputs) if outcomes else ():
             published[manifest.attempt] = max(manifest.step, published.get(manifest.attempt, 0))
-        for number in self.ledger.attempts(stage, inputs):
-            intent = self.ledger.intent(stage, inputs, number)
-            if intent is None:
-                continue
-            outcome = self.ledger.outcome(stage, inputs, number)
-            pieces = self.ledger.journal(stage, inputs, number)
-            resumed = intent.resume.step if intent.resume else 0
-            spent = AttemptTime(
-                attempt=number,
-                devices=intent.nodes * intent.devices_per_node,
-                bound=outcome.bound if outcome else pieces[0].start if pieces else None,
-                ended=outcome.ended if outcome else None,
-                pieces=pieces,
-                resumed_from=resumed,
-                last_published=published.get(number, resumed),
-                device=intent.device,
-            )
-            yield AttemptFacts(intent, outcome, spent, tuple(self.ledger.samples(stage, inputs, number)))
+        for number in numbers:
+            facts = self._over.get((stage, inputs, number)) or self._attempt(stage, inputs, number, outcomes[number], published.get(number))
+            if facts is not None:
+                if facts.outcome is not None:
+                    self._over[stage, inputs, number] = facts
+                yield facts
+
+    def _attempt(self, stage: str, inputs: str, number: int, outcome: Outcome | None, published: int | None) -> AttemptFacts | None:
+        intent = self.ledger.intent(stage, inputs, number)
+        if intent is None:
+            return None
+        pieces = self.ledger.journal(stage, inputs, number)
+        resumed = intent.resume.step if intent.resume else 0
+        spent = AttemptTime(
+            attempt=number,
+            devices=intent.nodes * intent.devices_per_node,
+            bound=outcome.bound if outcome else pieces[0].start if pieces else None,
+            ended=outcome.ended if outcome else None,
+            pieces=pieces,
+            resumed_from=resumed,
+            last_published=published if published is not None else resumed,
+            device=intent.device,
+        )
+        return AttemptFacts(intent, outcome, spent, tuple(self.ledger.samples(stage, inputs, number)))
 
 
 def current_inputs(pipeline: Pipeline, committed: Callable[[str, str], Committed | None]) -> dict[str, str]:
@@ -490,7 +500,7 @@ def _as_of(facts: Facts) -> float:
         times += [stage.committed.time] if stage.committed else []
         for attempt in stage.attempts:
             times += [attempt.intent.created, *([attempt.outcome.ended] if attempt.outcome else [])]
-            times += [attempt.time.pieces[-1].end] if attempt.time.pieces else []
+            times += [piece.end for piece in attempt.time.pieces]
     return max(times)
 
 
