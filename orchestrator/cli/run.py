@@ -157,12 +157,12 @@ def projecting(workspace: Workspace) -> Iterator[None]:
     try:
         yield
     finally:
+        follower.terminate()  # it looks once more, shows what is new, and leaves
         try:
             code: int | None = follower.wait(PROJECTION_WAIT_S)
         except subprocess.TimeoutExpired:
-            follower.terminate()
-            follower.wait()
-            code = None
+            follower.kill()
+            code = follower.wait()
         if code != 0:
             output.note(f"MLflow ({tracking}) is behind the ledger. Bring it up to date with: osctl sync")
 
