@@ -40,7 +40,13 @@ def chain(*, step_ms: float = 8, steps: int = 20, devices: int = 2) -> Pipeline:
     """Three stages of the stand-in trainer, a quarter of a second each."""
     stages = tuple(
         Stage(
-            spec=StageSpec(name=name, config="x.yaml", parent=parent, resources=Resources(devices_per_node=devices), hang_timeout_s=30),
+            spec=StageSpec(
+                name=name,
+                config="x.yaml",
+                parent=parent,
+                resources=Resources(devices_per_node=devices, device="cpu-core"),
+                hang_timeout_s=30,
+            ),
             config=stage_config(steps=steps, every_steps=5, seed=number, evaluate=parent == "stage2"),
         )
         for number, (name, parent) in enumerate(zip(STAGES, (None, *STAGES), strict=False))
