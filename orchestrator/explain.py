@@ -68,6 +68,7 @@ UNITS = {
     ("CheckpointConfig", "keep_last"): "checkpoints",
     ("SamplingConfig", "steps"): "sampling steps",
     ("SamplingConfig", "guidance"): "scale",
+    ("Flow", "shift"): "factor",
     ("EvaluateConfig", "clips"): "clips",
     ("EvaluateConfig", "frames"): "frames",
     ("EvaluateConfig", "seed"): "seed",

@@ -187,13 +187,15 @@ def running(server: Server) -> Iterator[Server]:
     def leave(*_: object) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, leave)
+    # SIGINT too: a shell that starts us in the background leaves it ignored, and Python then raises no KeyboardInterrupt
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield server
     except KeyboardInterrupt:
         pass
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         server.stop()
 
 

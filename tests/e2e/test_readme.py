@@ -72,7 +72,11 @@ def mlflow_opens(osctl: Osctl) -> None:
     said, deadline = "", time.monotonic() + 150
     while "stages:" not in said and time.monotonic() < deadline and (line := server.stderr.readline()):
         said += line
-    server.send_signal(signal.SIGINT)
-    server.stderr.close()
-    assert server.wait(30) in (0, 130)
-    assert "compare-runs" in said, said
+    try:
+        assert "compare-runs" in said, said
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) in (0, 130)
+    finally:
+        server.terminate()
+        server.wait(30)
+        server.stderr.close()

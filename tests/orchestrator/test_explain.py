@@ -72,6 +72,7 @@ def test_a_field_of_several_kinds_shows_each_kind_with_its_own_fields() -> None:
         "stage.objective.iddpm.steps",
         "stage.objective.flow",
         "stage.objective.flow.time",
+        "stage.objective.flow.shift",
     ]
     assert explain("stage.autoencoder.kl.factor").subject.default == "8"
     assert explain("stage.autoencoder.patch.factor").subject.default == "4"
