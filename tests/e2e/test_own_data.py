@@ -13,7 +13,7 @@ import pytest
 from tiny_recipe import Osctl, write
 
 CUTS = (0, 30, 76, 137, 187, 242)
-"""Frames at which bikes.mp4 changes its shot (ecosystem study: two detectors agree)."""
+"""Frames at which bikes.mp4 changes its shot; two shot detectors agree on them."""
 CAPTIONS = ("bikes on a road", "a bike from behind", "people on bikes", "a street with bikes", "a bike in the city")
 
 

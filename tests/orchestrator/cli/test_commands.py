@@ -19,7 +19,7 @@ def test_plan_puts_the_published_run_beside_its_own(osctl: Osctl) -> None:
     plan = json.loads(osctl("plan", "-f", "open-sora-1.0", "--mfu", "0.45", "-o", "json").stdout)
     hours = {row["name"]: row["published_gpu_hours"] for row in plan["stages"]}
     assert hours == {"stage1": 0, "stage2": 2808, "stage3a": 1080, "stage3b": 840}
-    assert plan["total"]["gpu_hours"] == pytest.approx(685, abs=2), "performance study: 685 hours at 45%"
+    assert plan["total"]["gpu_hours"] == pytest.approx(685, abs=2), "1,098 EF of stages 2 and 3 at 45% of 989.5 TFLOP/s"
     shown = osctl("plan", "-f", "open-sora-1.0").stdout
     assert "2,808" in shown and "$11,500.00" in shown and "64 x h800" in shown
 
