@@ -27,7 +27,7 @@ class Frozen(BaseModel):
 
 
 class ModelConfig(Frozen):
-    """STDiT (Open-Sora 1.0 report, section "Model"). The defaults are XL/2: 724M parameters."""
+    """STDiT (Open-Sora 1.0 report, section "Model"). The defaults are XL/2: 760M parameters, the 724M (in units of 2^20) of the report."""
 
     depth: PositiveInt = 28
     """Blocks; each is spatial attention, temporal attention, cross-attention and an MLP."""
