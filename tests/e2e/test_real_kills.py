@@ -85,9 +85,11 @@ def test_killed_at_each_stage_it_ends_with_the_same_weights(unbroken: dict[str, 
     bills = osctl.json("cost", "--by-attempt")  # refuses to print a bill that does not balance
     attempts = {stage: [bill for bill in bills if bill["name"] == stage] for stage in unbroken}
     assert {stage: len(found) for stage, found in attempts.items()} == {"stage1": 2, "stage2": 2, "stage3": 2}
-    for found in attempts.values():
-        assert found[0]["device_seconds"]["lost"] > 0, "steps after the last checkpoint were paid twice, and the bill says so"
-        assert found[1]["device_seconds"]["lost"] == 0
+    for stage, found in attempts.items():
+        first, second = (bill["device_seconds"] for bill in found)
+        # An agent that lives books the redone steps as lost; one that was killed took its last piece of the journal along.
+        assert first["lost"] + (first["unaccounted"] if stage != "stage1" else 0) > 0, "steps were paid twice, and the bill says so"
+        assert second["lost"] == 0
     assert not list(commands(osctl))
 
 
