@@ -190,9 +190,8 @@ def running(server: Server) -> Iterator[Server]:
     # SIGINT too: a shell that starts us in the background leaves it ignored, and Python then raises no KeyboardInterrupt
     previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield server
-    except KeyboardInterrupt:
-        pass
+        with contextlib.suppress(KeyboardInterrupt):  # how it is meant to end
+            yield server
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
