@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from opensora.config import FolderSource, Frozen, StageConfig
+from orchestrator.cluster import ClusterProfile, shipped_clusters
 from orchestrator.document import Document, Loc, closest, parse_value, read, shown, usage_error, validate
 
 Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9.-]{0,38}[a-z0-9])?$")]
@@ -75,6 +76,8 @@ class PipelineFile(Frozen):
     """`sqlite`: MLflow's database under .osctl; a URI: an MLflow server; `none`."""
     experiment: str | None = None
     """MLflow experiment; none: the pipeline's name."""
+    cluster: str | None = None
+    """With kubernetes: a shipped cluster profile's name, or a file relative to this one. Default: h800-64."""
     budget_usd: PositiveFloat | None = None
     """A launch whose plan costs more is refused."""
     flush_s: PositiveFloat = 5.0
@@ -108,6 +111,8 @@ class Pipeline(Frozen):
     store: str
     tracking: str
     experiment: str
+    cluster: ClusterProfile | None = None
+    """Whole, so that whoever reads a launched pipeline needs no file of the person who launched it. None with the backend `local`."""
     budget_usd: PositiveFloat | None
     flush_s: PositiveFloat
     trainer: tuple[str, ...]
@@ -126,7 +131,7 @@ MAX_PROMPTS = 8
 """Captions of a folder that become prompts: as many rows as a contact sheet shows on one screen. Arbitrary."""
 
 _SCALARS = tuple(name for name in PipelineFile.model_fields if name not in ("stages", "trainer"))
-_TEXTS = ("name", "backend", "store", "tracking", "experiment")
+_TEXTS = ("name", "backend", "store", "tracking", "experiment", "cluster")
 
 
 _PATHS: tuple[Loc, ...] = (("data", "source", "path"), ("weights",))
@@ -202,17 +207,34 @@ def load(path: Path, *, overrides: Mapping[str, str] | None = None, env: Mapping
     for stage in stages.values():
         if stage.spec.parent is not None:
             _check_follows(stage, stages[stage.spec.parent], documents[stage.name])
+    cluster = _cluster(file, document, path) if file.backend == "kubernetes" else None
+    tracking = cluster.tracking if cluster and cluster.tracking and "tracking" not in file.model_fields_set else file.tracking
     return Pipeline(
         name=file.name,
         backend=file.backend,
         store=file.store if "store" in file.model_fields_set else str(home(env) / "store"),
-        tracking=file.tracking,
+        tracking=tracking,
         experiment=file.experiment or file.name,
+        cluster=cluster,
         budget_usd=file.budget_usd,
         flush_s=file.flush_s,
         trainer=file.trainer,
         stages=tuple(stages.values()),
     )
+
+
+DEFAULT_CLUSTER = "h800-64"
+
+
+def _cluster(file: PipelineFile, document: Document, path: Path) -> ClusterProfile:
+    """The profile that a pipeline names: shipped, or a file beside it (`--set cluster=` and OSCTL_CLUSTER: in the working directory)."""
+    named = file.cluster or DEFAULT_CLUSTER
+    known = shipped_clusters(shipped_folder())
+    candidates = (known.get(named), path.parent / named, Path(named))
+    found = next((candidate for candidate in candidates if candidate is not None and candidate.is_file()), None)
+    if found is None:
+        raise document.error(("cluster",), f"no such file or shipped cluster profile: {named!r}", closest(named, list(known)))
+    return validate(ClusterProfile, read(found), "cluster profile")
 
 
 def with_data(pipeline: Pipeline, folder: str) -> Pipeline:
@@ -263,7 +285,7 @@ def _caption(path: Path, line: int, row: Mapping[str, str | None]) -> str:
 
 
 def on_devices(pipeline: Pipeline, gpus: int) -> Pipeline:
-    """The same pipeline with `device: auto` decided for a machine with so many CUDA devices.
+    """The same pipeline with `device: auto` decided for a machine with so many CUDA devices, or for its cluster.
 
     A stage gets as many GPUs as it has processes, or as there are; its batch a device grows in turn, so that the global batch and with it
     the recipe stay the same. Where they do not divide, fewer GPUs are used.
@@ -271,7 +293,10 @@ def on_devices(pipeline: Pipeline, gpus: int) -> Pipeline:
     stages: list[Stage] = []
     for stage in pipeline.stages:
         asked = stage.spec.resources
-        if asked.device == "auto":
+        if asked.device == "auto" and pipeline.cluster is not None:
+            spec = stage.spec.model_copy(update={"resources": asked.model_copy(update={"device": pipeline.cluster.device})})
+            stage = stage.model_copy(update={"spec": spec})
+        elif asked.device == "auto":
             total = stage.config.batch_size * asked.devices_per_node
             ranks = max((n for n in range(1, min(gpus, asked.devices_per_node) + 1) if total % n == 0), default=None)
             update = {"device": "cpu-core"} if ranks is None else {"device": "local-gpu", "devices_per_node": ranks}

@@ -186,7 +186,8 @@ def _bill(time: AttemptTime, device: Device, kept: int | None) -> AttemptBill:
                 seconds[category] += spent * piece.devices
             else:
                 raise Unbalanced(f"attempt {time.attempt}: node {piece.node} books {category!r}. Known: {', '.join((*HELD, *WAITING))}")
-    held, silent = _held(time)
+    held, before, silent = _held(time)
+    seconds["pull"] += before
     seconds["unaccounted"] += silent
     lost = 0.0 if kept is None else _steps_after(time, kept)
     seconds["step"] -= lost
@@ -205,18 +206,23 @@ def _bill(time: AttemptTime, device: Device, kept: int | None) -> AttemptBill:
     )
 
 
-def _held(time: AttemptTime) -> tuple[float, float]:
-    """(device-seconds held, those of them after each node's last piece)."""
+def _held(time: AttemptTime) -> tuple[float, float, float]:
+    """(device-seconds held, those of them before each node's first piece, those after its last).
+
+    Before its first piece a node that is bound fetches the image and starts the container: nobody is there yet to write a journal.
+    """
     pieces = [piece for piece in time.pieces if not set(piece.spent) <= set(WAITING)]
     ends = {piece.node: (piece.end, piece.devices) for piece in sorted(pieces, key=lambda piece: piece.end)}
+    starts = {piece.node: (piece.start, piece.devices) for piece in sorted(pieces, key=lambda piece: -piece.start)}
     bound = time.bound if time.bound is not None else min((piece.start for piece in pieces), default=None)
     if bound is None:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
+    before = sum(devices * max(0.0, start - bound) for start, devices in starts.values())
     if time.ended is None:
-        return sum(devices * max(0.0, end - bound) for end, devices in ends.values()), 0.0
+        return sum(devices * max(0.0, end - bound) for end, devices in ends.values()), before, 0.0
     unheard = time.devices - sum(devices for _, devices in ends.values())
     silent = sum(devices * max(0.0, time.ended - end) for end, devices in ends.values()) + unheard * (time.ended - bound)
-    return time.devices * (time.ended - bound), silent
+    return time.devices * (time.ended - bound), before, silent
 
 
 def _steps_after(time: AttemptTime, step: int) -> float:

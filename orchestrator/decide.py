@@ -185,6 +185,11 @@ RULES: dict[ExitClass, Rule] = {
     "code":      Rule("retry once", "always", "`osctl logs` shows the traceback"),
     "signal":    Rule("retry", "unless progress"),
     "lost":      Rule("retry", "unless progress"),
+    "peer":      Rule("retry", "unless progress"),
+    "preempted": Rule("retry", "never"),
+    "oom_killed": Rule("retry once", "always", "raise the profile's memory, or lower batch_size"),
+    "unstarted": Rule("stop", "always", "`osctl doctor` looks for the cause"),
+    "refused":   Rule("stop", "always", "`osctl render` shows what was sent"),
 }  # fmt: skip
 
 STALLS = 3

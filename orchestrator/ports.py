@@ -80,6 +80,14 @@ class Life:
     """Unix time of death, as seen from outside."""
     exit_code: int | None = None
     """None: nobody saw it die."""
+    cause: Literal["preempted", "oom_killed", "deleted"] | None = None
+    """Of an end, as the cluster tells it. preempted: evicted, or its node was lost; deleted: by somebody who is not its driver."""
+    waits: str = ""
+    """Why it does not run yet, in the cluster's own words."""
+    waits_for: Literal["capacity", "fault"] | None = None
+    """capacity: others hold the devices, and waiting is the right thing; fault: nothing will happen until somebody mends something."""
+    since: float | None = None
+    """Unix time since which it waits for that."""
 
 
 class Backend(Protocol):
@@ -95,6 +103,9 @@ class Backend(Protocol):
 
     def kill(self, run_key: str) -> None:
         """End it now. Returns when it is gone."""
+
+    def forget(self, run_key: str) -> None:
+        """Its outcome is written: what still lies around of it may go. Idempotent."""
 
 
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, model_validator
 
 from opensora.config import Frozen
+from orchestrator.cluster import ClusterProfile
 from orchestrator.config import shipped_folder
 from orchestrator.document import closest, read, validate
 from orchestrator.errors import UsageError
@@ -71,6 +72,13 @@ class Prices(Frozen):
         if name not in self.devices:
             raise UsageError(f"device {name!r}: is not in the price list. {closest(name, list(self.devices))}")
         return self.devices[name]
+
+    def at(self, cluster: ClusterProfile | None) -> Prices:
+        """The same list with the cluster's own price of its device. Raises UsageError where the device is in no list."""
+        if cluster is None or cluster.price is None:
+            return self
+        own = {"usd_per_hour": cluster.price.usd_per_hour, "source": cluster.price.source, "date": cluster.price.date, "basis": "published"}
+        return Prices(devices={**self.devices, cluster.device: self.device(cluster.device).model_copy(update=own)})
 
 
 def load_prices(path: Path | None = None) -> Prices:

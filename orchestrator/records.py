@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 
 from opensora.config import StageConfig
 
-ExitClass = Literal["completed", "drained", "config", "parent", "nan", "oom", "hang", "store", "disk", "code", "signal", "lost"]
+ExitClass = Literal[
+    "completed", "drained", "config", "parent", "nan", "oom", "hang", "store", "disk", "code", "signal", "lost",
+    "peer", "preempted", "oom_killed", "unstarted", "refused",
+]  # fmt: skip
 
 EXIT_CODES: dict[ExitClass, int] = {
-    "completed": 0, "code": 1, "config": 64, "parent": 65, "nan": 66, "oom": 67, "hang": 68, "store": 69, "disk": 70, "drained": 143,
+    "completed": 0, "code": 1, "config": 64, "parent": 65, "nan": 66, "oom": 67, "hang": 68, "store": 69, "disk": 70, "peer": 71,
+    "drained": 143,
 }  # fmt: skip
-"""Exit codes of the agent. A signal n ends it with 128 + n; `lost` has none, since nobody saw it."""
+"""Exit codes of the agent. A signal n ends it with 128 + n. The others have none: the driver says them of what it saw from outside."""
 
-HELD = ("preflight", "stage_in", "init", "data_wait", "step", "checkpoint", "evaluate", "publish", "hang", "drain", "lost", "unaccounted")
+HELD = (
+    "pull", "preflight", "stage_in", "init", "data_wait", "step", "checkpoint", "evaluate", "publish", "hang", "drain", "lost",
+    "unaccounted",
+)  # fmt: skip
 """Categories of time in which a device is bound to us; they cost, and sum to devices × wall time."""
-WAITING = ("queue", "schedule", "pull")
+WAITING = ("queue", "schedule")
 """Categories of time in which no device is held: weight 0."""
 
 
@@ -128,10 +136,34 @@ class Report(Record):
     node: NonNegativeInt = 0
 
 
+def merge_reports(reports: Sequence[Report]) -> Report | None:
+    """How a job of several nodes ended, from what each of them said. None: nobody said anything.
+
+    Node 0 alone can say that the job completed or was saved, since it publishes. Otherwise the cause is the earliest end that was not
+    the consequence of another: a rank that dies takes the others with it, and those say `peer`.
+    """
+    first = next((report for report in reports if report.node == 0), None)
+    if first is not None and first.class_ in ("completed", "drained"):
+        return first
+    by_time = sorted(reports, key=lambda report: (report.ended, report.node))
+    causes = [report for report in by_time if report.class_ not in ("peer", "drained", "completed")]
+    return next(iter(causes or by_time), None)
+
+
 class FileRef(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     size: NonNegativeInt
     sha256: str
+
+
+class Part(Record):
+    """What one node of several has published of a checkpoint. Node 0 merges all of them into the manifest."""
+
+    node: NonNegativeInt
+    step: NonNegativeInt
+    complete: bool
+    files: dict[str, FileRef]
+    """Without CHECKPOINT.json, which node 0 writes for all."""
 
 
 class Manifest(Record):
@@ -168,6 +200,8 @@ class Outcome(Record):
     devices: PositiveInt
     unaccounted_s: NonNegativeFloat
     """Seconds a device between the last journal piece and death."""
+    by_person: bool = False
+    """Somebody ended it who is not its driver: nothing is started again without being asked."""
     evaluation: dict[str, float] = {}
     epoch: NonNegativeInt
 
@@ -281,8 +315,11 @@ class Keys:
     def sample(self, stage: str, inputs: str, attempt: int, name: str) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/samples/{name}"
 
-    def report(self, stage: str, inputs: str, attempt: int) -> str:
-        return f"{self.attempt(stage, inputs, attempt)}/report.json"
+    def report(self, stage: str, inputs: str, attempt: int, node: int = 0) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/report{f'-{node:03d}' if node else ''}.json"
+
+    def part(self, stage: str, inputs: str, attempt: int, step: int, node: int) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/parts/step-{step:08d}-{node:03d}.json"
 
     def outcome(self, stage: str, inputs: str, attempt: int) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/outcome.json"

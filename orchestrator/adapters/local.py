@@ -127,6 +127,9 @@ class LocalBackend:
                 raise Unreachable(f"{run_key}: killed {GONE_S:g} s ago and still not gone; look for its processes in state D")
             time.sleep(0.005)
 
+    def forget(self, run_key: str) -> None:
+        """Run directories stay: a person may want to look."""
+
     def _signal(self, run_key: str, number: signal.Signals) -> None:
         child = self._children.get(run_key)
         if child is not None:

@@ -71,7 +71,7 @@ class Workspace:
     def prices(self) -> Prices:
         from orchestrator.cost import load_prices
 
-        return load_prices()
+        return load_prices().at(self.pipeline.cluster)
 
 
 def store_url(configured: str) -> str:
