@@ -3,6 +3,7 @@
 A checkpoint is a directory `step-00000100` of safetensors, `stage.yaml` and `CHECKPOINT.json`. It is built under a hidden name,
 flushed to the disk and renamed, so one that has its name is whole: a crash or a full disk leaves the earlier ones as they were.
 It is a text-to-video model by itself: weights, moving average, optimizer, autoencoder and text encoder.
+On several nodes each writes its share of the files into a directory of its own: only together they are a checkpoint.
 Nothing is pickled. Digests are the agent's; here sizes, names and shapes are compared.
 """
 
@@ -76,22 +77,26 @@ def save(
     clips_seen: int,
     carried: tuple[str, ...],
     reset: tuple[str, ...],
+    node: int = 0,
+    nodes: int = 1,
 ) -> Path:
     """Write one checkpoint, whole or not at all; then forget those that `stage.checkpoint.keep_last` no longer covers.
 
     Args:
         tensors: of each of TENSORS by name.
         encoders: directory that holds autoencoder.safetensors and text.safetensors.
+        node: of `nodes` that share the work: this one writes its files only.
 
     Raises:
         DiskFull: the disk is full; what was written is removed.
     """
     target = directory(folder, step)
     with _building(target) as partial:
-        for name in TENSORS:
+        for name in TENSORS[node::nodes]:
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors[name].items()}, partial / f"{name}.safetensors")
-        copy_encoders(encoders, partial)
-        write_stage(stage, partial / "stage.yaml")
+        if node == 0:
+            copy_encoders(encoders, partial)
+            write_stage(stage, partial / "stage.yaml")
         record = Record(
             schema=1,
             step=step,

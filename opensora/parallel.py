@@ -1,6 +1,7 @@
 """Ranks: how the processes of one training job meet, agree and die.
 
-Owns the process group (gloo on a CPU, NCCL on CUDA), the device of a rank and its threads. Every rank holds the whole model;
+Owns the process group (gloo on a CPU, NCCL on CUDA), the device of a rank and its threads. The nodes of a job share nothing but
+that group: each has a run directory of its own, and its first rank writes there for all of the node. Every rank holds the whole model;
 all that a step needs from the others travels in one all-reduce of one flat buffer. DDP was not taken for that: it re-orders its
 buckets after the first step, so on three or more ranks a resumed run would add the same gradients in another order than the
 unbroken one. Sharding (FSDP, sequence parallelism) is not here yet: a model must fit on each device.
@@ -22,6 +23,8 @@ import torch.distributed as dist
 from opensora.errors import ConfigError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PEER_LOST = 75
+"""Exit code of a rank that ended because another one was gone: whoever looks for the cause has to look elsewhere."""
 LONGEST_TEXT = 4096
 """Bytes that `Ranks.share` carries: a path's limit on Linux."""
 
@@ -37,10 +40,17 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    node: int = 0
+    nodes: int = 1
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this is the first rank of its node."""
+        return self.rank == self.node * (self.world // self.nodes)
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add `tensor` over all ranks, in place; the same bits on every rank.
@@ -60,11 +70,19 @@ class Ranks:
         self.sum_(torch.zeros(1, device=self.device))
 
     def share(self, text: str) -> str:
-        """The first rank's text, on every rank. Raises PeerLost."""
-        content = torch.zeros(LONGEST_TEXT, dtype=torch.uint8)
-        if self.is_first:
-            content[: len(text.encode())] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        return bytes(self.sum_(content.to(self.device)).tolist()).rstrip(b"\0").decode()
+        """The text of a node's first rank, on every rank of that node. Raises PeerLost."""
+        content = torch.zeros(self.nodes, LONGEST_TEXT, dtype=torch.uint8)
+        if self.is_first_here:
+            content[self.node, : len(text.encode())] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        return bytes(self.sum_(content.to(self.device))[self.node].tolist()).rstrip(b"\0").decode()
+
+    def hand_out(self, data: bytes) -> bytes:
+        """The first rank's bytes, on every rank of every node; what the others bring is not looked at. Raises PeerLost."""
+        size = int(self.sum_(torch.tensor([len(data) if self.is_first else 0], device=self.device)))
+        content = torch.zeros(size, dtype=torch.uint8)
+        if self.is_first and data:
+            content[:] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return self.sum_(content.to(self.device)).cpu().numpy().tobytes()
 
 
 @contextmanager
@@ -72,17 +90,20 @@ def join() -> Iterator[Ranks]:
     """Meet the other ranks of the launcher (torchrun's environment), or be the only one.
 
     Raises:
-        ConfigError: a rank has no device of its own.
+        ConfigError: a rank has no device of its own, or the nodes have different numbers of ranks.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    node, nodes = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if world % nodes:
+        raise ConfigError(f"{world} ranks on {nodes} nodes: each node must have as many as the others; start the same number on each")
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     if world == 1 and "MASTER_ADDR" not in os.environ:
-        yield Ranks(rank, world, device)
+        yield Ranks(rank, world, device, node, nodes)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, timeout=timedelta(minutes=10))
-    yield Ranks(rank, world, device)
+    yield Ranks(rank, world, device, node, nodes)
     dist.destroy_process_group()  # only after a good end: with a peer gone this would wait for it
 
 

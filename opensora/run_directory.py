@@ -32,6 +32,8 @@ Phase = Literal["init", "train", "checkpoint", "evaluate"]
 class RunDirectory:
     path: Path
     rank: int
+    lowest: int = 0
+    """The first rank of this node, the one that keeps its books."""
     step: int = 0
     """The last step that a heartbeat of this process told of."""
 
@@ -80,8 +82,8 @@ class RunDirectory:
         temporary.replace(target)
 
     def record(self, line: Mapping[str, float | int | str]) -> None:
-        """Append one line to metrics.jsonl, if this is the first rank."""
-        if self.rank == 0:
+        """Append one line to metrics.jsonl, if this is the node's first rank."""
+        if self.rank == self.lowest:
             with (self.path / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 

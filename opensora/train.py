@@ -9,6 +9,7 @@ Invariants:
   (seed, rank, step), clips from the position in the stream. So stopping anywhere and resuming gives the unbroken run's bits.
 - The ranks exchange one buffer a step: gradients, loss, whether anybody was asked to drain, who saw a number that is not finite.
   They therefore always agree on what happens next.
+- A stage ends on all nodes or on none: a node says `completed` or `drained` once every rank has come to the end of its work.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from opensora import checkpoint, evaluate, guidance, objective, parallel, weights
+from opensora import checkpoint, encoders, evaluate, guidance, objective, parallel, weights
 from opensora.config import StageConfig
 from opensora.data.latents import Prepared, prepare
 from opensora.data.loader import Loader
+from opensora.data.source import open_clips
 from opensora.ema import EMA
 from opensora.errors import ConfigError, Kind, NotFinite, ParentError, TrainerError
 from opensora.model import STDiT
@@ -266,12 +268,12 @@ class Trainer:
         )
 
     def save(self) -> float:
-        """Write a checkpoint of this step, on the first rank; seconds that it took.
+        """Write a checkpoint of this step, each node its share of the files, by its first rank; seconds that it took.
 
         Raises:
             NotFinite: the weights are not: a gradient was finite and its update was not.
         """
-        if not self.ranks.is_first:
+        if not self.ranks.is_first_here:
             return 0.0
         began = time.time()
         for name, weight in self.names.items():
@@ -289,6 +291,8 @@ class Trainer:
             clips_seen=self.clips_seen,
             carried=self.start.carried,
             reset=self.start.reset,
+            node=self.ranks.node,
+            nodes=self.ranks.nodes,
         )
         return time.time() - began
 
@@ -426,17 +430,38 @@ def run_stage(run: RunDirectory, ranks: Ranks, notice: Notice, born: float) -> N
     if not drained:
         readings = trainer.judge()
         trainer.book("evaluate")
-    if ranks.is_first:
+    ranks.barrier()  # every node has written its files, and the first one is done with judging
+    if ranks.is_first_here:
         run.finish("drained" if drained else "completed", evaluation=readings)
+    if ranks.is_first:
         log.info("%s at step %d  %s", "drained" if drained else "completed", trainer.step, _readings(readings))
 
 
 def _prepare(run: RunDirectory, stage: StageConfig, ranks: Ranks, start: Start) -> Prepared:
-    directory = prepare(stage, run.latents, start.encoders) if ranks.is_first else ""
+    """The stage's clips, encoded once on each node."""
+    carried = start.encoders
+    if carried is None and ranks.nodes > 1:
+        carried = _encoders_for_all(run, stage, ranks)
+    directory = prepare(stage, run.latents, carried) if ranks.is_first_here else ""
     prepared = Prepared.open(Path(ranks.share(str(directory))))
     for clip, reason in list(prepared.skipped.items())[:SKIPPED]:
         log.info("skipped %s: %s", clip, reason)
     return prepared
+
+
+def _encoders_for_all(run: RunDirectory, stage: StageConfig, ranks: Ranks) -> Path:
+    """Directory of encoders that the first rank made from the stage's clips, equal on every node: two machines may round differently."""
+    folder = run.path / "encoders"
+    if ranks.is_first_here:
+        folder.mkdir(exist_ok=True)
+    if ranks.is_first:
+        for encoder in encoders.build(stage, open_clips(stage.data, stage.seed), None):
+            encoder.save(folder)
+    for name in (encoders.AUTOENCODER_FILE, encoders.TEXT_FILE):
+        content = ranks.hand_out((folder / name).read_bytes() if ranks.is_first else b"")
+        if ranks.is_first_here:
+            (folder / name).write_bytes(content)
+    return folder
 
 
 def _announce(trainer: Trainer) -> None:
@@ -449,13 +474,17 @@ def _announce(trainer: Trainer) -> None:
         "model": f"STDiT {model.depth}x{model.width}, {model.heads} heads, {count:,} parameters, {trained:,} of them trained",
         "objective": f"{stage.objective.kind}, caption dropout {model.caption_dropout:g}, freeze {stage.freeze}",
         "clips": f"{len(trainer.prepared):,} of {pixels} pixels, {frames}x{spatial} tokens; {len(trainer.prepared.skipped)} skipped",
-        "steps": f"{trainer.step} -> {stage.steps}, batch {stage.batch_size} x {ranks.world} ranks on {ranks.device}",
+        "steps": f"{trainer.step} -> {stage.steps}, batch {stage.batch_size} x {ranks.world} ranks on {_place(ranks)}",
         "optimizer": f"AdamW, lr {optimizer.lr:g} ({optimizer.warmup_steps} warm-up, {optimizer.decay}), ema {stage.ema_decay:g}",
         "carried": ", ".join(trainer.start.carried) or "nothing",
         "reset": ", ".join(trainer.start.reset) or "nothing",
     }
     for name, value in rows.items():
         log.info("%-10s %s", name, value)
+
+
+def _place(ranks: Ranks) -> str:
+    return f"{ranks.device}" if ranks.nodes == 1 else f"{ranks.device}, {ranks.nodes} nodes"
 
 
 def _readings(readings: Mapping[str, float]) -> str:
@@ -489,7 +518,7 @@ def _born() -> float:
 
 
 def run_reported(run: RunDirectory, notice: Notice) -> int:
-    """`run_stage`, with every end written to result.json. 0 completed or drained · 1 failed."""
+    """`run_stage`, with every end but a peer's written to result.json. 0 completed or drained · 1 failed · 75 another rank ended."""
     try:
         run.reserve_result()
     except OSError as error:
@@ -500,7 +529,7 @@ def run_reported(run: RunDirectory, notice: Notice) -> int:
             run_stage(run, ranks, notice, _born())
     except PeerLost as error:
         log.info("rank %d: another rank ended (%s)", run.rank, str(error).splitlines()[0])
-        return 1
+        return parallel.PEER_LOST
     except Exception as error:  # the boundary: whatever happened is reported, with its class
         kind = _classify(error)
         run.finish("failed", reason=f"{type(error).__name__}: {error}" if kind == "code" else str(error), kind=kind)
@@ -516,7 +545,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, help="holds stage.yaml, and parent/ or checkpoints/ to start from")
     path = parser.parse_args(argv).run_dir
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
-    return run_reported(RunDirectory(path, int(os.environ.get("RANK", "0"))), _notice_signals())
+    rank = int(os.environ.get("RANK", "0"))
+    return run_reported(RunDirectory(path, rank, lowest=rank - int(os.environ.get("LOCAL_RANK", "0"))), _notice_signals())
 
 
 if __name__ == "__main__":
