@@ -31,10 +31,12 @@ from orchestrator.records import (
     Manifest,
     Outcome,
     ParentRef,
+    Part,
     Record,
     Report,
     Revision,
     inputs_digest,
+    merge_reports,
     sha256,
 )
 
@@ -59,6 +61,27 @@ class Link:
     @property
     def ok(self) -> bool:
         return not self.faults
+
+
+@dataclass(frozen=True)
+class LogPiece:
+    """A piece of a trainer's output."""
+
+    key: str
+    store: Store
+
+    @property
+    def node(self) -> int:
+        return int(self.key.rpartition("/")[2].partition("-")[0])
+
+    @property
+    def written(self) -> float | None:
+        """Unix time of its end; None: a piece of an older version, which carries no time."""
+        parts = self.key.rpartition("/")[2].removesuffix(".txt").split("-")
+        return int(parts[2]) / 1000 if len(parts) == 3 else None
+
+    def text(self) -> bytes:
+        return self.store.read(self.key).data
 
 
 def pipelines(store: Store) -> list[str]:
@@ -138,7 +161,13 @@ class Ledger:
         return self._find(Intent, self.keys.intent(stage, inputs, attempt))
 
     def report(self, stage: str, inputs: str, attempt: int) -> Report | None:
-        return self._find(Report, self.keys.report(stage, inputs, attempt))
+        """How the attempt ended, from what its nodes said so far."""
+        return merge_reports(self.reports(stage, inputs, attempt))
+
+    def reports(self, stage: str, inputs: str, attempt: int) -> list[Report]:
+        """What each node has said; those that have not said anything yet are left out."""
+        first = self.keys.report(stage, inputs, attempt)
+        return self._read_all(Report, self.store.list(first.removesuffix(".json")))
 
     def outcome(self, stage: str, inputs: str, attempt: int) -> Outcome | None:
         return self._find(Outcome, self.keys.outcome(stage, inputs, attempt))
@@ -148,8 +177,8 @@ class Ledger:
         return self._put(self.keys.intent(intent.stage, intent.inputs, intent.attempt), intent)
 
     def write_report(self, intent: Intent, report: Report) -> Report:
-        """The first writer wins; what is there comes back."""
-        return self._put(self.keys.report(intent.stage, intent.inputs, intent.attempt), report)
+        """The first writer of a node wins; what is there comes back."""
+        return self._put(self.keys.report(intent.stage, intent.inputs, intent.attempt, report.node), report)
 
     def write_outcome(self, intent: Intent, outcome: Outcome) -> Outcome:
         """The first writer wins; what is there comes back."""
@@ -165,14 +194,20 @@ class Ledger:
         """All pieces, by node and number."""
         return self._read_all(JournalPiece, self.store.list(f"{self.keys.attempt(stage, inputs, attempt)}/journal/"))
 
-    def append_log(self, intent: Intent, node: int, seq: int, text: bytes) -> None:
-        """Raises StoreConflict where another piece has this node and number."""
-        self.store.create(self.keys.log(intent.stage, intent.inputs, intent.attempt, node, seq), text)
+    def newest_piece(self, intent: Intent, node: int, after: str = "") -> str:
+        """Key of a node's last journal piece; `after`, a key as well, where none is newer. A node that lives adds one now and then."""
+        prefix = self.keys.journal(intent.stage, intent.inputs, intent.attempt, node, 0).removesuffix("000000.json")
+        return max(self.store.list(prefix, after), default=after)
 
-    def log(self, stage: str, inputs: str, attempt: int, after: str = "") -> Iterator[tuple[str, bytes]]:
-        """Key and text of each piece behind the key `after`, by node and number."""
-        for key in self.store.list(f"{self.keys.attempt(stage, inputs, attempt)}/log/", after):
-            yield key, self.store.read(key).data
+    def append_log(self, intent: Intent, node: int, seq: int, text: bytes, written: float) -> None:
+        """`written`: when its last byte was read. Raises StoreConflict where other text has this node, number and time."""
+        self.store.create(self.keys.log(intent.stage, intent.inputs, intent.attempt, node, seq, written), text)
+
+    def log(self, stage: str, inputs: str, attempt: int, node: int | None = None, after: str = "") -> Iterator[LogPiece]:
+        """Pieces of one node, or of all, behind the key `after`; by node and number. Each is read when its text is asked for."""
+        prefix = f"{self.keys.attempt(stage, inputs, attempt)}/log/"
+        for key in self.store.list(prefix if node is None else f"{prefix}{node:03d}-", after):
+            yield LogPiece(key, self.store)
 
     def add_sample(self, intent: Intent, name: str, path: Path) -> None:
         self.store.upload(self.keys.sample(intent.stage, intent.inputs, intent.attempt, check_key(name)), path)
@@ -180,6 +215,10 @@ class Ledger:
     def samples(self, stage: str, inputs: str, attempt: int) -> list[str]:
         """Keys."""
         return list(self.store.list(f"{self.keys.attempt(stage, inputs, attempt)}/samples/"))
+
+    def add_flight_record(self, intent: Intent, node: int, name: str, path: Path) -> None:
+        """What the communication library wrote about a collective that did not end."""
+        self.store.upload(self.keys.flight_record(intent.stage, intent.inputs, intent.attempt, node, check_key(name)), path)
 
     # Checkpoints
 
@@ -194,6 +233,23 @@ class Ledger:
     def publish(self, intent: Intent, step_dir: Path) -> tuple[str, Manifest]:
         """See `checkpoints.publish`."""
         return checkpoints.publish(self.store, intent, step_dir)
+
+    def publish_part(self, intent: Intent, step_dir: Path, node: int) -> Part:
+        """See `checkpoints.publish_part`."""
+        return checkpoints.publish_part(self.store, intent, step_dir, node)
+
+    def merge_parts(self, intent: Intent, step: int, description: bytes) -> tuple[str, Manifest] | None:
+        """See `checkpoints.merge_parts`."""
+        return checkpoints.merge_parts(self.store, intent, step, description)
+
+    def is_published(self, intent: Intent, step: int) -> bool:
+        """Whether a checkpoint of this attempt has its manifest."""
+        prefix = self.keys.checkpoint(intent.stage, intent.inputs, step, intent.attempt)
+        try:
+            self.store.size(f"{prefix}/{checkpoints.MANIFEST}")
+        except NotFound:
+            return False
+        return True
 
     def fetch(self, manifest_key: str, manifest_digest: str, target: Path) -> Manifest:
         """See `checkpoints.fetch`."""

@@ -309,8 +309,8 @@ class Keys:
     def journal(self, stage: str, inputs: str, attempt: int, node: int, seq: int) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/journal/{node:03d}-{seq:06d}.json"
 
-    def log(self, stage: str, inputs: str, attempt: int, node: int, seq: int) -> str:
-        return f"{self.attempt(stage, inputs, attempt)}/log/{node:03d}-{seq:06d}.txt"
+    def log(self, stage: str, inputs: str, attempt: int, node: int, seq: int, written: float) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/log/{node:03d}-{seq:06d}-{round(1000 * written)}.txt"
 
     def sample(self, stage: str, inputs: str, attempt: int, name: str) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/samples/{name}"
@@ -320,6 +320,9 @@ class Keys:
 
     def part(self, stage: str, inputs: str, attempt: int, step: int, node: int) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/parts/step-{step:08d}-{node:03d}.json"
+
+    def flight_record(self, stage: str, inputs: str, attempt: int, node: int, name: str) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/flight-recorder/{node:03d}-{name}"
 
     def outcome(self, stage: str, inputs: str, attempt: int) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/outcome.json"

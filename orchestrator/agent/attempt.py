@@ -318,7 +318,7 @@ class Attempt:
 
     def _ship(self, data: bytes) -> None:
         seq, self._log_pieces, self._logged = self._log_pieces, self._log_pieces + 1, self._logged + len(data)
-        self._small.put(Parcel(f"log piece {seq}", partial(self.ledger.append_log, self.intent, NODE, seq, data)))
+        self._small.put(Parcel(f"log piece {seq}", partial(self.ledger.append_log, self.intent, NODE, seq, data, self._clock())))
 
     def _offer_samples(self, before: float) -> None:
         for path in self.run.settled_samples(before):

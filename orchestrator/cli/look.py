@@ -144,9 +144,9 @@ def logs(
     last = ""
     while True:
         ended = workspace.ledger.outcome(selected.name, selected.inputs, number) is not None
-        for key, text in workspace.ledger.log(selected.name, selected.inputs, number, after=last):
-            output.raw(text.decode(errors="replace"))
-            last = key
+        for piece in workspace.ledger.log(selected.name, selected.inputs, number, after=last):
+            output.raw(piece.text().decode(errors="replace"))
+            last = piece.key
         if ended or not follow:
             return
         time.sleep(0.5)

@@ -172,10 +172,20 @@ def test_the_journal_comes_by_node_and_number_and_polling_reads_only_what_is_new
 
 def test_a_log_can_be_followed_from_where_it_was_left(ledger: Ledger) -> None:
     made = intent(ledger)
-    ledger.append_log(made, 0, 0, b"one")
-    [(key, text)] = ledger.log("stage1", made.inputs, 1)
-    ledger.append_log(made, 0, 1, b"two")
-    assert text == b"one" and [text for _, text in ledger.log("stage1", made.inputs, 1, after=key)] == [b"two"]
+    ledger.append_log(made, 0, 0, b"one", NOW)
+    [first] = ledger.log("stage1", made.inputs, 1)
+    ledger.append_log(made, 0, 1, b"two", NOW + 0.25)
+    ledger.append_log(made, 1, 0, b"other node", NOW + 1)
+    assert (first.text(), first.node, first.written) == (b"one", 0, NOW)
+    assert [piece.text() for piece in ledger.log("stage1", made.inputs, 1, after=first.key)] == [b"two", b"other node"]
+    assert [(piece.text(), piece.node) for piece in ledger.log("stage1", made.inputs, 1, node=1)] == [(b"other node", 1)]
+
+
+def test_log_pieces_of_an_older_version_carry_no_time(ledger: Ledger) -> None:
+    made = intent(ledger)
+    ledger.store.create(f"{ledger.keys.attempt('stage1', made.inputs, 1)}/log/000-000000.txt", b"old")
+    [piece] = ledger.log("stage1", made.inputs, 1)
+    assert (piece.text(), piece.node, piece.written) == (b"old", 0, None)
 
 
 def test_samples_are_kept_under_their_names(ledger: Ledger, tmp_path: Path) -> None:
