@@ -330,6 +330,9 @@ class Ledger:
             if self._put(self.keys.revision(number + 1), revision) == revision:
                 return number + 1
 
+    def revision(self, number: int) -> Revision | None:
+        return self._find(Revision, self.keys.revision(number))
+
     def latest_revision(self) -> Revision | None:
         found = self.revisions()
         return found[-1][1] if found else None
@@ -364,13 +367,18 @@ class Ledger:
         detail = f"{committed.inputs} {committed.digest()}"
         return self.append_event(held, "committed", now=now, stage=committed.stage, attempt=committed.attempt, detail=detail)
 
-    def ask_cancel(self, now: float, detail: str = "") -> bool:
-        """Ask the live driver to drain. False: nobody drives."""
-        holder = self.holder(now)
-        if holder is None:
-            return False
-        seen = [event.seq for event in self.events() if event.epoch == holder.epoch]
-        self._append(Event(epoch=holder.epoch, seq=max(seen, default=-1) + 1, time=now, kind="cancel", detail=detail))
+    def ask_cancel(self, now: float, detail: str = "", *, epoch: int | None = None) -> bool:
+        """Ask the live driver to drain, or to kill where `detail` says so (`asks_to_kill`). False: nobody drives.
+
+        `epoch`: that of a driver that is still to come, which then reads it first of all.
+        """
+        if epoch is None:
+            holder = self.holder(now)
+            if holder is None:
+                return False
+            epoch = holder.epoch
+        seen = [event.seq for event in self.events() if event.epoch == epoch]
+        self._append(Event(epoch=epoch, seq=max(seen, default=-1) + 1, time=now, kind="cancel", detail=detail))
         return True
 
     def _append(self, event: Event) -> Event:

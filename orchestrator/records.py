@@ -232,10 +232,15 @@ class Event(Record):
     seq: NonNegativeInt
     time: float
     kind: Literal["launched", "attempt", "observed", "outcome", "committed", "retry", "cancel", "ended"]
-    """`cancel` asks the driver to drain; `ended` closes a launch with succeeded, failed, cancelled or suspended in `detail`."""
+    """`cancel` asks the driver to drain, or to kill where `detail` begins with `now`; `ended` closes a launch with succeeded, failed, cancelled or suspended in `detail`."""
     stage: str | None = None
     attempt: int | None = None
     detail: str = ""
+
+    @property
+    def asks_to_kill(self) -> bool:
+        """Of a `cancel`: without saving."""
+        return self.detail.partition(",")[0] == "now"
 
 
 class Lease(Record):

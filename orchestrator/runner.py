@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NoReturn, Protocol
 
 from orchestrator.config import Pipeline, Stage
 from orchestrator.decide import (
@@ -111,6 +111,10 @@ class Result:
     stages: tuple[StageResult, ...]
 
 
+class Detached(Exception):
+    """A driver that was asked to leave its attempts running has left, and given its lease back."""
+
+
 class Runner:
     """Drives one pipeline. One instance, one launch."""
 
@@ -130,6 +134,7 @@ class Runner:
         self.lease_ttl_s = lease_ttl_s
         self._stop: Literal["drain", "kill"] | None = None
         self._cancelled = False
+        self._detached = False
         self._lease: _HeldLease
         self._finished: dict[str, Attempt] = {}
         """Attempts with an outcome, by run key. Their records never change again, so they are read once."""
@@ -153,6 +158,7 @@ class Runner:
             UsageError: an unknown stage.
             Refused: a parent that is neither committed nor asked for; another driver holds the lease, or took it over.
             Unreachable: the store did not answer at the start; nothing was done.
+            Detached: `detach` was called.
         """
         wanted = self._wanted(targets)
         lease = self.ledger.acquire(self.clock.now(), self.lease_ttl_s)
@@ -176,12 +182,18 @@ class Runner:
         """Stop without saving. Only sets a flag, so a signal handler may call it."""
         self._stop = "kill"
 
+    def detach(self) -> None:
+        """Leave everything as it is, for another driver. Only sets a flag, so a signal handler may call it."""
+        self._detached = True
+
     # --- The loop ------------------------------------------------------------------------------------------------------------------
 
     def _drive(self, wanted: frozenset[str]) -> Finish:
         while True:
             try:
                 self._lease.check()
+                if self._detached:
+                    self._leave()
                 observed = self._observe(wanted)
                 for action in decide(self.pipeline, observed, self.clock.now()):
                     if isinstance(action, Finish):
@@ -202,13 +214,21 @@ class Runner:
             self._event("observed", detail=wait.reason)
         views = observed.stages.values()
         alive = {_run_key(self.pipeline, one): one.life.state for view in views for one in (*view.strays, *view.attempts) if one.alive}
-        while self._stop == observed.stop and (wait.until is None or self.clock.now() < wait.until):
+        while self._stop == observed.stop and not self._detached and (wait.until is None or self.clock.now() < wait.until):
             if any(self.backend.observe(key).state != state for key, state in alive.items()):
                 return
             self._lease.check()
             self._listen()
-            if self._stop == observed.stop:
+            if self._stop == observed.stop and not self._detached:
                 self.clock.sleep(POLL_S[self.pipeline.backend])
+
+    def _leave(self) -> NoReturn:
+        """What a person asked for is asked of the next driver too, which would otherwise go on."""
+        if self._cancelled:
+            detail = "now, as asked before" if self._stop == "kill" else "as asked before"
+            self.ledger.ask_cancel(self.clock.now(), detail, epoch=self._lease.epoch + 1)
+        self._event("observed", detail="this driver leaves; attempts go on, and another driver takes over")
+        raise Detached(f"{self.pipeline.name}: left to another driver")
 
     def _listen(self) -> None:
         """Look for a `cancel` that another process wrote into our epoch."""
@@ -218,9 +238,12 @@ class Runner:
         self._listened = now
         for event in self.ledger.events(after=self._heard):
             self._heard = (event.epoch, event.seq)
-            if event.kind == "cancel" and event.epoch == self._lease.epoch and not self._cancelled:
+            if event.kind == "cancel" and event.epoch == self._lease.epoch:
                 self._cancelled = True
-                self.drain()
+                if event.asks_to_kill:
+                    self.kill()
+                else:
+                    self.drain()
 
     # --- Observing -----------------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from orchestrator.errors import CorruptCheckpoint, Refused, StoreConflict, Unrea
 from orchestrator.ledger import Ledger
 from orchestrator.ports import Life, Store
 from orchestrator.records import EXIT_CODES, ExitClass, Intent, JournalPiece, Report
-from orchestrator.runner import Result, Runner, code_version, held_time
+from orchestrator.runner import Detached, Result, Runner, code_version, held_time
 
 STEPS = 40
 
@@ -104,6 +104,8 @@ class MemoryBackend:
         self.scripts: dict[tuple[str, int], Script] = {}
         self.bodies: dict[str, Body] = {}
         self.blind = False
+        self.deaf = False
+        """Takes its time with saving."""
         self.submitted: list[str] = []
         clock.on_sleep.append(self.live)
 
@@ -138,7 +140,7 @@ class MemoryBackend:
             if body.life.state != "running":
                 continue
             self._journal(body)
-            if body.draining:
+            if body.draining and not self.deaf:
                 self._publish(body, body.step + 1)
                 self._end(body, "drained")
                 continue
@@ -468,6 +470,48 @@ def test_a_cancel_of_another_process_drains_the_driver(rig: Rig) -> None:
     assert (result.status, result.exit_code) == ("cancelled", 130)
     assert rig.outcomes("two") == ["drained"]
     assert rig.kinds("ended")[-1].split()[1].startswith("cancelled")
+    assert rig.launch().status == "succeeded"
+
+
+def test_a_cancel_that_does_not_save_kills(rig: Rig) -> None:
+    def ask() -> None:
+        rig.ledger.ask_cancel(rig.clock.time, "now, by a test")
+
+    rig.backend.scripts["two", 1] = [("publish", 10), ("do", ask), *[("step",)] * 30]
+    result = rig.launch()
+    assert (result.status, result.exit_code) == ("cancelled", 130)
+    assert rig.outcomes("two") == ["lost"]
+    assert rig.launch().status == "succeeded"
+
+
+def test_a_second_cancel_can_give_up_the_saving(rig: Rig) -> None:
+    rig.backend.deaf = True
+    asks = [("do", lambda: rig.ledger.ask_cancel(rig.clock.time)), *[("step",)] * 30]
+    asks += [("do", lambda: rig.ledger.ask_cancel(rig.clock.time, "now, by a test")), *[("step",)] * 30]
+    rig.backend.scripts["two", 1] = asks
+    assert rig.launch().status == "cancelled"
+    assert rig.outcomes("two") == ["lost"]
+
+
+def test_a_detached_driver_leaves_its_attempt_running_for_the_next(rig: Rig) -> None:
+    first = rig.runner()
+    rig.backend.scripts["two", 1] = [("publish", 10), ("do", first.detach), *[("step",)] * 3, ("end", "completed")]
+    with pytest.raises(Detached):
+        first.run()
+    assert rig.outcomes("two") == ["open"] and rig.ledger.holder(rig.clock.time) is None
+    assert not rig.kinds("ended"), "the launch is not over"
+    assert rig.launch().status == "succeeded"
+    assert rig.outcomes("two") == ["completed"] and len(rig.backend.submitted) == 3
+
+
+def test_a_cancel_outlives_the_driver_that_heard_it(rig: Rig) -> None:
+    first = rig.runner()
+    rig.backend.deaf = True
+    script = [("do", lambda: rig.ledger.ask_cancel(rig.clock.time)), *[("step",)] * 30, ("do", first.detach), *[("step",)] * 30]
+    rig.backend.scripts["two", 1] = [*script, ("do", lambda: setattr(rig.backend, "deaf", False)), *[("step",)] * 30]
+    with pytest.raises(Detached):
+        first.run()
+    assert rig.launch().status == "cancelled" and rig.outcomes("two") == ["drained"]
     assert rig.launch().status == "succeeded"
 
 
