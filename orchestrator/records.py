@@ -232,7 +232,8 @@ class Event(Record):
     seq: NonNegativeInt
     time: float
     kind: Literal["launched", "attempt", "observed", "outcome", "committed", "retry", "cancel", "ended"]
-    """`cancel` asks the driver to drain, or to kill where `detail` begins with `now`; `ended` closes a launch with succeeded, failed, cancelled or suspended in `detail`."""
+    """`cancel` asks the driver to drain, or to kill where `detail` begins with `now`; `ended` closes a launch with succeeded, failed,
+    cancelled or suspended in `detail`."""
     stage: str | None = None
     attempt: int | None = None
     detail: str = ""
