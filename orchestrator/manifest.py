@@ -1,6 +1,491 @@
 """From an intent and a cluster profile to the objects that are sent to Kubernetes. Pure, and the only place where one is written.
 
-Owns names, labels and annotations of everything that osctl makes in a cluster. Refuses to talk to one, and to hold a secret.
+Owns names, labels and annotations of everything that osctl makes in a cluster, and the test for what is ours. Refuses to talk to a
+cluster, and to hold a secret: credentials are named.
+
+Invariants:
+- A manifest is a function of its arguments alone. Nothing in it depends on a clock, on the epoch or on what an attempt resumes from, so
+  what `osctl render` prints before an intent exists is what `osctl launch` sends.
+- Every value that came from a person stays that value: kubelet's `$(VARIABLE)` is escaped, and `dump` leaves no string that YAML 1.1 or
+  1.2 reads as something else.
+- Requests are limits in a trainer's pod, and every pod obeys Pod Security "restricted".
 """
 
 from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from orchestrator.cluster import ClusterProfile
+from orchestrator.config import Pipeline
+from orchestrator.errors import Refused
+from orchestrator.records import Intent, Keys
+
+Manifest = dict[str, Any]
+"""A Kubernetes object, as the API server takes it."""
+
+MANAGER = "osctl"
+MANAGED_BY = "app.kubernetes.io/managed-by"
+PIPELINE, STAGE, ATTEMPT, RUN, ROLE = "osctl/pipeline", "osctl/stage", "osctl/attempt", "osctl/run", "osctl/role"
+"""Labels. RUN holds 12 hex digits of (store, run key): what a watch selects by."""
+RUN_KEY, STORE, INTENT, SPEC_HASH = "osctl/run-key", "osctl/store", "osctl/intent", "osctl/spec-hash"
+"""Annotations: whose an object is, where its intent lies, and the digest of what was sent."""
+
+NAME_CHARACTERS = 50
+"""Of a job. A pod's name, the host name in it and its Service are 63 at most, and the operator appends `-worker-<index>`."""
+RUN_DIR = "/run/osctl/attempt"
+NODE_LABEL = "training.kubeflow.org/replica-index"
+"""The operator's label on each pod of a job: which node of the attempt this is."""
+PORT = 23456
+"""The operator's own default, named by it `pytorchjob-port`; written out so that what is sent is what is stored."""
+USER = 1000
+RENDEZVOUS_S = 900
+"""How long nodes wait for each other before the first step: image pulls and the parent's download differ by minutes between nodes."""
+HURRY_S = 15
+"""Between kubelet's SIGTERM, which the agent takes as "hurry", and its SIGKILL."""
+
+KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": False, "AWS_SECRET_ACCESS_KEY": False, "AWS_SESSION_TOKEN": True}
+"""Keys of the profile's secret, and whether one may be missing in it."""
+
+DRIVER_EXITS = (2, 3, 4, 130)
+"""Exit codes with which a driver is done, though not with a success: another try would say the same."""
+
+
+# --- Names, and whose an object is ----------------------------------------------------------------------------------------------------
+
+
+def job_name(store_url: str, run_key: str) -> str:
+    """Of an attempt's PyTorchJob: a DNS-1035 label of at most 50 characters.
+
+    Holds 8 digits of a hash of store and run key, so that pipelines of one name in two stores never meet in a namespace.
+    """
+    pipeline, _, rest = run_key.partition("/")
+    stage, _, tail = rest.partition("@")
+    return _name(f"{pipeline}-{stage}", f"a{tail.rpartition('/a')[2]}-{run_hash(store_url, run_key)[:8]}")
+
+
+def driver_key(pipeline: str, launch: int) -> str:
+    """What a driver's Job carries as its run key. No attempt's run key looks like it: those hold an `@`."""
+    return f"{pipeline}/driver/{launch}"
+
+
+def driver_name(pipeline: str, store_url: str, launch: int) -> str:
+    return _name(pipeline, f"driver-{run_hash(store_url, pipeline)[:8]}-{launch}")
+
+
+def run_hash(store_url: str, key: str) -> str:
+    """12 hex digits: the label `osctl/run`."""
+    return hashlib.sha256(f"{store_url}\n{key}".encode()).hexdigest()[:12]
+
+
+def owner(manifest: Mapping[str, Any]) -> tuple[str, str] | None:
+    """(store URL, run key) of an object that an osctl has made; none: a foreign one."""
+    metadata = manifest.get("metadata") or {}
+    annotations = metadata.get("annotations") or {}
+    if (metadata.get("labels") or {}).get(MANAGED_BY) != MANAGER or STORE not in annotations or RUN_KEY not in annotations:
+        return None
+    return annotations[STORE], annotations[RUN_KEY]
+
+
+def is_ours(manifest: Mapping[str, Any], store_url: str, run_key: str) -> bool:
+    """Whether an object of our name is ours. Anything else is foreign: never adopted, changed or deleted."""
+    return owner(manifest) == (store_url, run_key)
+
+
+def spec_hash(manifest: Mapping[str, Any]) -> str:
+    """16 hex digits over everything but the annotation that holds it. Of an object as it was sent, not as a server gives it back."""
+    metadata = dict(manifest["metadata"])
+    metadata["annotations"] = {key: value for key, value in metadata["annotations"].items() if key != SPEC_HASH}
+    return hashlib.sha256(json.dumps({**manifest, "metadata": metadata}, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _name(words: str, tail: str) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", words.lower())[: NAME_CHARACTERS - len(tail) - 1].strip("-")
+    return f"{slug}-{tail}"
+
+
+# --- An attempt -----------------------------------------------------------------------------------------------------------------------
+
+
+def pytorch_job(intent: Intent, profile: ClusterProfile, store_url: str, *, exclude_nodes: Sequence[str] = ()) -> Manifest:
+    """The PyTorchJob (kubeflow.org/v1) of one attempt: as many workers as nodes, and no master.
+
+    Without a master there is one kind of pod and no init container of the operator's, and all nodes are scheduled as one set.
+
+    Args:
+        exclude_nodes: host names that nothing is placed on, besides the profile's.
+
+    Raises:
+        Refused: the store's URL holds credentials.
+    """
+    _check_store(store_url)
+    labels = {
+        MANAGED_BY: MANAGER,
+        PIPELINE: intent.pipeline,
+        STAGE: intent.stage,
+        ATTEMPT: str(intent.attempt),
+        RUN: run_hash(store_url, intent.run_key),
+        ROLE: "trainer",
+    }
+    name = job_name(store_url, intent.run_key)
+    intent_key = Keys(intent.pipeline).intent(intent.stage, intent.inputs, intent.attempt)
+    kueue = {KUEUE_QUEUE: profile.kueue_queue} if profile.kueue_queue else {}
+    template = _template(labels, _trainer_pod(intent, intent_key, profile, store_url, exclude_nodes))
+    return _sealed(
+        {
+            "apiVersion": "kubeflow.org/v1",
+            "kind": "PyTorchJob",
+            "metadata": {
+                "name": name,
+                "namespace": profile.namespace,
+                "labels": {**labels, **kueue},
+                "annotations": {RUN_KEY: intent.run_key, STORE: store_url, INTENT: intent_key},
+            },
+            "spec": {
+                "runPolicy": _run_policy(intent, profile),
+                "nprocPerNode": str(intent.devices_per_node),
+                **_rendezvous(name, intent.nodes),
+                "pytorchReplicaSpecs": {"Worker": {"replicas": intent.nodes, "restartPolicy": "Never", "template": template}},
+            },
+        }
+    )
+
+
+def _run_policy(intent: Intent, profile: ClusterProfile) -> Manifest:
+    """An attempt is one life: nothing in it is restarted, and its driver decides what comes next."""
+    gang = {"schedulingPolicy": {"minAvailable": intent.nodes}} if profile.queue == "gang" else {}
+    return {
+        "cleanPodPolicy": "Running",  # ends the other nodes when one failed; those that are over keep their logs
+        "backoffLimit": 0,
+        "ttlSecondsAfterFinished": profile.keep_s,
+        "suspend": profile.queue == "kueue",  # Kueue lets it go; created running, it would race with Kueue's webhook
+        **gang,  # beside Kueue, two gangs would wait for each other
+    }
+
+
+def _rendezvous(name: str, nodes: int) -> Manifest:
+    """How the nodes find each other. Alone, a node needs nobody: without the policy the operator sets no PET_RDZV_ENDPOINT."""
+    if nodes == 1:
+        return {}
+    return {
+        "elasticPolicy": {
+            "rdzvBackend": "c10d",
+            "rdzvId": name,
+            "minReplicas": nodes,  # min = max: another number of nodes would be another global batch
+            "maxReplicas": nodes,
+            "maxRestarts": 0,
+            "rdzvConf": [{"key": key, "value": str(RENDEZVOUS_S)} for key in ("join_timeout", "read_timeout")],
+        }
+    }
+
+
+def _trainer_pod(intent: Intent, intent_key: str, profile: ClusterProfile, store_url: str, exclude_nodes: Sequence[str]) -> Manifest:
+    command = ["python", "-m", "orchestrator.agent", "--store", store_url, "--intent", intent_key, "--run-dir", RUN_DIR]
+    resources = _resources(intent.devices_per_node, profile)
+    env = {**profile.store_env(), **_trainer_env(intent.devices_per_node, profile)}
+    container = {
+        "name": "pytorch",  # the operator looks for this name
+        "image": profile.image,
+        "imagePullPolicy": "IfNotPresent",
+        "command": [*map(_literal, command), "--node", "$(OSCTL_NODE)"],
+        "env": [
+            {"name": "OSCTL_NODE", "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": f"metadata.labels['{NODE_LABEL}']"}}},
+            *_env(env),
+            *_credentials(profile),
+        ],
+        "ports": [{"name": "pytorchjob-port", "containerPort": PORT, "protocol": "TCP"}],
+        "resources": {"requests": resources, "limits": dict(resources)},
+        # The hook raises the agent's drain flag and then holds kubelet back; it dies with the container when the agent has left.
+        # A kubelet that is not held back would send its own SIGTERM at once, and to the agent a second one means "hurry".
+        "lifecycle": {"preStop": {"exec": {"command": ["sh", "-c", f"kill -TERM 1; sleep {profile.grace_s - HURRY_S}"]}}},
+        "securityContext": _confined(),
+        "volumeMounts": [
+            {"name": "scratch", "mountPath": "/run/osctl", "subPath": "run"},
+            {"name": "scratch", "mountPath": "/tmp", "subPath": "tmp"},
+            {"name": "shm", "mountPath": "/dev/shm"},
+            *(
+                {"name": f"data-{number}", "mountPath": volume.path, "readOnly": volume.read_only}
+                for number, volume in enumerate(profile.volumes)
+            ),
+        ],
+    }
+    return {
+        **_pod(profile, profile.service_account, token=False),
+        "terminationGracePeriodSeconds": profile.grace_s,
+        **({"priorityClassName": profile.priority_class} if profile.priority_class else {}),
+        **({"schedulerName": profile.scheduler} if profile.scheduler else {}),
+        **({"nodeSelector": dict(sorted(profile.node_selector.items()))} if profile.node_selector else {}),
+        **_away_from({*profile.exclude_nodes, *exclude_nodes}),
+        "tolerations": [*_tolerations(profile), *_lost_node(profile)],
+        "containers": [container],
+        "volumes": [
+            {"name": "scratch", "emptyDir": {"sizeLimit": profile.scratch}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shm}},
+            *(
+                {"name": f"data-{number}", "persistentVolumeClaim": {"claimName": volume.claim, "readOnly": volume.read_only}}
+                for number, volume in enumerate(profile.volumes)
+            ),
+        ],
+    }
+
+
+def _resources(devices: int, profile: ClusterProfile) -> dict[str, str]:
+    """Requests and limits in one: quality of service Guaranteed, so that a neighbour never costs us memory."""
+    gpus = {profile.gpu_resource: str(devices)} if profile.gpu_resource else {}
+    rdma = {profile.rdma_resource: str(profile.rdma_per_node)} if profile.rdma_resource else {}
+    return {"cpu": profile.cpu, "memory": profile.memory, "ephemeral-storage": profile.scratch, **gpus, **rdma}
+
+
+def _trainer_env(devices: int, profile: ClusterProfile) -> dict[str, str]:
+    """Few, and none that only debugs."""
+    env = {
+        "HOME": "/tmp",
+        "USER": "osctl",  # the image knows no user of this id, and torch asks for its name
+        "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor",
+        "TRITON_CACHE_DIR": "/tmp/triton",
+        "PYTHONFAULTHANDLER": "1",
+        "OMP_NUM_THREADS": str(max(1, int(_cores(profile.cpu)) // devices)) if profile.gpu_resource else "1",
+    }
+    if profile.gpu_resource is None:
+        return env
+    env |= {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        # NCCL's flight recorder: who was in which collective when it hung. The dump needs the buffer.
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{RUN_DIR}/flight-recorder/nccl_",
+        "NCCL_DEBUG": "WARN",
+    }
+    site = {
+        "NCCL_SOCKET_IFNAME": profile.nccl_socket_ifname,
+        "NCCL_IB_HCA": profile.nccl_ib_hca,
+        "NCCL_IB_GID_INDEX": None if profile.nccl_ib_gid_index is None else str(profile.nccl_ib_gid_index),
+    }
+    return env | {name: value for name, value in site.items() if value is not None}
+
+
+def _away_from(nodes: set[str]) -> Manifest:
+    if not nodes:
+        return {}
+    term = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": sorted(nodes)}]}
+    return {"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}}
+
+
+def _tolerations(profile: ClusterProfile) -> list[Manifest]:
+    return [toleration.model_dump(exclude_none=True) for toleration in profile.tolerations]
+
+
+def _lost_node(profile: ClusterProfile) -> list[Manifest]:
+    """How long a pod stays bound to a node that is gone."""
+    return [
+        {
+            "key": f"node.kubernetes.io/{state}",
+            "operator": "Exists",
+            "effect": "NoExecute",
+            "tolerationSeconds": profile.lost_node_s,
+        }
+        for state in ("not-ready", "unreachable")
+    ]
+
+
+# --- A driver -------------------------------------------------------------------------------------------------------------------------
+
+
+def driver_job(pipeline: Pipeline, store_url: str, revision: int, launch: int, targets: Sequence[str]) -> Manifest:
+    """The batch/v1 Job that drives a launched revision of a pipeline from inside the cluster.
+
+    A driver keeps nothing that it could not read again, so the Job starts another one whenever one is lost; it ends when a driver has
+    said a last word.
+
+    Args:
+        revision: number in the ledger.
+        launch: number of this launch; with the store and the pipeline it makes the name.
+        targets: stages to run.
+
+    Raises:
+        Refused: the store's URL holds credentials.
+    """
+    profile = pipeline.cluster
+    assert profile is not None, f"{pipeline.name}: a driver's Job needs a cluster"
+    _check_store(store_url)
+    key = driver_key(pipeline.name, launch)
+    labels = {MANAGED_BY: MANAGER, PIPELINE: pipeline.name, RUN: run_hash(store_url, key), ROLE: "driver"}
+    command = ["osctl", "drive", "--store", store_url, "--pipeline", pipeline.name, "--revision", str(revision)]
+    command += [word for target in targets for word in ("--target", target)]
+    env = {**profile.store_env(), "HOME": "/tmp", "USER": "osctl", "OSCTL_HOME": "/tmp/osctl", "PYTHONUNBUFFERED": "1"}
+    container = {
+        "name": "driver",
+        "image": profile.driver_image,
+        "imagePullPolicy": "IfNotPresent",
+        "command": list(map(_literal, command)),
+        "env": [*_env(env), *_credentials(profile)],
+        # Not Guaranteed: it mostly sleeps, and one that is evicted costs nothing, since the next goes on.
+        "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"cpu": "1", "memory": "2Gi"}},
+        "securityContext": _confined(),
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+    }
+    pod = {
+        **_pod(profile, profile.driver_service_account, token=True),
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": 30,
+        "tolerations": _lost_node(profile),
+        "containers": [container],
+        "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "2Gi"}}],
+    }
+    done = {"containerName": "driver", "operator": "In", "values": list(DRIVER_EXITS)}
+    disrupted = [{"type": "DisruptionTarget", "status": "True"}]
+    return _sealed(
+        {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {
+                "name": driver_name(pipeline.name, store_url, launch),
+                "namespace": profile.namespace,
+                "labels": labels,
+                "annotations": {RUN_KEY: key, STORE: store_url},
+            },
+            "spec": {
+                "completions": 1,
+                "parallelism": 1,
+                "backoffLimit": 100,
+                "ttlSecondsAfterFinished": profile.keep_s,
+                "podReplacementPolicy": "Failed",  # a driver that is still leaving holds the lease
+                "podFailurePolicy": {
+                    "rules": [{"action": "Ignore", "onPodConditions": disrupted}, {"action": "FailJob", "onExitCodes": done}]
+                },
+                "template": _template(labels, pod),
+            },
+        }
+    )
+
+
+# --- What every pod has ---------------------------------------------------------------------------------------------------------------
+
+
+def _pod(profile: ClusterProfile, account: str, *, token: bool) -> Manifest:
+    return {
+        "serviceAccountName": account,
+        "automountServiceAccountToken": token,
+        "enableServiceLinks": False,  # else every Service of the namespace becomes environment variables
+        **({"imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets]} if profile.image_pull_secrets else {}),
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",  # a claim full of clips is not walked at each start
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+    }
+
+
+def _confined() -> Manifest:
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "runAsNonRoot": True,
+        "capabilities": {"drop": ["ALL"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def _env(values: Mapping[str, str]) -> list[Manifest]:
+    return [{"name": name, "value": _literal(value)} for name, value in values.items()]
+
+
+def _credentials(profile: ClusterProfile) -> list[Manifest]:
+    """By reference; none where the service account is the identity."""
+    if profile.s3_secret is None:
+        return []
+    return [
+        {
+            "name": key,
+            "valueFrom": {"secretKeyRef": {"name": profile.s3_secret, "key": key, **({"optional": True} if optional else {})}},
+        }
+        for key, optional in CREDENTIALS.items()
+    ]
+
+
+def _literal(text: str) -> str:
+    """What kubelet turns into `text`: it replaces `$(NAME)` in commands and values, and `$$` by `$`."""
+    return text.replace("$", "$$")
+
+
+def _cores(quantity: str) -> Decimal:
+    return Decimal(quantity[:-1]) / 1000 if quantity.endswith("m") else Decimal(quantity)
+
+
+def _check_store(store_url: str) -> None:
+    if "@" in urlsplit(store_url).netloc:
+        shown = f"{store_url.partition('://')[0]}://…@{urlsplit(store_url).netloc.rpartition('@')[2]}"
+        raise Refused(f"store {shown}: holds credentials, and a manifest would show them. Put them into the profile's s3_secret")
+
+
+def _template(labels: Mapping[str, str], spec: Manifest) -> Manifest:
+    # Istio's proxy would outlive the trainer and keep the pod, and would stand between the ranks.
+    return {"metadata": {"labels": {**labels, "sidecar.istio.io/inject": "false"}}, "spec": spec}
+
+
+def _sealed(manifest: Manifest) -> Manifest:
+    manifest["metadata"]["annotations"][SPEC_HASH] = spec_hash(manifest)
+    return manifest
+
+
+def _pod_template(manifest: Mapping[str, Any]) -> Manifest:
+    spec = manifest["spec"]
+    template: Manifest = spec["template"] if "template" in spec else spec["pytorchReplicaSpecs"]["Worker"]["template"]
+    return template
+
+
+def pods(manifest: Mapping[str, Any]) -> list[Manifest]:
+    """The pods that an operator would make of a job's template: for checkers, which see nothing inside a PyTorchJob."""
+    metadata, template = manifest["metadata"], _pod_template(manifest)
+    worker = manifest["spec"].get("pytorchReplicaSpecs", {}).get("Worker", {})
+    count = worker.get("replicas", 1)
+    policy = {"restartPolicy": worker["restartPolicy"]} if worker else {}
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": f"{metadata['name']}-worker-{index}", "namespace": metadata["namespace"], **template["metadata"]},
+            "spec": {**template["spec"], **policy},
+        }
+        for index in range(count)
+    ]
+
+
+# --- As text --------------------------------------------------------------------------------------------------------------------------
+
+_PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./@-]*")
+_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that any reader of YAML could take for something else: Go's reads `1e3` as a number, Python's does not."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = _PLAIN.fullmatch(text) is not None and text.lower() not in _WORDS
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump(manifests: Iterable[Mapping[str, Any]]) -> str:
+    """YAML documents, as `kubectl apply -f` takes them."""
+    text: str = yaml.dump_all(
+        manifests, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000, explicit_start=True, default_flow_style=False
+    )
+    return text
