@@ -1,6 +1,7 @@
 """Checkpoints on their way between a directory and a store: published once, and believed only after every byte was compared.
 
-Owns what lies below `checkpoints/step-…-a<n>/`: the files, and MANIFEST.json, which is written last and says what they are.
+Owns what lies below `checkpoints/step-…-a<n>/`: the files, and MANIFEST.json, which is written last and says what they are. On several
+nodes each publishes its files and a part that names them; node 0 merges the parts into the manifest once all are there.
 A manifest itself is believed only if its digest is the one that a stage's COMMITTED.json or an attempt's intent holds.
 
 Refuses to repair, to delete and to choose: it says what is wrong (`inspect`), or raises the first of it (`fetch`, `verify`).
@@ -9,9 +10,11 @@ Refuses to repair, to delete and to choose: it says what is wrong (`inspect`), o
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,7 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from orchestrator.errors import CorruptCheckpoint, NotFound
 from orchestrator.ports import Store, check_key
-from orchestrator.records import Damaged, FileRef, Intent, Keys, Manifest, sha256, weights_digest
+from orchestrator.records import Damaged, FileRef, Intent, Keys, Manifest, Part, sha256, weights_digest
 
 MANIFEST = "MANIFEST.json"
 CHECKPOINT = "CHECKPOINT.json"
@@ -90,8 +93,57 @@ def publish(store: Store, intent: Intent, directory: Path) -> tuple[str, Manifes
     says, StoreConflict where other content was published under the same step and attempt, Unreachable.
     """
     description = _describe(directory)
-    prefix = Keys(intent.pipeline).checkpoint(intent.stage, intent.inputs, description.step, intent.attempt)
-    names = sorted({*description.files, CHECKPOINT})
+    files = _upload(store, _prefix(intent, description.step), directory, {*description.files, CHECKPOINT})
+    return _seal(store, intent, description.step, description.complete, files)
+
+
+def publish_part(store: Store, intent: Intent, directory: Path, node: int) -> Part:
+    """Upload one node's files of a checkpoint, then its part. Repeatable. Raises as `publish`."""
+    description = _describe(directory)
+    files = _upload(store, _prefix(intent, description.step), directory, description.files)
+    part = Part(node=node, step=description.step, complete=description.complete, files=files)
+    key = Keys(intent.pipeline).part(intent.stage, intent.inputs, intent.attempt, description.step, node)
+    store.create(key, part.encode())
+    return part
+
+
+def merge_parts(store: Store, intent: Intent, step: int, description: bytes) -> tuple[str, Manifest] | None:
+    """Make a checkpoint of all nodes' parts; the manifest's key and the manifest. None: the part of some node is not there yet.
+
+    `description`: node 0's CHECKPOINT.json, which comes to name the files of all. Repeatable.
+    Raises CorruptCheckpoint where the parts are not of one checkpoint, StoreConflict, Unreachable.
+    """
+    keys = [Keys(intent.pipeline).part(intent.stage, intent.inputs, intent.attempt, step, node) for node in range(intent.nodes)]
+    if len(list(store.list(keys[0].removesuffix("000.json")))) < intent.nodes:
+        return None
+    parts = [_read_part(store, key) for key in keys]
+    files: dict[str, FileRef] = {}
+    for key, part in zip(keys, parts, strict=True):
+        twice = sorted(files.keys() & part.files.keys())
+        if twice or part.complete != parts[0].complete:
+            fact = f"{twice[0]} is a file of another node too" if twice else f"complete is {part.complete}, node 0 says {parts[0].complete}"
+            raise CorruptCheckpoint(f"checkpoint part {key}: {fact}; every node must run the same trainer on the same stage")
+        files |= part.files
+    files = dict(sorted(files.items()))
+    content = json.loads(description) | {"files": {name: file.size for name, file in files.items()}}
+    data = json.dumps(content, indent=1).encode() + b"\n"
+    store.create(f"{_prefix(intent, step)}/{CHECKPOINT}", data)
+    return _seal(store, intent, step, parts[0].complete, files | {CHECKPOINT: FileRef(size=len(data), sha256=sha256(data))})
+
+
+def _read_part(store: Store, key: str) -> Part:
+    try:
+        return Part.decode(store.read(key).data)
+    except Damaged as error:
+        raise CorruptCheckpoint(f"checkpoint part {key}: cannot be read ({error}); start the attempt again") from error
+
+
+def _prefix(intent: Intent, step: int) -> str:
+    return Keys(intent.pipeline).checkpoint(intent.stage, intent.inputs, step, intent.attempt)
+
+
+def _upload(store: Store, prefix: str, directory: Path, files: Iterable[str]) -> dict[str, FileRef]:
+    names = sorted(files)
 
     def send(name: str) -> FileRef:
         path = directory / name
@@ -100,23 +152,28 @@ def publish(store: Store, intent: Intent, directory: Path) -> tuple[str, Manifes
         return reference
 
     with ThreadPoolExecutor(TRANSFERS) as pool:
-        files = dict(zip(names, pool.map(send, names), strict=True))
+        return dict(zip(names, pool.map(send, names), strict=True))
+
+
+def _seal(store: Store, intent: Intent, step: int, complete: bool, files: dict[str, FileRef]) -> tuple[str, Manifest]:
+    """Write the manifest, after which the checkpoint counts."""
     manifest = Manifest(
         run_key=intent.run_key,
         pipeline=intent.pipeline,
         stage=intent.stage,
         inputs=intent.inputs,
         attempt=intent.attempt,
-        step=description.step,
-        complete=description.complete,
+        step=step,
+        complete=complete,
         config_digest=intent.config_digest,
         code=intent.code,
         parent_manifest=intent.parent.manifest_digest if intent.parent else None,
         files=files,
         weights_digest=weights_digest(files),
     )
-    store.create(f"{prefix}/{MANIFEST}", manifest.encode())
-    return f"{prefix}/{MANIFEST}", manifest
+    key = f"{_prefix(intent, step)}/{MANIFEST}"
+    store.create(key, manifest.encode())
+    return key, manifest
 
 
 def fetch(store: Store, manifest_key: str, manifest_digest: str, target: Path) -> Manifest:

@@ -69,6 +69,7 @@ class Attempts:
         stage: str = "stage1",
         attempt: int = 1,
         devices: int = 1,
+        nodes: int = 1,
         epoch: int = 0,
         parent: ParentRef | None = None,
         resume: ResumeRef | None = None,
@@ -78,7 +79,7 @@ class Attempts:
     ) -> Intent:
         """`options`: of the stand-in trainer."""
         config = config or stage_config()
-        inputs = inputs_digest(config, devices, parent.committed_digest if parent else None)
+        inputs = inputs_digest(config, nodes * devices, parent.committed_digest if parent else None)
         return self.ledger.create_intent(
             Intent(
                 run_key=run_key("demo", stage, inputs, attempt),
@@ -90,7 +91,7 @@ class Attempts:
                 created=time.time(),
                 config=config,
                 config_digest=config.digest(),
-                nodes=1,
+                nodes=nodes,
                 devices_per_node=devices,
                 device="cpu-core",
                 trainer=(*trainer, *options),

@@ -12,6 +12,7 @@ whether there is another attempt, and never needs torch.
     guard            a process of its own that starts the trainer and outlives nobody
     trainer_process  the command line and environment of the trainer; talks to the guard
     run_directory    the agent's side of docs/contracts.md section 1
+    publication      checkpoints to the store, as one node or as one of several
     courier          uploads in the background, again and again until they succeed
     timeline         pure: what was observed -> journal pieces
     ending           pure: result.json and a wait status -> exit class

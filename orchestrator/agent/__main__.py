@@ -30,10 +30,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--store", required=True, help="folder, or s3://bucket/prefix")
     parser.add_argument("--intent", required=True, help="key of the attempt's intent.json")
     parser.add_argument("--run-dir", required=True, type=Path, help="directory of this attempt, on a local disk")
+    parser.add_argument("--node", type=int, default=0, help="which of the intent's nodes this is, from 0 (0)")
     parser.add_argument("--bound", type=float, help="Unix time since which the devices are held; none: now")
     parser.add_argument("--launcher-pid", type=int, help="process whose death ends the attempt; none: nobody's")
     parser.add_argument("--lock-fd", type=int, help="descriptor that holds the run directory's lock; none: the agent takes it")
     parser.add_argument("--store-patience", type=float, default=300.0, help="seconds to wait for a store that does not answer (300)")
+    parser.add_argument("--peer-silence", type=float, default=30.0, help="seconds after which a silent node is given up at the end (30)")
     return parser.parse_args(argv)
 
 
@@ -54,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NOT_STARTED
     bound = began if args.bound is None else args.bound
     with pulse(run_dir):
+        from orchestrator.agent.attempt import Patience
         from orchestrator.agent.start import begin
 
-        begun = begin(args.store, args.intent, run_dir, lock=lock, bound=bound, events=events, store_patience_s=args.store_patience)
+        patience = Patience(store_s=args.store_patience, peer_s=args.peer_silence)
+        begun = begin(args.store, args.intent, run_dir, node=args.node, lock=lock, bound=bound, events=events, patience=patience)
     if begun is None:
         return NOT_STARTED
     attempt, trainer = begun

@@ -2,7 +2,8 @@
 
 Owns the order of things and the books. Invariants:
 - The main loop never waits for the store: pieces, logs and checkpoints go through couriers, and training goes on while it is away.
-- `completed` and `drained` are said only of an attempt whose last checkpoint is published.
+- `completed` and `drained` are said only of an attempt whose last checkpoint is published, by all of its nodes.
+- A node's own failure is reported as what it is, and another's as `peer`: which node is to blame is read from all reports.
 - Nothing the trainer started is running when the last piece is written.
 """
 
@@ -13,32 +14,45 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from orchestrator.agent.courier import Courier, Parcel, is_disk_full
 from orchestrator.agent.ending import Ending, ending_of
 from orchestrator.agent.events import Events, Task
-from orchestrator.agent.run_directory import SETTLED_S, Heartbeat, RunDirectory
+from orchestrator.agent.publication import Publication, name_of
+from orchestrator.agent.run_directory import FLIGHT_RECORDER, SETTLED_S, Heartbeat, RunDirectory
 from orchestrator.agent.timeline import Timeline
-from orchestrator.agent.trainer_process import TrainerProcess, command, environment
+from orchestrator.agent.trainer_process import JOIN_S, RENDEZVOUS, TrainerProcess, command, environment
 from orchestrator.errors import NotFound, Refused, Unreachable
 from orchestrator.ledger import Ledger
 from orchestrator.records import Intent, JournalPiece, Report
 
 log = logging.getLogger(__name__)
 
-NODE = 0
 LEAVE_S = 3.0
 """What a trainer has to leave after its last word. Its devices are held meanwhile, and leaving is where collectives like to hang."""
 LOOK_S = 1.0
 """Longest time between two looks at heartbeats and checkpoints."""
 HURRY_S = 5.0
 """What is left to an agent whose launcher died, or that was asked twice to leave, to hand over what is finished."""
-PENDING_CHECKPOINTS = 2
-"""Checkpoints that wait for a slow store; older ones make room, since each holds its disk space."""
 LOG_PIECE_BYTES, LOG_BYTES = 1 << 18, 8 << 20
 """Of the trainer's output, at most so much is sent a piece and an attempt; of a longer one, the end."""
+
+
+FLIGHT_BYTES = 64 << 20
+"""Of what the communication library writes about collectives that did not end, so much is sent."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long others are waited for at the end, in seconds."""
+
+    store_s: float
+    """A store that does not answer."""
+    peer_s: float
+    """Another node that says nothing."""
 
 
 class Attempt:
@@ -50,23 +64,24 @@ class Attempt:
         trainer: TrainerProcess,
         events: Events,
         *,
+        node: int,
         bound: float,
-        store_patience_s: float,
+        patience: Patience,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`bound`: Unix time since which the devices are held. `store_patience_s`: how long a silent store is waited for at the end."""
+        """`bound`: Unix time since which the devices are held."""
         self.ledger, self.intent, self.run, self.trainer, self.events = ledger, intent, run, trainer, events
-        self._store_patience_s, self._clock = store_patience_s, clock
+        self._node, self._patience, self._clock = node, patience, clock
         self._bound = bound
-        self._timeline = Timeline(bound, node=NODE, devices=intent.devices_per_node, every_steps=intent.config.checkpoint.every_steps)
+        self._timeline = Timeline(bound, node=node, devices=intent.devices_per_node, every_steps=intent.config.checkpoint.every_steps)
         self._small = Courier("journal", events.wake)
-        self._large = Courier("checkpoints", events.wake)
+        self._checkpoints = Publication(ledger, intent, run, node, events.wake, patience.peer_s)
         self._next_flush = time.monotonic() + intent.flush_s
         self._phase: str | None = "preflight"
         """Category of whatever is not booked yet; none while the trainer's own words decide."""
-        resumed = set() if intent.resume is None else {intent.resume.step}
-        self._published, self._offered = resumed, set(resumed)
-        self._samples: set[str] = set()
+        self._sent: set[str] = set()
+        """Samples and flight records, by their path in the run directory."""
+        self._flight_bytes = 0
         self._step = intent.resume.step if intent.resume else None
         self._logged, self._log_pieces = 0, 0
         self._draining = False
@@ -121,7 +136,7 @@ class Attempt:
             self._patiently(partial(self.ledger.fetch, intent.resume.key, intent.resume.manifest_digest, target))
 
     def _patiently(self, fetch: Callable[[], object]) -> None:
-        deadline = time.monotonic() + self._store_patience_s
+        deadline = time.monotonic() + self._patience.store_s
         while True:
             try:
                 fetch()
@@ -136,8 +151,12 @@ class Attempt:
 
     def _train(self) -> Ending:
         self._book_phase("init")
-        variables = environment(self.intent, os.environ)
-        self.trainer.start(command(self.intent, self.run.path), variables, log=self.run.log)
+        if self.intent.nodes > 1 and not self.intent.trainer and RENDEZVOUS not in os.environ:
+            nodes = f"{self.intent.nodes} nodes cannot meet: {RENDEZVOUS} is not set"
+            return Ending("config", f"{nodes}; start the agents where it is, as the training operator does")
+        (self.run.path / FLIGHT_RECORDER).mkdir(exist_ok=True)
+        variables = environment(self.intent, os.environ, self.run.path)
+        self.trainer.start(command(self.intent, self.run.path, self._node), variables, log=self.run.log)
         self.events.listen_to(self.trainer)
         self._heard = time.monotonic()
         cut: Ending | None = None
@@ -161,6 +180,8 @@ class Attempt:
             return Ending("lost", "the launcher died")
         if self.events.asked_to_leave > 1:
             return Ending("signal", "asked a second time to leave, before the trainer had saved")
+        if self._draining and self.intent.nodes > 1 and not self.run.heartbeats():
+            return Ending("drained", "asked to leave before the nodes had met")  # a node that waits for others does not look at `drain`
         return self._hung()
 
     def _has_had_its_say(self) -> bool:
@@ -169,16 +190,17 @@ class Attempt:
         return self._said is not None and time.monotonic() - self._said > LEAVE_S
 
     def _hung(self) -> Ending | None:
-        """No rank has shown life for too long. While one rank works alone, as at the end of a stage, the others may be silent."""
+        """No rank of this node has shown life for too long. While one works alone, as at the end of a stage, the others may be silent."""
         beats = self.run.heartbeats()
         if beats != self._beats:
             self._beats, self._heard = beats, time.monotonic()
         silent_s = time.monotonic() - self._heard
-        if silent_s < self.intent.hang_timeout_s:
+        allowed_s = self.intent.hang_timeout_s + (JOIN_S if self.intent.nodes > 1 and not beats else 0)
+        if silent_s < allowed_s:
             return None
-        ranks, where = _who_stands(beats, self.intent.devices_per_node)
+        ranks, where = _who_stands(beats, self.intent.devices_per_node, self._node)
         names = f"rank {ranks[0]} stands" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} stand"
-        reason = f"no heartbeat for {silent_s:.1f} s (allowed: {self.intent.hang_timeout_s:g} s); {names} {where}"
+        reason = f"no heartbeat for {silent_s:.1f} s (allowed: {allowed_s:g} s); {names if ranks else 'all ranks stand'} {where}"
         return Ending("hang", reason, rank=ranks[0] if len(ranks) == 1 else None)
 
     def _ended(self, cut: Ending | None) -> Ending:
@@ -208,9 +230,10 @@ class Attempt:
         """Hand over what is finished; the ending, corrected where the store did not take what it promises."""
         self._phase = "publish"
         self._flush(final=True)
-        while not (self._large.idle and self._small.idle) and not self._give_up():
+        self._checkpoints.close(ending.step if ending.saved else None)
+        while not (self._checkpoints.idle and self._small.idle) and not self._give_up():
             self._wait()
-        if not ending.saved or ending.step is None or ending.step in self._published:
+        if not ending.saved or ending.step is None or ending.step in self._checkpoints.published:
             return ending
         return self._undelivered(ending)
 
@@ -220,16 +243,20 @@ class Attempt:
             self._hurry = now + HURRY_S
         if self._hurry is not None and now > self._hurry:
             return True
-        failing = [courier.failing_since for courier in (self._small, self._large) if courier.failing_since is not None]
-        return any(now - since > self._store_patience_s for since in failing)
+        failing = [self._small.failing_since, *self._checkpoints.failing_since]
+        return any(now - since > self._patience.store_s for since in failing if since is not None)
 
     def _undelivered(self, ending: Ending) -> Ending:
-        name = _checkpoint_name(ending.step)
-        refused = self._large.refused.get(name)
+        name = name_of(ending.step)
+        refused = self._checkpoints.refusal(ending.step)
         if refused is not None:
             return Ending("disk" if refused.disk_full else "store", f"{name} could not be published: {refused.reason}", ending.step)
-        if self._large.trouble:
-            return Ending("store", f"{name} could not be published in {self._store_patience_s:g} s: {self._large.trouble}", ending.step)
+        if self._checkpoints.trouble:
+            return Ending(
+                "store", f"{name} could not be published in {self._patience.store_s:g} s: {self._checkpoints.trouble}", ending.step
+            )
+        if self._checkpoints.lost:
+            return Ending("peer", f"{name} was not published: {self._checkpoints.lost}", ending.step)
         if self.events.launcher_died:
             return Ending("lost", f"the launcher died before {name} was published", ending.step)
         if self.events.asked_to_leave > 1:
@@ -249,7 +276,7 @@ class Attempt:
             "evaluation": dict(ending.evaluation),
             "started": self._bound,
             "ended": self._timeline.edge,
-            "node": NODE,
+            "node": self._node,
         }
         report = Report.model_validate(content)
         self._small.put(Parcel("report", partial(self.ledger.write_report, self.intent, report)))
@@ -266,11 +293,12 @@ class Attempt:
 
     def _wait(self) -> set[int]:
         """Wait for something to happen, a second at most; flush when it is time."""
+        self.trainer.reap_strangers()
         ready = self.events.wait(min(self._next_flush - time.monotonic(), LOOK_S, self.intent.hang_timeout_s / 4))
         if time.monotonic() >= self._next_flush:
             self._flush()
         elif self._phase is None:
-            self._offer_checkpoints()  # the trainer deletes old ones, and a killed attempt keeps what is published
+            self._checkpoints.offer()  # the trainer deletes old ones, and a killed attempt keeps what is published
         return ready
 
     def _flush(self, *, final: bool = False) -> None:
@@ -286,8 +314,8 @@ class Attempt:
         for piece in self._timeline.take():
             self._small.put(Parcel(f"journal piece {piece.seq}", partial(self._append, piece)))
         self._ship_output(final=final)
-        self._offer_samples(now if final else now - SETTLED_S)
-        self._offer_checkpoints()
+        self._offer_files(now if final else now - SETTLED_S)
+        self._checkpoints.offer()
 
     def _append(self, piece: JournalPiece) -> None:
         self.ledger.append_journal(self.intent, piece)
@@ -303,7 +331,7 @@ class Attempt:
         """Between its lines, a trainer is believed in two things: it starts up until its first line, and it judges while it says so."""
         if self._phase == "init":
             self._timeline.book("init", now)
-        elif beats and beats[0].rank == 0 and beats[0].phase == "evaluate":
+        elif beats and beats[0].rank % self.intent.devices_per_node == 0 and beats[0].phase == "evaluate":
             self._timeline.book("evaluate", beats[0].time)
 
     def _ship_output(self, *, final: bool) -> None:
@@ -318,38 +346,37 @@ class Attempt:
 
     def _ship(self, data: bytes) -> None:
         seq, self._log_pieces, self._logged = self._log_pieces, self._log_pieces + 1, self._logged + len(data)
-        self._small.put(Parcel(f"log piece {seq}", partial(self.ledger.append_log, self.intent, NODE, seq, data, self._clock())))
+        self._small.put(Parcel(f"log piece {seq}", partial(self.ledger.append_log, self.intent, self._node, seq, data, self._clock())))
 
-    def _offer_samples(self, before: float) -> None:
-        for path in self.run.settled_samples(before):
-            if path.name not in self._samples:
-                self._samples.add(path.name)
+    def _offer_files(self, before: float) -> None:
+        """Samples, of node 0 alone as the trainer draws them there, and flight records."""
+        for path in self.run.settled_samples(before) if self._node == 0 else ():
+            if self._is_new(path):
                 self._small.put(Parcel(f"sample {path.name}", partial(self.ledger.add_sample, self.intent, path.name, path)))
+        for path in self.run.settled_flight_records(before):
+            if self._is_new(path):
+                self._flight_bytes += path.stat().st_size
+                if self._flight_bytes <= FLIGHT_BYTES:
+                    send = partial(self.ledger.add_flight_record, self.intent, self._node, path.name, path)
+                    self._small.put(Parcel(f"flight record {path.name}", send))
 
-    def _offer_checkpoints(self) -> None:
-        for step in self.run.complete_checkpoints():
-            if step not in self._offered:
-                self._offered.add(step)
-                if self.run.pin(step) or self.run.checkpoint(step).is_dir():
-                    parcel = Parcel(_checkpoint_name(step), partial(self._publish, step), partial(self.run.unpin, step))
-                    self._large.put(parcel, keep=PENDING_CHECKPOINTS)
-
-    def _publish(self, step: int) -> None:
-        pinned = self.run.pinned(step)
-        self.ledger.publish(self.intent, pinned if pinned.is_dir() else self.run.checkpoint(step))
-        self._published.add(step)
-
-
-def _checkpoint_name(step: int | None) -> str:
-    return f"the checkpoint of step {step}"
+    def _is_new(self, path: Path) -> bool:
+        name = str(path.relative_to(self.run.path))
+        new = name not in self._sent
+        self._sent.add(name)
+        return new
 
 
-def _who_stands(beats: list[Heartbeat], devices: int) -> tuple[list[int], str]:
-    """The ranks that hold the others up, and where: those that never spoke, else those with the lowest step.
+def _who_stands(beats: list[Heartbeat], devices: int, node: int) -> tuple[list[int], str]:
+    """The ranks of a node that hold the others up, and where: those that never spoke, else those with the lowest step.
 
     Inside a collective all ranks stand at the same step; then all are named, since their heartbeats cannot tell who is to blame.
+    Which ranks a node has is for torchrun to say: none are named while all are silent, but node 0 always has the first.
     """
-    silent = [rank for rank in range(devices) if rank not in {beat.rank for beat in beats}]
+    if not beats and node:
+        return [], "before their first heartbeat"
+    lowest = beats[0].rank // devices * devices if beats else 0
+    silent = [rank for rank in range(lowest, lowest + devices) if rank not in {beat.rank for beat in beats}]
     if silent:
         return silent, "before their first heartbeat"
     step = min(beat.step for beat in beats)

@@ -1,7 +1,7 @@
 """The agent's side of the run directory (docs/contracts.md section 1): what the trainer leaves, read as it appears.
 
-Owns the reading of `metrics.jsonl`, heartbeats, `result.json`, checkpoints, samples and the log, and the writing of `stage.yaml`,
-`drain` and, where the trainer could not, `result.json`. Every reader takes half-written and damaged content in its stride:
+Owns the reading of `metrics.jsonl`, heartbeats, `result.json`, checkpoints, samples, flight records and the log, and the writing of
+`stage.yaml`, `drain` and, where the trainer could not, `result.json`. Every reader takes half-written and damaged content in its stride:
 a trainer may die in the middle of anything.
 """
 
@@ -21,6 +21,7 @@ from opensora.config import StageConfig, write_stage
 SETTLED_S = 2.0
 """A sample that has not changed for so long is whole; the trainer does not say so."""
 TAIL_BYTES = 65_536
+FLIGHT_RECORDER = "flight-recorder"
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,11 @@ class RunDirectory:
 
     def settled_samples(self, before: float) -> list[Path]:
         """Files in samples/ that did not change since `before` (Unix seconds), by name."""
-        found = []
-        for path in sorted(self.samples.glob("*")):
-            try:
-                if path.suffix in (".mp4", ".png", ".json") and path.stat().st_mtime <= before:
-                    found.append(path)
-            except FileNotFoundError:
-                continue
-        return found
+        return [path for path in _settled(self.samples, before) if path.suffix in (".mp4", ".png", ".json")]
+
+    def settled_flight_records(self, before: float) -> list[Path]:
+        """What the communication library wrote of collectives that did not end, and did not change since `before`, by name."""
+        return _settled(self.path / FLIGHT_RECORDER, before)
 
     def new_output(self, limit: int) -> bytes:
         """At most `limit` bytes of the trainer's output since the last call."""
@@ -143,6 +141,17 @@ class RunDirectory:
         """The end of the trainer's output."""
         size = self.log.stat().st_size if self.log.exists() else 0
         return _read_from(self.log, max(0, size - TAIL_BYTES))
+
+
+def _settled(folder: Path, before: float) -> list[Path]:
+    found = []
+    for path in sorted(folder.glob("*")):
+        try:
+            if path.stat().st_mtime <= before:
+                found.append(path)
+        except FileNotFoundError:
+            continue
+    return found
 
 
 def _link(source: str, target: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from orchestrator.adapters import open_store
-from orchestrator.agent.attempt import Attempt
+from orchestrator.agent.attempt import Attempt, Patience
 from orchestrator.agent.events import Events
 from orchestrator.agent.run_directory import RunDirectory
 from orchestrator.agent.trainer_process import TrainerProcess
@@ -29,21 +29,23 @@ T = TypeVar("T")
 
 
 def begin(
-    store_url: str, intent_key: str, run_dir: Path, *, lock: int, bound: float, events: Events, store_patience_s: float
+    store_url: str, intent_key: str, run_dir: Path, *, node: int, lock: int, bound: float, events: Events, patience: Patience
 ) -> tuple[Attempt, TrainerProcess] | None:
     """Claim the run directory, whose lock is held. None, said in the log: there is no right to start."""
     try:
         store = open_store(store_url)
-        intent = _ask(lambda: read_intent(store, intent_key), events, store_patience_s)
+        intent = _ask(lambda: read_intent(store, intent_key), events, patience.store_s)
+        if not 0 <= node < intent.nodes:
+            raise Refused(f"{intent.run_key}: has {intent.nodes} nodes, so there is no node {node}; nothing was started")
         ledger = Ledger(store, intent.pipeline)
-        _ask(lambda: check_epoch(ledger, intent), events, store_patience_s)
+        _ask(lambda: check_epoch(ledger, intent), events, patience.store_s)
         if not Claim(Process.of(os.getpid()), bound).write(run_dir):
             raise Refused(f"run directory {run_dir}: this attempt has been lived before; nothing was started")
     except (OsctlError, NotFound) as error:
         log.error("error: %s", error)
         return None
     trainer = TrainerProcess(run_dir, lock)
-    return Attempt(ledger, intent, RunDirectory(run_dir), trainer, events, bound=bound, store_patience_s=store_patience_s), trainer
+    return Attempt(ledger, intent, RunDirectory(run_dir), trainer, events, node=node, bound=bound, patience=patience), trainer
 
 
 def check_epoch(ledger: Ledger, intent: Intent) -> None:

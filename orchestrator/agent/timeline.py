@@ -34,6 +34,7 @@ class Timeline:
     def _open(self) -> None:
         self._spent: dict[str, int] = {}
         self._metrics: list[dict[str, Any]] = []
+        self._steps: list[int] = []
 
     @property
     def edge(self) -> float:
@@ -68,14 +69,15 @@ class Timeline:
         self.book("step", end - save)
         self.book("checkpoint", end)
         self._trained = True
-        self._metrics.append(dict(line))
+        self._steps.append(line["step"])
+        if self._node == 0:  # the others say the same
+            self._metrics.append(dict(line))
         if line["step"] % self._every_steps == 0:
             self._close()
 
     def _close(self) -> None:
         if self._edge == self._start:
             return  # nothing to book these lines on: they go with the next piece
-        steps = [line["step"] for line in self._metrics]
         piece = JournalPiece(
             node=self._node,
             seq=self._seq,
@@ -83,8 +85,8 @@ class Timeline:
             end=self._edge / MICRO,
             devices=self._devices,
             spent={category: spent / MICRO for category, spent in self._spent.items()},
-            first_step=min(steps, default=None),
-            last_step=max(steps, default=None),
+            first_step=min(self._steps, default=None),
+            last_step=max(self._steps, default=None),
             metrics=tuple(self._metrics),
         )
         self._closed.append(piece)

@@ -18,37 +18,57 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.agent import guard
+from orchestrator.agent.run_directory import FLIGHT_RECORDER
 from orchestrator.claim import ALIVE
 from orchestrator.records import Intent
 
-TRAINER = (
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node",
-    "{devices}",
-    "--max-restarts",
-    "0",
-    "-m",
-    "opensora.train",
-    "{run_dir}",
-)
-"""--standalone: the ranks meet on a free port of this host, so that attempts side by side do not clash. No restarts inside an
-attempt: an attempt is one life, and whether there is another is the driver's to decide."""
+RENDEZVOUS = "PET_RDZV_ENDPOINT"
+"""Where the nodes of a job meet; whoever starts several agents sets it, and PET_NNODES and PET_RDZV_BACKEND beside it: torchrun's own
+variables, as the training operator of Kubernetes sets them."""
+JOIN_S = 600
+"""How long a node waits for the others before its first step: they may still pull an image, or their parent's checkpoint."""
 
 
-def command(intent: Intent, run_dir: Path) -> list[str]:
-    """What is started for an intent."""
-    words = intent.trainer or (sys.executable, *TRAINER)
-    return [word.replace("{run_dir}", str(run_dir)).replace("{devices}", str(intent.devices_per_node)) for word in words]
+def command(intent: Intent, run_dir: Path, node: int = 0) -> list[str]:
+    """What is started for an intent on one of its nodes."""
+    words = intent.trainer or (sys.executable, "-m", "torch.distributed.run", *_torchrun(intent), "-m", "opensora.train", "{run_dir}")
+    values = {"{run_dir}": str(run_dir), "{devices}": str(intent.devices_per_node), "{node}": str(node), "{nodes}": str(intent.nodes)}
+    for name, value in values.items():
+        words = tuple(word.replace(name, value) for word in words)
+    return list(words)
 
 
-def environment(intent: Intent, base: Mapping[str, str]) -> dict[str, str]:
-    """The trainer's environment: the agent's, and for CPU devices one thread a rank and no CUDA device in sight."""
+def _torchrun(intent: Intent) -> tuple[str, ...]:
+    """No restarts inside an attempt: an attempt is one life, and whether there is another is the driver's to decide.
+
+    On one node the ranks meet on a free port of the host, so that attempts side by side do not clash. Output of several ranks is told
+    apart line by line; it costs nothing that could be measured.
+    """
+    options = ["--nproc-per-node", "{devices}", "--max-restarts", "0"]
+    if intent.nodes == 1:
+        options += ["--standalone"]
+    else:
+        waits = f"join_timeout={JOIN_S},read_timeout={JOIN_S}"
+        options += ["--rdzv-id", intent.run_key.replace("/", "."), "--rdzv-conf", waits]  # a folder of logs has this id in its name
+    if intent.nodes * intent.devices_per_node > 1:
+        options += ["--tee", "3", "--log-dir", "{run_dir}/ranks"]
+    return tuple(options)
+
+
+def environment(intent: Intent, base: Mapping[str, str], run_dir: Path) -> dict[str, str]:
+    """The trainer's environment: the agent's, and for CPU devices one thread a rank and no CUDA device in sight.
+
+    For others the communication library keeps its last collectives, and writes them down when one of them does not end.
+    """
     variables = dict(base)
     if intent.device.startswith("cpu"):
         variables["CUDA_VISIBLE_DEVICES"] = ""
         variables["OMP_NUM_THREADS"] = "1"
+    else:
+        variables["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = f"{run_dir}/{FLIGHT_RECORDER}/rank-"
+        variables.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+        variables.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    variables["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank${rank}] "
     variables["PYTHONUNBUFFERED"] = "1"  # a killed trainer's last words are in its log
     return variables
 
@@ -120,6 +140,17 @@ class TrainerProcess:
             word = json.loads(line)
             status = word["status"]
             self.ended = Ended(KILLED if status is None else status, word["ended"])
+
+    def reap_strangers(self) -> None:
+        """As PID 1 of a pod: bury what others left behind, such as the commands of `kubectl exec`. The guard is buried by `listen`."""
+        while os.getpid() == 1:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None or ended.si_pid == self._guard.pid:
+                return
+            os.waitpid(ended.si_pid, 0)
 
     def touch(self) -> None:
         """Say that the agent lives, as the guard does, for the case that somebody killed the guard."""

@@ -17,7 +17,7 @@ from live_attempts import Attempts, Watcher, assert_books_balance, stage_config,
 
 from orchestrator.adapters.folder import FolderStore
 from orchestrator.agent import guard
-from orchestrator.agent.attempt import Attempt
+from orchestrator.agent.attempt import Attempt, Patience
 from orchestrator.agent.ending import Ending
 from orchestrator.agent.events import Events
 from orchestrator.agent.run_directory import RunDirectory
@@ -269,7 +269,8 @@ def live_here(attempts: Attempts, intent: Intent, store: AwayStore, patience_s: 
     lock = take_lock(run_dir)
     assert lock is not None
     events, trainer = Events(None), TrainerProcess(run_dir, lock)
-    attempt = Attempt(Ledger(store, "demo"), intent, RunDirectory(run_dir), trainer, events, bound=time.time(), store_patience_s=patience_s)
+    ledger, patience = Ledger(store, "demo"), Patience(store_s=patience_s, peer_s=30)
+    attempt = Attempt(ledger, intent, RunDirectory(run_dir), trainer, events, node=0, bound=time.time(), patience=patience)
     try:
         return attempt.live()
     finally:
@@ -331,9 +332,12 @@ def test_the_command_is_torchrun_on_a_free_port_unless_another_trainer_is_named(
 
 def test_cpu_devices_see_no_cuda_and_have_one_thread_each(attempts: Attempts) -> None:
     intent = attempts.intend()
-    cpu = environment(intent, {"PATH": "/bin"})
-    assert cpu == {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    assert environment(intent.model_copy(update={"device": "h100"}), {}) == {"PYTHONUNBUFFERED": "1"}
+    cpu = environment(intent, {"PATH": "/bin"}, Path("/run/it"))
+    assert (cpu["PATH"], cpu["CUDA_VISIBLE_DEVICES"], cpu["OMP_NUM_THREADS"], cpu["PYTHONUNBUFFERED"]) == ("/bin", "", "1", "1")
+    assert not any("NCCL" in name for name in cpu)
+    gpu = environment(intent.model_copy(update={"device": "h100"}), {}, Path("/run/it"))
+    assert gpu["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"].startswith("/run/it/flight-recorder/")
+    assert not {"CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"} & set(gpu)
 
 
 def test_an_agent_needs_no_torch_and_no_sdk() -> None:
