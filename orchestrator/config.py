@@ -234,7 +234,7 @@ def _cluster(file: PipelineFile, document: Document, path: Path) -> ClusterProfi
     found = next((candidate for candidate in candidates if candidate is not None and candidate.is_file()), None)
     if found is None:
         raise document.error(("cluster",), f"no such file or shipped cluster profile: {named!r}", closest(named, list(known)))
-    return validate(ClusterProfile, read(found), "cluster profile")
+    return validate(ClusterProfile, read(found), "cluster")
 
 
 def with_data(pipeline: Pipeline, folder: str) -> Pipeline:

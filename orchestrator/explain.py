@@ -14,14 +14,15 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel
 
 from opensora.config import StageConfig
+from orchestrator.cluster import ClusterProfile
 from orchestrator.config import PipelineFile
 from orchestrator.document import closest
 from orchestrator.errors import UsageError
 from orchestrator.prices import Prices
 
-Root = Literal["pipeline", "stage", "prices"]
+Root = Literal["pipeline", "stage", "prices", "cluster"]
 
-MODELS: dict[Root, type[BaseModel]] = {"pipeline": PipelineFile, "stage": StageConfig, "prices": Prices}
+MODELS: dict[Root, type[BaseModel]] = {"pipeline": PipelineFile, "stage": StageConfig, "prices": Prices, "cluster": ClusterProfile}
 
 UNITS_BY_SUFFIX = {
     "_s": "seconds",
@@ -37,6 +38,8 @@ UNITS = {
     ("Published", "gpu_hours"): "GPU-hours",
     ("Resources", "nodes"): "machines",
     ("Resources", "devices_per_node"): "devices",
+    ("ClusterProfile", "rdma_per_node"): "resources a node",
+    ("ClusterProfile", "nccl_ib_gid_index"): "index",
     ("StageSpec", "max_attempts"): "attempts",
     ("ModelConfig", "depth"): "blocks",
     ("ModelConfig", "width"): "channels",
@@ -106,7 +109,7 @@ class Explanation:
 
 
 def explain(path: str) -> Explanation:
-    """Explain `pipeline`, `stage` or `prices`, or any field in them; without one of the three, a field of the pipeline.
+    """Explain `pipeline`, `stage`, `prices` or `cluster`, or any field in them; without one of the four, a field of the pipeline.
 
     A field of several kinds (`stage.objective`) shows the fields of all of them, and a kind may be named (`stage.objective.iddpm`).
 

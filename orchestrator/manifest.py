@@ -17,13 +17,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from decimal import Decimal
 from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
 
-from orchestrator.cluster import ClusterProfile
+from orchestrator.cluster import ClusterProfile, amount
 from orchestrator.config import Pipeline
 from orchestrator.errors import Refused
 from orchestrator.records import Intent, Keys
@@ -252,7 +251,7 @@ def _trainer_env(devices: int, profile: ClusterProfile) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": "/tmp/torchinductor",
         "TRITON_CACHE_DIR": "/tmp/triton",
         "PYTHONFAULTHANDLER": "1",
-        "OMP_NUM_THREADS": str(max(1, int(_cores(profile.cpu)) // devices)) if profile.gpu_resource else "1",
+        "OMP_NUM_THREADS": str(max(1, int(amount(profile.cpu)) // devices)) if profile.gpu_resource else "1",
     }
     if profile.gpu_resource is None:
         return env
@@ -417,10 +416,6 @@ def _credentials(profile: ClusterProfile) -> list[Manifest]:
 def _literal(text: str) -> str:
     """What kubelet turns into `text`: it replaces `$(NAME)` in commands and values, and `$$` by `$`."""
     return text.replace("$", "$$")
-
-
-def _cores(quantity: str) -> Decimal:
-    return Decimal(quantity[:-1]) / 1000 if quantity.endswith("m") else Decimal(quantity)
 
 
 def _check_store(store_url: str) -> None:

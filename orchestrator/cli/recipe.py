@@ -149,14 +149,16 @@ def _plan_cells(row: dict[str, Any]) -> dict[str, Any]:
 def explain(
     path: Annotated[
         str | None,
-        typer.Argument(metavar="[FIELD]", help="Dotted field, e.g. stages.resources or stage.optimizer.lr. Default: all of a pipeline."),
+        typer.Argument(
+            metavar="[FIELD]", help="Dotted field, e.g. stages.resources, stage.optimizer.lr, cluster.shm. Default: all of a pipeline."
+        ),
     ] = None,
     schema: Annotated[
-        str | None, typer.Option("--schema", metavar="pipeline|stage", help="Print the JSON Schema for editors instead.")
+        str | None, typer.Option("--schema", metavar="pipeline|stage|cluster", help="Print the JSON Schema for editors instead.")
     ] = None,
     output_: options.Output = output.Format.table,
 ) -> None:
-    """Explain a field of pipeline and stage files.
+    """Explain a field of pipeline, stage and cluster files.
 
     Examples: osctl explain stage.optimizer          osctl explain --schema stage > stage.schema.json
     """
@@ -165,8 +167,8 @@ def explain(
     from orchestrator import explain as schema_
 
     if schema is not None:
-        if schema not in ("pipeline", "stage"):
-            raise typer.BadParameter(f"{schema} is neither pipeline nor stage", param_hint="--schema")
+        if schema not in ("pipeline", "stage", "cluster"):
+            raise typer.BadParameter(f"{schema} is none of pipeline, stage, cluster", param_hint="--schema")
         output.raw(json.dumps(schema_.json_schema(schema), indent=2) + "\n")
         return
     explanation = schema_.explain(path or "pipeline")
