@@ -134,7 +134,8 @@ class Runner:
         self.lease_ttl_s = lease_ttl_s
         self._stop: Literal["drain", "kill"] | None = None
         self._cancelled = False
-        self._detached = False
+        self.detached = False
+        """Whether it was asked to leave."""
         self._lease: _HeldLease
         self._finished: dict[str, Attempt] = {}
         """Attempts with an outcome, by run key. Their records never change again, so they are read once."""
@@ -184,7 +185,7 @@ class Runner:
 
     def detach(self) -> None:
         """Leave everything as it is, for another driver. Only sets a flag, so a signal handler may call it."""
-        self._detached = True
+        self.detached = True
 
     # --- The loop ------------------------------------------------------------------------------------------------------------------
 
@@ -192,7 +193,7 @@ class Runner:
         while True:
             try:
                 self._lease.check()
-                if self._detached:
+                if self.detached:
                     self._leave()
                 observed = self._observe(wanted)
                 for action in decide(self.pipeline, observed, self.clock.now()):
@@ -214,12 +215,12 @@ class Runner:
             self._event("observed", detail=wait.reason)
         views = observed.stages.values()
         alive = {_run_key(self.pipeline, one): one.life.state for view in views for one in (*view.strays, *view.attempts) if one.alive}
-        while self._stop == observed.stop and not self._detached and (wait.until is None or self.clock.now() < wait.until):
+        while self._stop == observed.stop and not self.detached and (wait.until is None or self.clock.now() < wait.until):
             if any(self.backend.observe(key).state != state for key, state in alive.items()):
                 return
             self._lease.check()
             self._listen()
-            if self._stop == observed.stop and not self._detached:
+            if self._stop == observed.stop and not self.detached:
                 self.clock.sleep(POLL_S[self.pipeline.backend])
 
     def _leave(self) -> NoReturn:
