@@ -10,6 +10,7 @@ Failures are counted within one launch (attempts of this lease epoch): launching
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -52,6 +53,8 @@ class Attempt:
     outcome: Outcome | None = None
     draining: bool = False
     """Whether this driver has asked it to save and leave."""
+    given_up: str = ""
+    """Why this driver has killed it before it started: the fault that kept it from that until the deadline."""
 
     @property
     def alive(self) -> bool:
@@ -123,6 +126,7 @@ class CloseAttempt:
     attempt: Attempt
     class_: ExitClass
     reason: str
+    by_person: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,8 @@ class Drain:
 @dataclass(frozen=True)
 class Kill:
     attempt: Attempt
+    why: str = ""
+    """The fault that kept it from starting; empty where a person asked."""
 
 
 @dataclass(frozen=True)
@@ -202,15 +208,42 @@ LEFT_EARLY = (EXIT_CODES["drained"], EXIT_CODES["store"])
 """How an agent leaves that is asked to before it has begun: ended by SIGTERM, or, a moment later, refusing to start."""
 
 
-def classify(report: Report | None, exit_code: int | None) -> tuple[ExitClass, str]:
-    """Class and reason of an attempt that is over. The agent's own word counts first; an exit code only says why there is none."""
+CONSEQUENCES = ("peer", "signal", "lost", "drained", "code", "hang")
+"""What agents may say of an attempt whose pods the cluster took away: each of them ends because another was taken."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    class_: ExitClass
+    reason: str
+    by_person: bool = False
+
+
+def classify(report: Report | None, life: Life, *, asked: bool = True) -> Ending:
+    """How an attempt that is over has ended. The agent's own word counts first, but for what it cannot know: that the cluster or a
+    person took its pods away. An exit code only says why there is no word.
+
+    Args:
+        asked: whether this driver has asked it to save and leave.
+    """
+    if life.cause is not None and (report is None or report.class_ in CONSEQUENCES) and not (asked and report is not None):
+        said = "" if report is None else f" ({report.class_} at step {report.step}: {report.reason})"
+        match life.cause:
+            case "preempted":
+                return Ending("preempted", f"the cluster took its nodes away{said}")
+            case "oom_killed":
+                return Ending("oom_killed", f"a container was killed for memory{said}")
+            case "deleted":
+                return Ending("lost", f"its job was deleted by someone else{said}", by_person=True)
+    if report is not None and report.class_ == "drained" and not asked:
+        return Ending("preempted", f"it was made to leave by someone else, and saved: {report.reason}")
     if report is not None:
-        return report.class_, report.reason
-    said: dict[int, ExitClass] = {code: name for name, code in EXIT_CODES.items() if name not in ("completed", "drained")}
-    if exit_code in said:
-        return said[exit_code], f"the agent left with exit code {exit_code} and no report"
-    seen = "nobody saw how" if exit_code is None else f"exit code {exit_code}"
-    return "lost", f"the agent vanished without a report ({seen})"
+        return Ending(report.class_, report.reason)
+    said_by: dict[int, ExitClass] = {code: name for name, code in EXIT_CODES.items() if name not in ("completed", "drained")}
+    if life.exit_code in said_by:
+        return Ending(said_by[life.exit_code], f"the agent left with exit code {life.exit_code} and no report")
+    seen = "nobody saw how" if life.exit_code is None else f"exit code {life.exit_code}"
+    return Ending("lost", f"the agent vanished without a report ({seen})")
 
 
 def progress_free(ends: Sequence[Attempt]) -> int:
@@ -258,10 +291,13 @@ def judge(ends: Sequence[Attempt], max_attempts: int) -> Verdict:
     class_, rule = last.outcome.class_, RULES[last.outcome.class_]
     what = f"{last.stage}: attempt {last.number} ended with {class_}" + (f": {last.outcome.reason}" if last.outcome.reason else "")
     advice = f". {rule.hint[0].upper()}{rule.hint[1:]}" if rule.hint else ""
+    saved = max(last.published, last.resumed_from)
     if rule.then == "suspend":
-        return Verdict("suspended", f"{what}. `osctl launch` goes on from step {max(last.published, last.resumed_from)}", 130)
+        return Verdict("suspended", f"{what}. `osctl launch` goes on from step {saved}", 130)
+    if last.outcome.by_person:
+        return Verdict("failed", f"{what}. `osctl resume` goes on from step {saved}", 3)
     if rule.then == "stop":
-        return Verdict("failed", what + advice, 4 if class_ == "parent" else 3)
+        return Verdict("failed", what + advice, 4 if class_ in ("parent", "refused") else 3)
     if rule.then == "retry once" and (again := _seen_before(ends)):
         return Verdict("failed", f"{what}, {again}{advice}", 3)
     if (stalled := progress_free(ends)) >= STALLS:
@@ -315,13 +351,18 @@ def _settle(view: StageView, observed: Observed) -> list[Action]:
         stray = attempt in view.strays
         if attempt.ended and attempt.report is None and observed.stop == "kill":
             actions.append(CloseAttempt(attempt, "lost", "ended at once, as asked"))
-        elif attempt.ended and attempt.report is None and attempt.draining and attempt.life.exit_code in LEFT_EARLY:
+        elif attempt.ended and attempt.report is None and attempt.draining and _left_early(attempt.life):
             actions.append(CloseAttempt(attempt, "drained", "asked to leave before it had begun"))
+        elif attempt.ended and attempt.given_up:
+            actions.append(CloseAttempt(attempt, "unstarted", attempt.given_up))
         elif attempt.ended:
-            actions.append(CloseAttempt(attempt, *classify(attempt.report, attempt.life.exit_code)))
+            ending = classify(attempt.report, attempt.life, asked=attempt.draining or observed.stop is not None)
+            actions.append(CloseAttempt(attempt, ending.class_, ending.reason, ending.by_person))
         elif attempt.unborn and (stray or attempt.epoch < observed.epoch):
             # An agent whose intent is older than the lease refuses to start, so its number is spent.
             actions.append(CloseAttempt(attempt, "lost", "its driver ended before it was started"))
+        elif attempt.unborn and view.refused is not None:
+            actions.append(CloseAttempt(attempt, "refused", view.refused))
         elif attempt.unborn and observed.stop is not None:
             actions.append(CloseAttempt(attempt, "drained", "stopped before it was started"))
         elif stray and attempt.life.state == "running" and not attempt.draining:
@@ -329,6 +370,11 @@ def _settle(view: StageView, observed: Observed) -> list[Action]:
     if not view.committed and not actions and (commit := _commit(view)):
         actions.append(commit)
     return actions
+
+
+def _left_early(life: Life) -> bool:
+    """Whether an attempt that was asked to leave, and said nothing, had not begun. One that never held a device is known not to have."""
+    return life.exit_code in LEFT_EARLY or (life.bound is None and life.exit_code is None)
 
 
 def _commit(view: StageView) -> Commit | None:
@@ -363,19 +409,25 @@ def _stop(views: Sequence[StageView], observed: Observed) -> list[Action]:
 
 def _go(pipeline: Pipeline, observed: Observed, now: float) -> list[Action]:
     starts: list[Action] = []
+    given_up: list[Action] = []
     waits: list[Wait] = []
     ends: list[Verdict] = []
+    deadline_s = pipeline.cluster.start_deadline_s if pipeline.cluster is not None else math.inf
     for stage in pipeline.stages:
         view = observed.stages[stage.name]
         if view.committed or stage.name not in observed.targets:
             continue
-        step = _next(stage, view, observed, now)
+        step = _next(stage, view, observed, now, deadline_s)
         if isinstance(step, StartAttempt):
             starts.append(step)
+        elif isinstance(step, Kill | CloseAttempt):
+            given_up.append(step)
         elif isinstance(step, Wait):
             waits.append(step)
         elif step is not None:
             ends.append(step)
+    if given_up:
+        return given_up
     alive = [attempt for view in observed.stages.values() for attempt in (*view.strays, *view.attempts) if attempt.alive]
     if pipeline.backend == "local":
         # One machine: two stages at once would share its devices, and both bills would be wrong.
@@ -390,19 +442,20 @@ def _go(pipeline: Pipeline, observed: Observed, now: float) -> list[Action]:
     return [_finish(ends)]
 
 
-def _next(stage: Stage, view: StageView, observed: Observed, now: float) -> StartAttempt | Wait | Verdict | None:
+def _next(
+    stage: Stage, view: StageView, observed: Observed, now: float, deadline_s: float
+) -> StartAttempt | Kill | CloseAttempt | Wait | Verdict | None:
     """What a wanted, uncommitted stage needs. None: its parent, which somebody else must finish first."""
     alive = [attempt for attempt in (*view.strays, *view.attempts) if attempt.alive]
     if alive:
-        unseen = [attempt for attempt in alive if attempt.life.state == "unknown"]
-        return Wait(f"the backend cannot say whether {_names(unseen)} lives" if unseen else f"{_names(alive)} runs")
+        return _attend(alive, now, deadline_s)
     parent = stage.spec.parent
     if parent is not None and not observed.stages[parent].committed:
         return None if parent in observed.targets else Verdict("failed", parentless(stage), 4)
     assert view.inputs is not None, f"{stage.name} has a committed parent and no inputs"
     if view.refused is not None:
         return Verdict("failed", view.refused, 4)
-    mine = [attempt for attempt in view.attempts if attempt.epoch == observed.epoch]
+    mine = [attempt for attempt in view.attempts if attempt.epoch == observed.epoch or _ended_by_person(attempt, observed)]
     ends = [attempt for attempt in mine if attempt.outcome is not None]
     verdict = judge(ends, stage.spec.max_attempts)
     if verdict.state != "go":
@@ -411,8 +464,37 @@ def _next(stage: Stage, view: StageView, observed: Observed, now: float) -> Star
         return Wait(f"{verdict.reason}; waits before attempt {ends[-1].number + 1}", until)
     resume = view.checkpoints[-1] if view.checkpoints else None
     unborn = [attempt for attempt in mine if attempt.unborn]
+    if unborn and (fault := _given_up(unborn[-1], now, deadline_s)):
+        return CloseAttempt(unborn[-1], "unstarted", fault)
     number = unborn[-1].number if unborn else max((attempt.number for attempt in view.attempts), default=0) + 1
     return StartAttempt(stage.name, view.inputs, number, resume, verdict.reason)
+
+
+def _attend(alive: Sequence[Attempt], now: float, deadline_s: float) -> Kill | Wait:
+    """What attempts need that live: to be waited for, unless a fault has kept one from starting for too long."""
+    for attempt in alive:
+        if fault := _given_up(attempt, now, deadline_s):
+            return Kill(attempt, fault)
+    unseen = [attempt for attempt in alive if attempt.life.state == "unknown"]
+    if unseen:
+        return Wait(f"the backend cannot say whether {_names(unseen)} lives")
+    waiting = [attempt for attempt in alive if attempt.life.waits]
+    said = [f"{_names([attempt])} waits: {attempt.life.waits}" for attempt in waiting]
+    running = [attempt for attempt in alive if not attempt.life.waits]
+    deadlines = [attempt.life.since + deadline_s for attempt in waiting if attempt.life.waits_for == "fault" and attempt.life.since]
+    return Wait("; ".join([*said, *([f"{_names(running)} runs"] if running else [])]), min(deadlines, default=None))
+
+
+def _given_up(attempt: Attempt, now: float, deadline_s: float) -> str:
+    """The fault, where one has kept an attempt from starting until the deadline. A wait for devices has no end."""
+    life = attempt.life
+    late = life.waits_for == "fault" and life.since is not None and now >= life.since + deadline_s
+    return f"not started within {deadline_s:g} s: {life.waits}" if late else ""
+
+
+def _ended_by_person(attempt: Attempt, observed: Observed) -> bool:
+    """Whether this driver has found it ended by somebody; also one of an earlier driver, so that nothing starts again unasked."""
+    return attempt.outcome is not None and attempt.outcome.by_person and attempt.outcome.epoch == observed.epoch
 
 
 def parentless(stage: Stage) -> str:

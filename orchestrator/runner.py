@@ -59,8 +59,12 @@ log = logging.getLogger(__name__)
 
 LEASE_TTL_S = 15.0
 
-POLL_S = {"local": 0.05, "kubernetes": 2.0}
-"""Seconds between two looks at the attempts that live. Local: one read of /proc. It bounds the idle time between two stages."""
+POLL_S = {"local": 0.05, "kubernetes": 0.1}
+"""Seconds between two looks at the attempts that live. Local: one read of /proc; kubernetes: of a picture that a watch keeps.
+It bounds the idle time between two stages."""
+
+SUBMITTED, ASKED, KILLED = "submitted", "asked to save and leave", "killed"
+"""Beginnings of events from which a driver learns what an earlier one did to an attempt whose job is gone."""
 
 CANCEL_POLL_S = 1.0
 """Seconds between two looks for a `cancel` in the ledger; on S3 each is a request."""
@@ -146,6 +150,15 @@ class Runner:
         self._broken: set[str] = set()
         """Keys of manifests that did not verify."""
         self._refused: dict[str, str] = {}
+        self._given_up: dict[str, str] = {}
+        """Why attempts were killed before they started, by run key."""
+        self._submitted: set[tuple[int, str, int]] = set()
+        """(epoch, stage, number) of attempts that an earlier driver has surely submitted."""
+        self._ended_by_us: dict[tuple[str, int], int] = {}
+        """(stage, number) of attempts that a driver has asked to end, with the last epoch in which it did."""
+        self._announced: set[tuple[str, str]] = set()
+        self._unforgotten: list[str] = []
+        """Run keys that have an outcome, and perhaps something lying around."""
         self._said = ""
         self._heard: tuple[int, int] | None = None
         self._listened = 0.0
@@ -169,6 +182,7 @@ class Runner:
                 self.ledger.add_revision(self.pipeline.model_dump(mode="json"), self.clock.now())
                 self._event("launched", detail=",".join(stage.name for stage in self.pipeline.stages if stage.name in wanted))
                 self._repair_events()
+                self._remember()
                 finish = self._drive(wanted)
                 self._event("ended", detail=f"{finish.status}: {finish.reason}")
                 return Result(finish.status, finish.exit_code, finish.reason, tuple(self._summary(wanted, finish)))
@@ -206,22 +220,34 @@ class Runner:
                         self._act(action)
             except Unreachable as error:
                 log.warning("%s; asking again in %.0f s", error, UNREACHABLE_POLL_S)
+                with contextlib.suppress(Unreachable):  # where the store is away, nobody can be told
+                    self._say(str(error))
                 self.clock.sleep(UNREACHABLE_POLL_S)
 
     def _wait(self, observed: Observed, wait: Wait) -> None:
         """Until an attempt's life changes, the time has come, or somebody wants a stop."""
-        if wait.reason != self._said:
-            self._said = wait.reason
-            self._event("observed", detail=wait.reason)
+        self._say(wait.reason)
         views = observed.stages.values()
-        alive = {_run_key(self.pipeline, one): one.life.state for view in views for one in (*view.strays, *view.attempts) if one.alive}
+        alive = {_run_key(self.pipeline, one): _news(one.life) for view in views for one in (*view.strays, *view.attempts) if one.alive}
         while self._stop == observed.stop and not self.detached and (wait.until is None or self.clock.now() < wait.until):
-            if any(self.backend.observe(key).state != state for key, state in alive.items()):
+            if any(_news(self.backend.observe(key)) != known for key, known in alive.items()):
                 return
             self._lease.check()
             self._listen()
             if self._stop == observed.stop and not self.detached:
                 self.clock.sleep(POLL_S[self.pipeline.backend])
+
+    def _say(self, detail: str) -> None:
+        """Write down what is waited for, once."""
+        if detail != self._said:
+            self._event("observed", detail=detail)
+            self._said = detail
+
+    def _tidy(self) -> None:
+        """Let the backend clear away what is over. Tried again where it could not be asked."""
+        while self._unforgotten:
+            self.backend.forget(self._unforgotten[-1])
+            self._unforgotten.pop()
 
     def _leave(self) -> NoReturn:
         """What a person asked for is asked of the next driver too, which would otherwise go on."""
@@ -323,10 +349,37 @@ class Runner:
         life = self.backend.observe(key) if outcome is None else Life("absent")
         report = self.ledger.report(stage, inputs, number)  # after its life: one that is seen dead has no more to say
         traces = report is not None or (life.state == "absent" and outcome is None and bool(self.ledger.journal(stage, inputs, number)))
-        resumed_from = intent.resume.step if intent.resume else 0
+        lived = traces or (intent.epoch, stage, number) in self._submitted
+        if self.pipeline.backend == "kubernetes" and outcome is None and life.state == "absent" and lived:
+            # No process of ours deletes a job that nobody asked to end: one that lived and is not there was deleted by a person.
+            ours = self._ended_by_us.get((stage, number), 0) >= intent.epoch
+            life, traces = Life("ended", cause=None if ours else "deleted"), True
         return Attempt(
-            stage, inputs, number, intent.epoch, resumed_from, life, published, traces, report, outcome, draining=key in self._draining
+            stage,
+            inputs,
+            number,
+            intent.epoch,
+            intent.resume.step if intent.resume else 0,
+            life,
+            published,
+            traces,
+            report,
+            outcome,
+            draining=key in self._draining,
+            given_up=self._given_up.get(key, ""),
         )
+
+    def _remember(self) -> None:
+        """What earlier drivers did to attempts whose jobs may be gone by now. A process of this machine leaves its run directory."""
+        if self.pipeline.backend != "kubernetes":
+            return
+        for event in self.ledger.events():
+            if event.kind != "observed" or event.stage is None or event.attempt is None:
+                continue
+            if event.detail == SUBMITTED:
+                self._submitted.add((event.epoch, event.stage, event.attempt))
+            elif event.detail.startswith((ASKED, KILLED)):
+                self._ended_by_us[event.stage, event.attempt] = event.epoch
 
     # --- Acting --------------------------------------------------------------------------------------------------------------------
 
@@ -339,14 +392,22 @@ class Runner:
             case Commit():
                 self._commit(action)
             case Drain(attempt):
-                self._draining.add(_run_key(self.pipeline, attempt))
+                self._announce(attempt, ASKED)
                 self.backend.drain(_run_key(self.pipeline, attempt))
-                self._event("observed", attempt, "asked to save and leave")
-            case Kill(attempt):
+                self._draining.add(_run_key(self.pipeline, attempt))
+            case Kill(attempt, why):
+                self._announce(attempt, f"{KILLED}: {why}" if why else KILLED)
                 self.backend.kill(_run_key(self.pipeline, attempt))
-                self._event("observed", attempt, "killed")
+                self._given_up[_run_key(self.pipeline, attempt)] = why
             case Wait() | Finish():
                 raise AssertionError(f"{action} is no effect")
+
+    def _announce(self, attempt: Attempt, detail: str) -> None:
+        """Said before it is done, and once: a driver that takes over must know who ended it."""
+        said = _run_key(self.pipeline, attempt), detail
+        if said not in self._announced:
+            self._event("observed", attempt, detail)
+            self._announced.add(said)
 
     def _start(self, action: StartAttempt) -> None:
         intent = self.ledger.intent(action.stage, action.inputs, action.number)
@@ -359,6 +420,9 @@ class Runner:
             self.backend.submit(self.ledger.keys.intent(intent.stage, intent.inputs, intent.attempt), intent.run_key)
         except Refused as error:
             self._refused[action.stage] = str(error)
+            return
+        if self.pipeline.backend == "kubernetes":
+            self._event("observed", stage=intent.stage, attempt=intent.attempt, detail=SUBMITTED)
 
     def _intend(self, action: StartAttempt) -> Intent | None:
         """Write the intent. None where what it would start from does not verify: then something else is to be decided."""
@@ -456,11 +520,13 @@ class Runner:
                 "ended": ended,
                 "devices": intent.nodes * intent.devices_per_node,
                 "unaccounted_s": unaccounted_s,
+                "by_person": action.by_person,
                 "evaluation": attempt.report.evaluation if attempt.report else {},
                 "epoch": self._lease.epoch,
             }
         )
         written = self.ledger.write_outcome(intent, outcome)
+        self._unforgotten.append(intent.run_key)
         self._event("outcome", attempt, f"{written.class_}: {written.reason}" if written.reason else written.class_)
 
     def _commit(self, action: Commit) -> None:
@@ -628,6 +694,11 @@ def held_time(attempt: Attempt, pieces: Sequence[JournalPiece], nodes: int, now:
     for piece in pieces:
         last[piece.node] = max(last.get(piece.node, bound), piece.end)
     return bound, ended, max(0.0, sum(ended - end for end in last.values()) / len(last))
+
+
+def _news(life: Life) -> tuple[str, str, str | None]:
+    """What of a life is worth a new decision, or a word to people."""
+    return life.state, life.waits, life.waits_for
 
 
 def _with_published(attempt: Attempt, step: int) -> Attempt:

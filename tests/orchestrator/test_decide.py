@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Any, Literal, get_args
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -49,6 +49,7 @@ CONFIG = StageConfig.model_validate(
     }
 )
 NOW = 1000.0
+Cause = Literal["preempted", "oom_killed", "deleted"]
 EPOCH = 7
 
 
@@ -119,6 +120,10 @@ def attempt(
 def see(*attempts: Attempt, targets: frozenset[str] | None = None, **view: object) -> Observed:
     only = StageView("one", "in", attempts=attempts, **view)  # type: ignore[arg-type]
     return Observed(EPOCH, {"one": only}, targets or frozenset({"one"}))
+
+
+def ended(exit_code: int | None = None, cause: Cause | None = None, bound: float | None = NOW - 50) -> Life:
+    return Life("ended", bound, NOW - 1, exit_code, cause)
 
 
 def checkpoint(step: int, number: int = 1, complete: bool = False) -> Checkpoint:
@@ -205,9 +210,9 @@ def test_backoff_grows_with_ends_without_progress_only() -> None:
 
 
 def test_the_agents_word_counts_before_its_exit_code() -> None:
-    assert classify(report("nan"), 137)[0] == "nan"
-    assert classify(None, 69)[0] == "store"
-    assert [classify(None, code)[0] for code in (None, 0, -9, 137, 143)] == ["lost"] * 5
+    assert classify(report("nan"), ended(137)).class_ == "nan"
+    assert classify(None, ended(69)).class_ == "store"
+    assert [classify(None, ended(code)).class_ for code in (None, 0, -9, 137, 143)] == ["lost"] * 5
 
 
 # --- Lives -------------------------------------------------------------------------------------------------------------------------
