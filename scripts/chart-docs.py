@@ -1,4 +1,4 @@
-"""Writes what helm/osctl says of itself: README.md from the comments of values.yaml, the profile's part of values.schema.json from ClusterProfile.
+"""Writes what helm/osctl says of itself: README.md from values.yaml, and the profile's part of values.schema.json from ClusterProfile.
 
     .venv/bin/python scripts/chart-docs.py            writes both
     .venv/bin/python scripts/chart-docs.py --check    exit 1 where one is not current
@@ -22,6 +22,7 @@ CHART = Path(__file__).parent.parent / "helm/osctl"
 OURS = ("namespace", "service_account", "driver_service_account")
 """Fields of a profile that the chart says itself."""
 PROSE = "# -- "
+DECIMAL = r"^[0-9]+(\.[0-9]+)?$"
 
 INTRODUCTION = """\
 # helm/osctl
@@ -84,12 +85,16 @@ def profile_schema() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _for_helm(schema: Any) -> Any:
-    """Without titles, and without patterns that Go's regular expressions cannot read (pydantic's for decimals looks ahead)."""
-    if isinstance(schema, dict):
-        looks_ahead = "(?!" in str(schema.get("pattern", ""))
-        kept = {key: value for key, value in schema.items() if not (key == "title" and isinstance(value, str))}
-        return {key: _for_helm(value) for key, value in kept.items() if not (key == "pattern" and looks_ahead)}
-    return [_for_helm(item) for item in schema] if isinstance(schema, list) else schema
+    """Without titles. What pydantic takes as a number or as any text is a decimal, and its text is told so."""
+    if isinstance(schema, list):
+        return [_for_helm(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: _for_helm(value) for key, value in schema.items() if not (key == "title" and isinstance(value, str))}
+    choices = kept.get("anyOf", [])
+    if {"type": "string"} in choices and any(choice.get("type") == "number" for choice in choices):
+        kept["anyOf"] = [{**choice, "pattern": DECIMAL} if choice == {"type": "string"} else choice for choice in choices]
+    return kept
 
 
 def _described(name: str) -> str:
