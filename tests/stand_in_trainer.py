@@ -9,6 +9,9 @@ and yaml alone.
 The weights are a hash chain over (seed, parent's EMA weights, every step in order): a step that is skipped, repeated or resumed
 from the wrong checkpoint gives other digests. Failures are asked for with `--fail KIND@STEP` (or OSCTL_STAND_IN_FAIL), at most
 once if `--once FILE` is given: the file is made on the way out.
+
+With `--node {node} --nodes {nodes}` it is one node of several, each in a run directory of its own, and writes its share of each checkpoint.
+The nodes do not meet: since nothing is random, each comes to the same weights by itself.
 """
 
 from __future__ import annotations
@@ -46,13 +49,16 @@ def options() -> argparse.Namespace:
     parser.add_argument("--bytes", type=int, default=1024, help="size of each weight file")
     parser.add_argument("--fail", default=os.environ.get("OSCTL_STAND_IN_FAIL", ""), help="KIND@STEP")
     parser.add_argument("--fail-rank", type=int, default=0)
+    parser.add_argument("--node", type=int, default=0)
+    parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--once", type=Path, help="fail only while this file is not there")
     return parser.parse_args()
 
 
 class StandIn:
-    def __init__(self, options: argparse.Namespace, rank: int, arrived: mmap.mmap) -> None:
-        self.options, self.rank, self.run, self.arrived = options, rank, options.run_dir, memoryview(arrived).cast("Q")
+    def __init__(self, options: argparse.Namespace, local: int, arrived: mmap.mmap) -> None:
+        self.options, self.local, self.run, self.arrived = options, local, options.run_dir, memoryview(arrived).cast("Q")
+        self.rank = rank = options.node * options.devices + local
         self.stage: dict[str, Any] = yaml.load((self.run / "stage.yaml").read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         self.steps, self.every = self.stage["steps"], self.stage["checkpoint"]["every_steps"]
         kind, _, step = options.fail.partition("@")
@@ -84,7 +90,7 @@ class StandIn:
         self.write(f"heartbeat-{self.rank}.json", beat)
 
     def record(self, line: dict[str, Any]) -> None:
-        if self.rank == 0:
+        if self.local == 0:
             with (self.run / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -118,10 +124,10 @@ class StandIn:
             self.state = digest(self.state, str(self.step).encode())
             self.meet()
             saving = time.time()
-            if self.rank == 0 and (drained or self.step % self.every == 0 or self.step == self.steps):
+            if self.local == 0 and (drained or self.step % self.every == 0 or self.step == self.steps):
                 self.save()
             self.report(began, saving)
-        if self.rank == 0:
+        if self.local == 0:
             if self.step == 0:
                 self.save()
             code = self.leave(drained and self.step < self.steps)
@@ -134,7 +140,7 @@ class StandIn:
 
     def meet(self) -> None:
         """What an all-reduce does to ranks: nobody leaves a step before all have come to it."""
-        self.arrived[self.rank] = self.step
+        self.arrived[self.local] = self.step
         while min(self.arrived[: self.options.devices]) < self.step and not self.finished():
             time.sleep(0.0005)
 
@@ -153,13 +159,13 @@ class StandIn:
             self.finish("drained")
             return 0
         evaluation = {}
-        if self.stage["evaluate"]:
+        if self.stage["evaluate"] and self.rank == 0:
             until = time.time() + self.options.evaluate_ms / 1000
             while time.time() < until:
                 self.beat("evaluate")
                 time.sleep(0.02)
             evaluation = {"digit_accuracy": self.state[1] / 255, "direction_accuracy": self.state[2] / 255}
-        if self.stage["prompts"]:
+        if self.stage["prompts"] and self.rank == 0:
             (self.run / "samples").mkdir(exist_ok=True)
             (self.run / "samples" / "samples.json").write_text(json.dumps({"schema": 1, "prompts": self.stage["prompts"]}))
         self.book("evaluate")
@@ -171,17 +177,20 @@ class StandIn:
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name in ("model", "ema", "optimizer", "autoencoder", "text"):
+        for number, name in enumerate(("model", "ema", "optimizer", "autoencoder", "text")):
+            if (number if number < 3 else 0) % self.options.nodes != self.options.node:
+                continue
             state = self.state if name == "model" else digest(self.state, name.encode())
             write_state(partial / f"{name}.safetensors", state, self.options.bytes)
             if name == "ema" and self.failure == "half" and self.step >= self.fail_step:
                 self.fail()
-        shutil.copy(self.run / "stage.yaml", partial / "stage.yaml")
+        if self.options.node == 0:
+            shutil.copy(self.run / "stage.yaml", partial / "stage.yaml")
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         record = {"schema": 1, "step": self.step, "steps": self.steps, "complete": self.step == self.steps, "seed": self.stage["seed"]}
         record |= {
-            "world_size": self.options.devices,
-            "clips_seen": self.step * self.stage["batch_size"] * self.options.devices,
+            "world_size": self.options.nodes * self.options.devices,
+            "clips_seen": self.step * self.stage["batch_size"] * self.options.nodes * self.options.devices,
             "files": files,
         }
         record |= {name: self.stage[name] for name in ("model", "objective", "data", "autoencoder", "text")}

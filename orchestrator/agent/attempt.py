@@ -75,7 +75,8 @@ class Attempt:
         self._bound = bound
         self._timeline = Timeline(bound, node=node, devices=intent.devices_per_node, every_steps=intent.config.checkpoint.every_steps)
         self._small = Courier("journal", events.wake)
-        self._checkpoints = Publication(ledger, intent, run, node, events.wake, patience.peer_s)
+        silence_s = max(patience.peer_s, 3 * intent.flush_s)  # a node that lives adds to its journal that often
+        self._checkpoints = Publication(ledger, intent, run, node, events.wake, silence_s)
         self._next_flush = time.monotonic() + intent.flush_s
         self._phase: str | None = "preflight"
         """Category of whatever is not booked yet; none while the trainer's own words decide."""
@@ -180,18 +181,25 @@ class Attempt:
             return Ending("lost", "the launcher died")
         if self.events.asked_to_leave > 1:
             return Ending("signal", "asked a second time to leave, before the trainer had saved")
-        if self._draining and self.intent.nodes > 1 and not self.run.heartbeats():
-            return Ending("drained", "asked to leave before the nodes had met")  # a node that waits for others does not look at `drain`
-        return self._hung()
+        beats = self.run.heartbeats()
+        if self._draining and self.intent.nodes > 1 and not beats:  # a node that waits for others does not look at `drain`
+            return Ending("drained", "asked to leave before the nodes had met")
+        return self._misplaced(beats) or self._hung(beats)
 
     def _has_had_its_say(self) -> bool:
         if self._said is None and self.run.result() is not None:
             self._said = time.monotonic()
         return self._said is not None and time.monotonic() - self._said > LEAVE_S
 
-    def _hung(self) -> Ending | None:
+    def _misplaced(self, beats: list[Heartbeat]) -> Ending | None:
+        """Global rank 0 draws, judges and keeps the metrics, and node 0 publishes them: they must be the same."""
+        if self._node or not beats or beats[0].rank < self.intent.devices_per_node:
+            return None
+        fact = f"torchrun gave rank {beats[0].rank} to node 0, which must have rank 0"
+        return Ending("config", f"{fact}; it orders nodes by host name (PET_LOCAL_ADDR), so the first node's must sort first")
+
+    def _hung(self, beats: list[Heartbeat]) -> Ending | None:
         """No rank of this node has shown life for too long. While one works alone, as at the end of a stage, the others may be silent."""
-        beats = self.run.heartbeats()
         if beats != self._beats:
             self._beats, self._heard = beats, time.monotonic()
         silent_s = time.monotonic() - self._heard

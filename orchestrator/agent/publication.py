@@ -40,6 +40,7 @@ class Publication:
         self._ledger, self._intent, self._run, self._node = ledger, intent, run, node
         resumed = set() if intent.resume is None else {intent.resume.step}
         self.published, self._offered = resumed, set(resumed)
+        self._promised: int | None = None
         self.courier = Courier("checkpoints", wake)
         """Of this node's own files."""
         self.peers = Peers(ledger, intent, node, wake, silence_s, self.published) if intent.nodes > 1 else None
@@ -55,13 +56,14 @@ class Publication:
 
     def close(self, promised: int | None) -> None:
         """Nothing more will be offered. `promised`: the step that must be published for the ending to be what the trainer said."""
+        self._promised = promised
         if self.peers is not None:
             self.peers.close(promised if promised in self._offered else None)
 
     @property
     def idle(self) -> bool:
-        """Whether all is delivered or given up."""
-        return self.courier.idle and (self.peers is None or self.peers.idle)
+        """Whether all is delivered or given up. A node that cannot deliver waits for nobody: the others wait for its report."""
+        return self.courier.idle and (self.peers is None or self.peers.idle or name_of(self._promised) in self.courier.refused)
 
     @property
     def failing_since(self) -> tuple[float | None, ...]:

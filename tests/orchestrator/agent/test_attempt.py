@@ -17,10 +17,10 @@ from live_attempts import Attempts, Watcher, assert_books_balance, stage_config,
 
 from orchestrator.adapters.folder import FolderStore
 from orchestrator.agent import guard
-from orchestrator.agent.attempt import Attempt, Patience
+from orchestrator.agent.attempt import Attempt, Patience, _who_stands
 from orchestrator.agent.ending import Ending
 from orchestrator.agent.events import Events
-from orchestrator.agent.run_directory import RunDirectory
+from orchestrator.agent.run_directory import Heartbeat, RunDirectory
 from orchestrator.agent.trainer_process import TrainerProcess, command, environment
 from orchestrator.claim import Claim, take_lock
 from orchestrator.errors import Unreachable
@@ -328,6 +328,50 @@ def test_the_command_is_torchrun_on_a_free_port_unless_another_trainer_is_named(
     assert default[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert default[-3:] == ["-m", "opensora.train", "/run/it"]
     assert default[default.index("--nproc-per-node") + 1] == "2" and "--standalone" in default
+
+
+def test_nodes_meet_where_the_operator_says_and_output_is_told_apart_by_rank(attempts: Attempts) -> None:
+    words = command(attempts.intend(trainer=(), nodes=2, devices=4), Path("/run/it"), node=1)
+    assert "--standalone" not in words
+    assert "/" not in words[words.index("--rdzv-id") + 1]
+    assert words[words.index("--nproc-per-node") + 1] == "4"
+    assert (words[words.index("--tee") + 1], words[words.index("--log-dir") + 1]) == ("3", "/run/it/ranks")
+    assert "--tee" not in command(attempts.intend(trainer=(), stage="alone"), Path("/run/it")), "one rank needs no prefix"
+    named = attempts.intend(trainer=("train", "{node}/{nodes}"), nodes=2, stage="named")
+    assert command(named, Path("/run/it"), node=1) == ["train", "1/2"]
+
+
+def test_nodes_that_have_nowhere_to_meet_are_a_config_error(attempts: Attempts) -> None:
+    intent = attempts.intend(trainer=(), nodes=2)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+    alone = subprocess.run(agent_argv(attempts, intent), env=env, capture_output=True, text=True, timeout=60)
+    report = attempts.report(intent)
+    assert alone.returncode == 64 and report is not None
+    assert report.class_ == "config" and "PET_RDZV_ENDPOINT is not set" in report.reason
+
+
+def test_flight_records_are_sent(attempts: Attempts) -> None:
+    script = "import sys, pathlib; d = pathlib.Path(sys.argv[1], 'flight-recorder'); (d / 'rank-3').write_bytes(b'x' * 100); sys.exit(1)"
+    intent = attempts.intend(trainer=(sys.executable, "-c", script, "{run_dir}"))
+    attempts.live(intent)
+    (key,) = attempts.store.list(attempts.ledger.keys.attempt(intent.stage, intent.inputs, 1) + "/flight-recorder/")
+    assert key.endswith("/000-rank-3") and len(attempts.store.read(key).data) == 100
+
+
+@pytest.mark.parametrize(
+    ("ranks", "node", "stands"),
+    [
+        ({0: 3, 1: 3}, 0, ([0, 1], "at step 3 in phase train")),
+        ({4: 3, 5: 2}, 2, ([5], "at step 2 in phase train")),
+        ({5: 3}, 2, ([4], "before their first heartbeat")),
+        ({}, 0, ([0, 1], "before their first heartbeat")),
+        ({}, 2, ([], "before their first heartbeat")),
+        ({8: 1, 9: 1}, 2, ([8, 9], "at step 1 in phase train")),
+    ],
+)
+def test_who_stands_is_told_from_the_heartbeats_of_this_node(ranks: dict[int, int], node: int, stands: tuple[list[int], str]) -> None:
+    beats = [Heartbeat(rank, step, "train", 0.0) for rank, step in ranks.items()]
+    assert _who_stands(beats, 2, node) == stands
 
 
 def test_cpu_devices_see_no_cuda_and_have_one_thread_each(attempts: Attempts) -> None:

@@ -46,7 +46,39 @@ Root Cause (first observed failure):
   rank      : 3 (local_rank: 3)
   exitcode  : 1 (pid: 16837)
 """
+SUMMARY = """
+============================================================
+opensora.train FAILED
+------------------------------------------------------------
+Failures:
+{others}
+------------------------------------------------------------
+Root Cause (first observed failure):
+{root}
+============================================================
+"""
+NOBODY_MET = """
+Traceback (most recent call last):
+  File "x.py", line 2, in <module>
+torch.distributed.elastic.rendezvous.api.RendezvousTimeoutError
+"""
+NCCL_PEER = "[rank2]:[E1123] Process group watchdog thread terminated: NCCL error: remote process exited or there was a network error\n"
 EXITED_1 = 1 << 8
+
+
+def failure(index: int, rank: int, code: int) -> str:
+    """A failure as torchrun 2.15 prints it; its pid is 100 + rank."""
+    pid = 100 + rank
+    return (
+        f"[{index}]:\n  time      : 2026-11-23_07:21:27\n  host      : localhost\n  rank      : {rank} (local_rank: {rank % 2})\n"
+        f"  exitcode  : {code} (pid: {pid})\n  error_file: <N/A>\n  traceback : N/A"
+    )
+
+
+def summary(root: str, *others: str, ended: tuple[int, ...] = ()) -> str:
+    """`ended`: ranks that torchrun ended itself."""
+    closing = "".join(f"W1123 07:21 multiprocessing/api.py:900] Sending process {100 + rank} closing signal SIGTERM\n" for rank in ended)
+    return closing + SUMMARY.format(root=root, others="\n".join(others) or "  <NO_OTHER_FAILURES>")
 
 
 def result(status: str, **more: Any) -> dict[str, Any]:
@@ -111,3 +143,29 @@ def test_every_class_has_its_own_exit_code_and_only_drained_has_143() -> None:
 def test_readings_that_are_no_numbers_are_left_out() -> None:
     ending = ending_of(result("completed", evaluation={"a": 0.5, "b": float("nan"), "c": "x", "d": None}), 0, "", 6)
     assert ending.evaluation == {"a": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("output", "class_", "rank"),
+    [
+        pytest.param(summary(failure(0, 2, 75)), "peer", None, id="a peer of another node was gone"),
+        pytest.param(summary(failure(0, 2, 75), failure(1, 3, 75)), "peer", None, id="both ranks noticed"),
+        pytest.param(summary(failure(0, 2, 75), failure(1, 3, -9), ended=(3,)), "peer", None, id="torchrun killed the rank that stood"),
+        pytest.param(summary(failure(0, 2, 75), failure(1, 3, -9)), "signal", 3, id="seen together with the cause"),
+        pytest.param(summary(failure(0, 3, -9), failure(1, 2, 75), ended=(2,)), "signal", 3, id="the cause was seen first"),
+        pytest.param(summary(failure(0, 2, 75), failure(1, 3, 1)), "code", 3, id="a local cause is never called a peer's"),
+        pytest.param(summary(failure(0, 3, -11), failure(1, 2, -15), ended=(2,)), "signal", 3, id="without a peer"),
+        pytest.param(NOBODY_MET, "peer", None, id="the nodes did not meet"),
+        pytest.param(NCCL_PEER + summary(failure(0, 2, -6)), "peer", None, id="NCCL says that a peer is gone"),
+        pytest.param(summary(failure(0, 2, -6)), "signal", 2, id="an abort of its own"),
+    ],
+)
+def test_a_cause_on_this_node_is_told_from_one_on_another(output: str, class_: ExitClass, rank: int | None) -> None:
+    ending = ending_of(None, EXITED_1, output, 6)
+    assert (ending.class_, ending.rank) == (class_, rank)
+    assert ending.exit_code == 71 or class_ != "peer"
+
+
+def test_the_last_words_of_a_rank_are_found_behind_its_prefix() -> None:
+    output = "[rank1] Traceback (most recent call last):\n[rank1] RuntimeError: boom\n" + summary(failure(0, 1, 1))
+    assert ending_of(None, EXITED_1, output, 6).reason.endswith(": RuntimeError: boom")

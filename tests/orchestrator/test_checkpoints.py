@@ -1,0 +1,94 @@
+"""Laws of a checkpoint that several nodes publish together. What one node publishes is tested with the ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from live_attempts import Attempts
+
+from orchestrator.checkpoints import fetch, merge_parts, publish, publish_part
+from orchestrator.errors import CorruptCheckpoint
+from orchestrator.records import Intent
+
+FILES = {"model.safetensors": b"m" * 40, "ema.safetensors": b"e" * 50, "optimizer.safetensors": b"o" * 60, "stage.yaml": b"steps: 10\n"}
+
+
+@pytest.fixture
+def attempts(tmp_path: Path) -> Attempts:
+    return Attempts(tmp_path)
+
+
+def saved(folder: Path, files: Mapping[str, bytes], *, complete: bool = True) -> Path:
+    """A checkpoint directory as a trainer leaves it."""
+    folder.mkdir(parents=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    record = {"schema": 1, "step": 10, "complete": complete, "files": {name: len(data) for name, data in sorted(files.items())}}
+    (folder / "CHECKPOINT.json").write_text(json.dumps(record, indent=1) + "\n")
+    return folder
+
+
+def shares(nodes: int) -> list[dict[str, bytes]]:
+    names = sorted(FILES)
+    return [{name: FILES[name] for name in names[node::nodes]} for node in range(nodes)]
+
+
+def description(folder: Path) -> bytes:
+    return (folder / "CHECKPOINT.json").read_bytes()
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 6])
+def test_parts_of_all_nodes_make_the_checkpoint_that_one_node_would_have_made(attempts: Attempts, tmp_path: Path, nodes: int) -> None:
+    alone = attempts.intend(stage="alone")
+    _, expected = publish(attempts.store, alone, saved(tmp_path / "alone", FILES))
+    intent = attempts.intend(stage="nodes", nodes=nodes)
+    folders = [saved(tmp_path / f"node{node}", share) for node, share in enumerate(shares(nodes))]
+    for node in reversed(range(nodes)):
+        assert merge_parts(attempts.store, intent, 10, description(folders[0])) is None, f"node {node} is missing"
+        assert attempts.published(intent) == []
+        publish_part(attempts.store, intent, folders[node], node)
+    merged = merge_parts(attempts.store, intent, 10, description(folders[0]))
+    assert merged is not None
+    key, manifest = merged
+    assert (manifest.files, manifest.weights_digest, manifest.complete) == (expected.files, expected.weights_digest, True)
+    assert merge_parts(attempts.store, intent, 10, description(folders[0])) == merged, "a repeated call is the same call"
+    fetch(attempts.store, key, manifest.digest(), tmp_path / "fetched")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "fetched").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()
+    }
+
+
+def test_parts_of_another_attempt_are_never_mixed_in(attempts: Attempts, tmp_path: Path) -> None:
+    first, second = (attempts.intend(stage="nodes", nodes=2, attempt=attempt) for attempt in (1, 2))
+    mine, theirs = (saved(tmp_path / name, share) for name, share in zip(("node0", "node1"), shares(2), strict=True))
+    publish_part(attempts.store, first, theirs, 1)
+    publish_part(attempts.store, second, mine, 0)
+    assert merge_parts(attempts.store, first, 10, description(mine)) is None
+    assert merge_parts(attempts.store, second, 10, description(mine)) is None
+
+
+def test_parts_of_another_step_do_not_count(attempts: Attempts, tmp_path: Path) -> None:
+    intent = attempts.intend(stage="nodes", nodes=2)
+    mine, theirs = (saved(tmp_path / name, share) for name, share in zip(("node0", "node1"), shares(2), strict=True))
+    publish_part(attempts.store, intent, mine, 0)
+    publish_part(attempts.store, intent, theirs, 1)
+    assert merge_parts(attempts.store, intent, 1, description(mine)) is None
+
+
+@pytest.mark.parametrize("wrong", ["twice", "unfinished", "damaged"])
+def test_parts_that_do_not_belong_together_are_refused_and_the_part_named(attempts: Attempts, tmp_path: Path, wrong: str) -> None:
+    intent: Intent = attempts.intend(stage="nodes", nodes=2)
+    mine = saved(tmp_path / "node0", shares(2)[0])
+    publish_part(attempts.store, intent, mine, 0)
+    key = attempts.ledger.keys.part("nodes", intent.inputs, 1, 10, 1)
+    if wrong == "damaged":
+        attempts.store.create(key, b"{")
+    else:
+        share = shares(2)[0] if wrong == "twice" else shares(2)[1]
+        publish_part(attempts.store, intent, saved(tmp_path / "node1", share, complete=wrong == "twice"), 1)
+    with pytest.raises(CorruptCheckpoint, match=r"step-00000010-001\.json: "):
+        merge_parts(attempts.store, intent, 10, description(mine))
+    assert attempts.published(intent) == []
