@@ -63,6 +63,9 @@ POLL_S = {"local": 0.05, "kubernetes": 0.1}
 """Seconds between two looks at the attempts that live. Local: one read of /proc; kubernetes: of a picture that a watch keeps.
 It bounds the idle time between two stages."""
 
+QUIET_S = {"local": 0.0, "kubernetes": 2.0}
+"""Seconds that something must be waited for before it is written down. A gang that finds room is told of several lacks on its way."""
+
 SUBMITTED, ASKED, KILLED = "submitted", "asked to save and leave", "killed"
 """Beginnings of events from which a driver learns what an earlier one did to an attempt whose job is gone."""
 
@@ -209,6 +212,7 @@ class Runner:
                 self._lease.check()
                 if self.detached:
                     self._leave()
+                self._tidy()
                 observed = self._observe(wanted)
                 for action in decide(self.pipeline, observed, self.clock.now()):
                     if isinstance(action, Finish):
@@ -226,10 +230,12 @@ class Runner:
 
     def _wait(self, observed: Observed, wait: Wait) -> None:
         """Until an attempt's life changes, the time has come, or somebody wants a stop."""
-        self._say(wait.reason)
+        began, quiet_s = self.clock.now(), QUIET_S[self.pipeline.backend]
         views = observed.stages.values()
         alive = {_run_key(self.pipeline, one): _news(one.life) for view in views for one in (*view.strays, *view.attempts) if one.alive}
         while self._stop == observed.stop and not self.detached and (wait.until is None or self.clock.now() < wait.until):
+            if self.clock.now() >= began + quiet_s:
+                self._say(wait.reason)
             if any(_news(self.backend.observe(key)) != known for key, known in alive.items()):
                 return
             self._lease.check()
@@ -244,10 +250,11 @@ class Runner:
             self._said = detail
 
     def _tidy(self) -> None:
-        """Let the backend clear away what is over. Tried again where it could not be asked."""
-        while self._unforgotten:
-            self.backend.forget(self._unforgotten[-1])
-            self._unforgotten.pop()
+        """Let the backend clear away what is over. Where it cannot be asked, that waits: nothing else depends on it."""
+        with contextlib.suppress(Unreachable):
+            while self._unforgotten:
+                self.backend.forget(self._unforgotten[-1])
+                self._unforgotten.pop()
 
     def _leave(self) -> NoReturn:
         """What a person asked for is asked of the next driver too, which would otherwise go on."""

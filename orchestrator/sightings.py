@@ -39,6 +39,8 @@ class Notice:
 
     about: str
     """Name of the object."""
+    uid: str
+    """Of that object: events outlive it, and a name is used again."""
     kind: str
     warning: bool
     reason: str
@@ -53,7 +55,15 @@ class Notice:
         stamps = [unix(one) for one in times if one]
         warning = event.get("type") == "Warning"
         message = str(event.get("message", ""))
-        return cls(about.get("name", ""), about.get("kind", ""), warning, event.get("reason", ""), message, max(stamps, default=seen))
+        return cls(
+            about=about.get("name", ""),
+            uid=about.get("uid", ""),
+            kind=about.get("kind", ""),
+            warning=warning,
+            reason=event.get("reason", ""),
+            message=message,
+            time=max(stamps, default=seen),
+        )
 
 
 @dataclass(frozen=True)
@@ -206,7 +216,7 @@ class Job:
     def forgotten(self, pods: Sequence[Pod], notices: Sequence[Notice]) -> bool:
         """Whether the operator has met it, made nothing of it and says nothing: it does so where its cache was stale."""
         met = "Created" in self.conditions and not self.finished and not self.suspended
-        return met and not pods and not self.has_run and not any(note.warning for note in notices)
+        return met and not pods and not self.has_run and not any(note.warning and note.uid == self.uid for note in notices)
 
 
 def read_life(
@@ -280,7 +290,7 @@ def why_it_waits(job: Job, living: Sequence[Pod], notices: Sequence[Notice], now
         if pod.stuck:
             return f"{pod.short}: {pod.stuck}", "fault", pod.bound or pod.created
     if len(living) < job.pods and not job.suspended and not job.has_run:
-        refusals = [note for note in notices if note.warning and note.kind == "PyTorchJob" and "Create" in note.reason]
+        refusals = [note for note in notices if note.warning and note.uid == job.uid and "Create" in note.reason]
         if refusals:
             return first_line(max(refusals, key=lambda note: note.time).message), "fault", job.created
     unscheduled = [pod for pod in living if pod.unscheduled]
@@ -305,12 +315,12 @@ def why_it_waits(job: Job, living: Sequence[Pod], notices: Sequence[Notice], now
 
 def _starting(pod: Pod, notices: Sequence[Notice]) -> Waiting:
     """Of a pod that has its node, and does not run yet."""
-    mine = sorted((note for note in notices if note.about == pod.name), key=lambda note: note.time)
+    mine = sorted((note for note in notices if note.uid == pod.uid), key=lambda note: note.time)
     warnings = [note for note in mine if note.warning and note.reason != "FailedScheduling"]
     if warnings:
         return f"{pod.short}: {warnings[-1].reason}: {first_line(warnings[-1].message)}", "fault", pod.bound or pod.created
     pulling = mine and mine[-1].reason == "Pulling"
-    return f"{pod.short}: {first_line(mine[-1].message) if pulling else 'is started'}", None, pod.bound or pod.created
+    return f"{pod.short} starts{f': {first_line(mine[-1].message)}' if pulling else ''}", None, pod.bound or pod.created
 
 
 def _clearest(messages: Sequence[str]) -> str:

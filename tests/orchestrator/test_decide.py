@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from opensora.config import StageConfig
+from orchestrator.cluster import ClusterProfile
 from orchestrator.config import Pipeline, Stage, StageSpec
 from orchestrator.decide import (
     BACKOFF_S,
@@ -213,6 +214,126 @@ def test_the_agents_word_counts_before_its_exit_code() -> None:
     assert classify(report("nan"), ended(137)).class_ == "nan"
     assert classify(None, ended(69)).class_ == "store"
     assert [classify(None, ended(code)).class_ for code in (None, 0, -9, 137, 143)] == ["lost"] * 5
+
+
+@pytest.mark.parametrize(
+    ("cause", "said", "class_", "by_person"),
+    [
+        ("preempted", None, "preempted", False),
+        ("preempted", "peer", "preempted", False),
+        ("preempted", "signal", "preempted", False),
+        ("preempted", "drained", "preempted", False),
+        ("preempted", "completed", "completed", False),
+        ("preempted", "nan", "nan", False),
+        ("oom_killed", None, "oom_killed", False),
+        ("oom_killed", "peer", "oom_killed", False),
+        ("oom_killed", "drained", "oom_killed", False),
+        ("oom_killed", "oom", "oom", False),
+        ("deleted", None, "lost", True),
+        ("deleted", "drained", "lost", True),
+        ("deleted", "completed", "completed", False),
+        ("deleted", "config", "config", False),
+        (None, "drained", "preempted", False),
+        (None, "peer", "peer", False),
+        (None, "hang", "hang", False),
+    ],
+)
+def test_what_the_cluster_did_explains_what_an_agent_could_not_know(
+    cause: Cause | None, said: ExitClass | None, class_: ExitClass, by_person: bool
+) -> None:
+    over = replace(attempt(1, life=ended(None, cause), traces=True), report=report(said, 30) if said else None)
+    (action,) = decide(ONE, see(over), NOW)
+    assert isinstance(action, CloseAttempt)
+    assert (action.class_, action.by_person) == (class_, by_person)
+
+
+def test_asked_to_save_it_is_drained_whatever_happens_to_its_job_meanwhile() -> None:
+    for cause in ("preempted", "deleted", None):
+        over = replace(attempt(1, life=ended(143, cause), traces=True), report=report("drained", 30), draining=True)  # type: ignore[arg-type]
+        (action,) = decide(ONE, replace(see(over), stop="drain"), NOW)
+        assert isinstance(action, CloseAttempt) and (action.class_, action.by_person) == ("drained", False)
+
+
+def test_asked_to_leave_before_it_held_a_device_it_is_drained() -> None:
+    waiting = replace(attempt(1, life=Life("ended")), draining=True)
+    assert decide(ONE, replace(see(waiting), stop="drain"), NOW) == [CloseAttempt(waiting, "drained", "asked to leave before it had begun")]
+
+
+@pytest.mark.parametrize(("class_", "exit_code"), [("unstarted", 3), ("refused", 4)])
+def test_what_the_cluster_did_not_start_stops(class_: ExitClass, exit_code: int) -> None:
+    (action,) = decide(ONE, see(attempt(1, class_)), NOW)
+    assert isinstance(action, Finish) and (action.status, action.exit_code) == ("failed", exit_code)
+
+
+def test_preempted_any_number_of_times_with_progress_it_goes_on() -> None:
+    often = [attempt(number, "preempted", resumed=number - 1, published=number) for number in range(1, 30)]
+    assert judge(often, max_attempts=1).state == "go"
+    assert judge([attempt(1, "preempted"), attempt(2, "preempted")], max_attempts=1).state == "go"
+
+
+def test_memory_is_tried_once_more() -> None:
+    assert judge([attempt(1, "oom_killed")], max_attempts=5).state == "go"
+    verdict = judge([attempt(1, "oom_killed"), attempt(2, "oom_killed")], max_attempts=5)
+    assert (verdict.state, verdict.exit_code) == ("failed", 3) and "memory" in verdict.reason
+
+
+def by_person(number: int, epoch: int, closed_in: int) -> Attempt:
+    closed = attempt(number, "lost", published=20, epoch=epoch)
+    assert closed.outcome is not None
+    return replace(closed, outcome=closed.outcome.model_copy(update={"by_person": True, "epoch": closed_in}))
+
+
+def test_what_a_person_deleted_waits_for_a_person() -> None:
+    (action,) = decide(ONE, see(by_person(1, EPOCH, EPOCH)), NOW)
+    assert isinstance(action, Finish) and action.exit_code == 3 and "`osctl resume` goes on from step 20" in action.reason
+    (action,) = decide(ONE, see(by_person(1, EPOCH - 1, EPOCH)), NOW)
+    assert isinstance(action, Finish), "found by a driver that did not start it"
+    (action,) = decide(ONE, see(by_person(1, EPOCH - 1, EPOCH - 1)), NOW)
+    assert isinstance(action, StartAttempt), "launched again"
+
+
+# --- Waiting for a cluster ---------------------------------------------------------------------------------------------------------
+
+PATIENT = ONE.model_copy(
+    update={
+        "backend": "kubernetes",
+        "cluster": ClusterProfile.model_validate(
+            {
+                "name": "test", "image": "t", "driver_image": "d", "allow_unpinned": ("t", "d"), "device": "cpu-core", "cpu": "1",
+                "memory": "1Gi", "shm": "64Mi", "start_deadline_s": 60,
+            }
+        ),
+    }
+)  # fmt: skip
+
+
+def waiting(what_for: Literal["capacity", "fault"] | None, since: float, state: Literal["running", "absent"] = "running") -> Attempt:
+    return attempt(1, life=Life(state, waits="why not", waits_for=what_for, since=since))
+
+
+def test_a_fault_is_waited_for_until_its_deadline_and_capacity_for_ever() -> None:
+    assert decide(PATIENT, see(waiting("fault", NOW - 59)), NOW) == [Wait("one attempt 1 waits: why not", NOW + 1)]
+    (action,) = decide(PATIENT, see(waiting("fault", NOW - 60)), NOW)
+    assert isinstance(action, Kill) and "why not" in action.why and "60 s" in action.why
+    for what_for in ("capacity", None):
+        assert decide(PATIENT, see(waiting(what_for, 0.0)), NOW) == [Wait("one attempt 1 waits: why not")]  # type: ignore[arg-type]
+
+
+def test_given_up_it_is_closed_as_unstarted_once_it_is_gone() -> None:
+    gone = replace(attempt(1, life=Life("ended")), given_up="not started within 60 s: why not")
+    assert decide(PATIENT, see(gone), NOW) == [CloseAttempt(gone, "unstarted", "not started within 60 s: why not")]
+
+
+def test_a_submission_that_a_fault_stands_in_the_way_of_is_tried_until_the_deadline() -> None:
+    (action,) = decide(PATIENT, see(waiting("fault", NOW - 59, "absent")), NOW)
+    assert isinstance(action, StartAttempt) and action.number == 1
+    (action,) = decide(PATIENT, see(waiting("fault", NOW - 60, "absent")), NOW)
+    assert isinstance(action, CloseAttempt) and action.class_ == "unstarted"
+
+
+def test_a_refused_attempt_is_closed_so_that_nothing_unborn_stays() -> None:
+    unborn = attempt(1)
+    assert decide(ONE, see(unborn, refused="no"), NOW) == [CloseAttempt(unborn, "refused", "no")]
 
 
 # --- Lives -------------------------------------------------------------------------------------------------------------------------

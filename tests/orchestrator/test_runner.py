@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from opensora.config import StageConfig
 from orchestrator.adapters.folder import FolderStore
+from orchestrator.cluster import ClusterProfile
 from orchestrator.config import Pipeline, Stage, StageSpec
 from orchestrator.errors import CorruptCheckpoint, Refused, StoreConflict, Unreachable, UsageError
 from orchestrator.ledger import Ledger
 from orchestrator.ports import Life, Store
-from orchestrator.records import EXIT_CODES, ExitClass, Intent, JournalPiece, Report
+from orchestrator.records import EXIT_CODES, ExitClass, Intent, JournalPiece, Report, inputs_digest
 from orchestrator.runner import Detached, Result, Runner, code_version, held_time
 
 STEPS = 40
@@ -62,7 +63,9 @@ CHAIN = pipeline(("one", None), ("two", "one"), ("three", "two"))
 PAIR = pipeline(("one", None), ("two", "one"))
 
 Script = list[tuple[Any, ...]]
-"""What an attempt does, one entry a look: ("step",) · ("publish", step) · ("end", class) · ("vanish",) · ("do", callable)."""
+"""What an attempt does, one entry a look: ("step",) · ("publish", step) · ("end", class) · ("vanish", [cause]) ·
+("waits", why, what for) · ("deleted",): its job, with no trace left · ("do", callable)."""
+Cause = Literal["preempted", "oom_killed", "deleted"]
 
 
 def whole() -> Script:
@@ -107,6 +110,11 @@ class MemoryBackend:
         self.deaf = False
         """Takes its time with saving."""
         self.submitted: list[str] = []
+        self.forgotten: list[str] = []
+        self.refusals: dict[tuple[str, int], str] = {}
+        """What the API server would say to a submission."""
+        self.faults: dict[str, str] = {}
+        """Why a submission cannot be made now, by run key."""
         clock.on_sleep.append(self.live)
 
     def submit(self, intent_key: str, run_key: str) -> None:
@@ -114,6 +122,10 @@ class MemoryBackend:
         lease = self.ledger.lease()
         if run_key in self.bodies or (lease is not None and lease.epoch > intent.epoch):
             return
+        if (intent.stage, intent.attempt) in self.refusals:
+            raise Refused(self.refusals[intent.stage, intent.attempt])
+        if run_key in self.faults:
+            raise Unreachable(self.faults[run_key])
         script = self.scripts.get((intent.stage, intent.attempt), whole())
         assert not any(body.life.state == "running" and body.intent.stage == intent.stage for body in self.bodies.values())
         self.submitted.append(run_key)
@@ -123,6 +135,8 @@ class MemoryBackend:
     def observe(self, run_key: str) -> Life:
         if self.blind:
             return Life("unknown")
+        if run_key in self.faults and run_key not in self.bodies:
+            return Life("absent", waits=self.faults[run_key], waits_for="fault", since=1000.0)
         return self.bodies[run_key].life if run_key in self.bodies else Life("absent")
 
     def drain(self, run_key: str) -> None:
@@ -131,8 +145,17 @@ class MemoryBackend:
     def kill(self, run_key: str) -> None:
         self._die(self.bodies[run_key], 137)
 
-    def _die(self, body: Body, exit_code: int | None) -> None:
-        body.life = Life("ended", body.life.bound, self.clock.time, exit_code)
+    def forget(self, run_key: str) -> None:
+        assert self.ledger_has_outcome(run_key), "forgotten before its outcome was written"
+        self.forgotten.append(run_key)
+
+    def ledger_has_outcome(self, run_key: str) -> bool:
+        stage, _, rest = run_key.partition("/")[2].partition("@")
+        inputs, _, number = rest.partition("/a")
+        return self.ledger.outcome(stage, inputs, int(number)) is not None
+
+    def _die(self, body: Body, exit_code: int | None, cause: Cause | None = None) -> None:
+        body.life = Life("ended", body.life.bound, self.clock.time, exit_code, cause)
 
     def live(self) -> None:
         """A moment passes for every running attempt."""
@@ -152,7 +175,11 @@ class MemoryBackend:
                     self._publish(body, STEPS)
                 self._end(body, rest[0])
             elif verb == "vanish":
-                self._die(body, None)
+                self._die(body, None, *rest)
+            elif verb == "deleted":
+                del self.bodies[body.intent.run_key]
+            elif verb == "waits":
+                body.life = replace(body.life, waits=rest[0], waits_for=rest[1], since=self.clock.time if rest[0] else None)
             elif verb == "do":
                 rest[0]()
 
@@ -513,6 +540,142 @@ def test_a_cancel_outlives_the_driver_that_heard_it(rig: Rig) -> None:
         first.run()
     assert rig.launch().status == "cancelled" and rig.outcomes("two") == ["drained"]
     assert rig.launch().status == "succeeded"
+
+
+# --- On a cluster ------------------------------------------------------------------------------------------------------------------
+
+
+PROFILE = ClusterProfile.model_validate(
+    {
+        "name": "test", "image": "t", "driver_image": "d", "allow_unpinned": ("t", "d"), "device": "cpu-core", "cpu": "1", "memory": "1Gi",
+        "shm": "64Mi", "start_deadline_s": 60,
+    }
+)  # fmt: skip
+CLUSTER = CHAIN.model_copy(update={"backend": "kubernetes", "cluster": PROFILE})
+
+
+def ends(rig: Rig, of: Pipeline = CLUSTER) -> tuple[int, list[str]]:
+    result = rig.launch(of)
+    (inputs, *_) = rig.ledger.inputs_of("two")
+    for number, class_ in enumerate(rig.outcomes("two"), 1):
+        assert class_ == "open" or f"demo/two@{inputs}/a{number}" in rig.backend.forgotten
+    return result.exit_code, rig.outcomes("two")
+
+
+def test_what_the_cluster_takes_away_is_started_again_and_not_counted(rig: Rig) -> None:
+    for number in range(1, 8):
+        rig.backend.scripts["two", number] = [("publish", number * 2), ("vanish", "preempted")]
+    assert ends(rig) == (0, ["preempted"] * 7 + ["completed"])
+
+
+def test_saved_for_somebody_else_it_goes_on_by_itself(rig: Rig) -> None:
+    rig.backend.scripts["two", 1] = [("publish", 10), ("end", "drained")]
+    assert ends(rig) == (0, ["preempted", "completed"])
+
+
+def test_killed_for_memory_it_is_tried_once_more(rig: Rig) -> None:
+    rig.backend.scripts["two", 1] = rig.backend.scripts["two", 2] = [("step",), ("vanish", "oom_killed")]
+    assert ends(rig) == (3, ["oom_killed", "oom_killed"])
+
+
+def test_a_job_that_somebody_deletes_is_not_made_again_until_somebody_asks(rig: Rig) -> None:
+    rig.backend.scripts["two", 1] = [("publish", 10), ("vanish", "deleted")]
+    result = rig.launch(CLUSTER)
+    assert result.exit_code == 3
+    assert "deleted by someone else" in result.reason and "osctl resume" in result.reason and "step 10" in result.reason
+    assert rig.outcomes("two") == ["lost"]
+    assert ends(rig) == (0, ["lost", "completed"])
+
+
+@pytest.mark.parametrize("traces", [True, False])
+def test_a_job_deleted_while_no_driver_looked_is_found_out(rig: Rig, traces: bool) -> None:
+    def die() -> None:
+        raise Crash
+
+    if not traces:
+        rig.backend._journal = lambda body: None  # type: ignore[method-assign]
+    rig.backend.scripts["one", 1] = [("step",), ("do", die), ("deleted",)]
+    with pytest.raises(Crash):
+        rig.launch(CLUSTER)
+    rig.clock.time += 60
+    rig.backend.live()
+    result = rig.launch(CLUSTER)
+    assert (result.exit_code, rig.outcomes("one")) == (3, ["lost"])
+    assert "deleted by someone else" in result.reason
+    assert rig.launch(CLUSTER).exit_code == 0
+
+
+def test_a_job_that_a_dead_driver_killed_is_not_taken_for_deleted(rig: Rig) -> None:
+    runner = rig.runner(CLUSTER)
+
+    def kill_and_die(run_key: str) -> None:
+        del rig.backend.bodies[run_key]
+        raise Crash
+
+    rig.backend.kill = kill_and_die  # type: ignore[method-assign]
+    rig.backend.scripts["one", 1] = [("step",), ("do", runner.kill), *[("step",)] * 50]
+    with pytest.raises(Crash):
+        runner.run()
+    rig.clock.time += 60
+    assert rig.launch(CLUSTER).exit_code == 0
+    assert rig.outcomes("one") == ["lost", "completed"]
+
+
+def test_what_the_cluster_refuses_ends_with_4_in_its_words_and_nothing_stays_open(rig: Rig) -> None:
+    rig.backend.refusals["two", 1] = 'admission webhook "x" denied the request: no'
+    result = rig.launch(CLUSTER)
+    assert (result.exit_code, rig.outcomes("two")) == (4, ["refused"])
+    assert "denied the request: no" in result.reason
+    assert ends(rig) == (0, ["refused", "completed"])
+
+
+def test_a_fault_that_nobody_mends_ends_at_the_deadline_and_says_why(rig: Rig) -> None:
+    rig.backend.scripts["two", 1] = [("waits", "worker-0: ErrImagePull: not found", "fault"), *[("step",)] * 2000]
+    began = rig.clock.time
+    result = rig.launch(CLUSTER)
+    assert (result.exit_code, rig.outcomes("two")) == (3, ["unstarted"])
+    assert "ErrImagePull: not found" in result.reason and "60 s" in result.reason
+    assert 60 <= rig.clock.time - began < 70
+    assert sum("ErrImagePull" in said for said in rig.kinds("observed")) == 2, "once while it waited, and once when it was killed"
+
+
+def test_a_fault_that_is_mended_in_time_only_delays(rig: Rig) -> None:
+    rig.backend.scripts["two", 1] = [("waits", "exceeded quota", "fault"), *[("step",)] * 300, ("waits", "", None), *whole()]
+    assert ends(rig) == (0, ["completed"])
+
+
+def test_a_wait_for_devices_has_no_end_and_is_said_once(rig: Rig) -> None:
+    rig.backend.scripts["two", 1] = [("waits", "0/9 nodes are available", "capacity"), *[("step",)] * 9000, ("waits", "", None), *whole()]
+    assert ends(rig) == (0, ["completed"])
+    assert rig.clock.slept > 900
+    assert sum("0/9 nodes" in said for said in rig.kinds("observed")) == 1
+
+
+def test_a_job_that_cannot_be_made_ends_at_the_deadline_too(rig: Rig) -> None:
+    rig.launch(CLUSTER, "one")
+    (inputs,) = rig.ledger.inputs_of("one")
+    parent = rig.ledger.committed("one", inputs)
+    assert parent is not None
+    two = inputs_digest(CLUSTER.stage("two").config, 1, parent.digest())
+    rig.backend.faults[f"demo/two@{two}/a1"] = "failed calling webhook: connection refused"
+    result = rig.launch(CLUSTER)
+    assert (result.exit_code, rig.outcomes("two")) == (3, ["unstarted"])
+    assert "failed calling webhook" in result.reason
+    assert sum("failed calling webhook" in said for said in rig.kinds("observed")) == 1
+    rig.backend.faults.clear()
+    assert ends(rig) == (0, ["unstarted", "completed"])
+
+
+def test_a_backend_that_cannot_tidy_up_keeps_nobody_waiting(rig: Rig) -> None:
+    asked = []
+
+    def away(run_key: str) -> None:
+        asked.append(run_key)
+        raise Unreachable("api: away")
+
+    rig.backend.forget = away  # type: ignore[method-assign]
+    assert rig.launch(CLUSTER).exit_code == 0
+    assert len(asked) >= 3
 
 
 # --- Crashes and rivals ------------------------------------------------------------------------------------------------------------

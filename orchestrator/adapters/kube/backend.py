@@ -16,9 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator import manifest
+from orchestrator.adapters import open_store
 from orchestrator.adapters.kube.api import AlreadyExists, Api, Conflict, Object, OverQuota, WebhookDown
 from orchestrator.adapters.kube.watch import ASKED, Watcher, selector
 from orchestrator.cluster import ClusterProfile
+from orchestrator.config import Pipeline
 from orchestrator.errors import NotFound, Refused, Unreachable
 from orchestrator.ledger import read_intent
 from orchestrator.ports import Life, Store
@@ -84,8 +86,18 @@ class KubeBackend:
         """Names of jobs that this driver deletes."""
         self._woken: dict[str, float] = {}
 
+    @classmethod
+    def of(cls, pipeline: Pipeline, store_url: str, on_change: Callable[[], None] = lambda: None) -> KubeBackend:
+        """Of a pipeline that names a cluster. Asks nothing yet. Raises UsageError where there is no usable kubeconfig."""
+        profile = pipeline.cluster
+        assert profile is not None, f"{pipeline.name}: has no cluster"
+        api = Api.connect(profile.context, profile.namespace)
+        return cls(open_store(store_url), api, profile, store_url, pipeline=pipeline.name, on_change=on_change)
+
     def close(self) -> None:
+        """Ends its threads and connections."""
         self._watcher.close()
+        self._api.close()
 
     # --- Looking -------------------------------------------------------------------------------------------------------------------
 
