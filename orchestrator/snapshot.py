@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.config import Pipeline, Stage
 from orchestrator.cost import AttemptTime, Bill, Prices, account
 from orchestrator.ledger import Ledger
-from orchestrator.records import Committed, Event, JournalPiece, inputs_digest
+from orchestrator.records import Committed, Event, JournalPiece, inputs_digest, run_key
 
 LIVE_S = 60.0
 """An open attempt without a journal piece for so long is shown as silent. Arbitrary: twelve pieces at the default interval."""
@@ -23,7 +23,8 @@ LIVE_S = 60.0
 class AttemptStatus:
     number: int
     state: str
-    """running, starting, silent, or the class of its end."""
+    """running, starting, waiting (in a cluster, for devices or an image), silent, or the class of its end."""
+    run_key: str
     step: int | None
     reason: str
     bound: float | None
@@ -64,6 +65,8 @@ class Snapshot:
     driver: str | None
     """Who holds the lease, if anyone does."""
     stages: tuple[StageStatus, ...]
+    said: Event | None = None
+    """What the live driver last observed about all of it: what it waits for."""
 
     @property
     def usd(self) -> Decimal:
@@ -77,11 +80,13 @@ def take(pipeline: Pipeline, ledger: Ledger, prices: Prices, now: float) -> Snap
     holder = ledger.holder(now)
     events = list(ledger.events())
     for stage in pipeline.stages:
-        status = _stage(stage, ledger, prices, results, now)
+        status = _stage(stage, ledger, prices, results, now, queued=pipeline.backend == "kubernetes")
         if status.committed is not None:
             results[stage.name] = status.committed
         stages.append(status)
-    return Snapshot(pipeline.name, _state(stages, events, holder is not None), holder.holder if holder else None, tuple(stages))
+    said = [event for event in events if holder and event.epoch == holder.epoch and event.kind == "observed" and event.stage is None]
+    driver = holder.holder if holder else None
+    return Snapshot(pipeline.name, _state(stages, events, holder is not None), driver, tuple(stages), said[-1] if said else None)
 
 
 def _state(stages: Sequence[StageStatus], events: Sequence[Event], driven: bool) -> str:
@@ -96,7 +101,7 @@ def _state(stages: Sequence[StageStatus], events: Sequence[Event], driven: bool)
     return ended[-1].detail.split(":")[0] if ended and ended[-1] is events[-1] else "suspended"
 
 
-def _stage(stage: Stage, ledger: Ledger, prices: Prices, results: dict[str, Committed], now: float) -> StageStatus:
+def _stage(stage: Stage, ledger: Ledger, prices: Prices, results: dict[str, Committed], now: float, *, queued: bool) -> StageStatus:
     parent = stage.spec.parent
     published = stage.spec.published.gpu_hours if stage.spec.published else None
     if parent is not None and parent not in results:
@@ -106,7 +111,7 @@ def _stage(stage: Stage, ledger: Ledger, prices: Prices, results: dict[str, Comm
         )  # fmt: skip
     inputs = inputs_digest(stage.config, stage.devices, results[parent].digest() if parent else None)
     committed = ledger.committed(stage.name, inputs)
-    times, attempts, lines = _attempts(stage, inputs, ledger, prices, now)
+    times, attempts, lines = _attempts(stage, inputs, ledger, prices, now, queued)
     bill = account(times, prices)
     steps = [line for line in lines if "step" in line and line.get("loss") is not None]
     reached = committed.step if committed else steps[-1]["step"] if steps else 0
@@ -139,11 +144,11 @@ def _open_state(last: AttemptStatus | None) -> str:
         return "ready"
     if last.ended is None or last.state == "completed":  # completed: between the outcome and the commit
         return "running"
-    return "ready" if last.state in ("drained", "lost", "signal") else "failed"
+    return "ready" if last.state in ("drained", "lost", "signal", "preempted", "peer") else "failed"
 
 
 def _attempts(
-    stage: Stage, inputs: str, ledger: Ledger, prices: Prices, now: float
+    stage: Stage, inputs: str, ledger: Ledger, prices: Prices, now: float, queued: bool
 ) -> tuple[list[AttemptTime], list[AttemptStatus], list[dict[str, Any]]]:
     times: list[AttemptTime] = []
     attempts: list[AttemptStatus] = []
@@ -155,11 +160,13 @@ def _attempts(
                 if "step" in line:
                     lines[line["step"]] = line  # a redone step counts with its last reading
         heard = pieces[-1].end if pieces else intent_created
-        live = ("running" if pieces else "starting") if now - heard < LIVE_S else "silent"
+        unheard = "waiting" if queued else "starting" if now - heard < LIVE_S else "silent"
+        live = unheard if not pieces else "running" if now - heard < LIVE_S else "silent"
         attempts.append(
             AttemptStatus(
                 number=time.attempt,
                 state=outcome.class_ if outcome else live,
+                run_key=run_key(ledger.pipeline, stage.name, inputs, time.attempt),
                 step=max((piece.last_step or 0 for piece in pieces), default=None),
                 reason=outcome.reason if outcome else "" if live != "silent" else f"nothing heard for {now - heard:.0f} s",
                 bound=time.bound,

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli import account, look, output, recipe, run, sample
+from orchestrator.cli import account, doctor, drive, logs, look, output, recipe, run, sample
 
 app = typer.Typer(
     name="osctl",
@@ -39,9 +39,11 @@ for command, name in (
     (run.launch, "launch"),
     (look.watch, "watch"),
     (look.status, "status"),
-    (look.logs, "logs"),
+    (logs.logs, "logs"),
+    (logs.events, "events"),
     (run.cancel, "cancel"),
     (run.resume, "resume"),
+    (doctor.doctor, "doctor"),
     (look.list_, "list"),
     (account.compare, "compare"),
     (account.cost, "cost"),
@@ -52,6 +54,7 @@ for command, name in (
     (recipe.explain, "explain"),
 ):
     app.command(name)(command)
+app.command("drive", hidden=True)(drive.drive)
 
 
 def main() -> None:

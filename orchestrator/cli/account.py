@@ -24,7 +24,7 @@ def compare(file: options.File = None, store: options.Store = None, output_: opt
     """
     from orchestrator.cli import display
 
-    lines = display.comparison(take(launched(Workspace.open(file, store=store))))
+    lines = display.comparison(take(launched(Workspace.at(file, store=store))))
     if output_ is output.Format.table:
         output.table(*display.comparison_cells(lines))
     else:
@@ -46,7 +46,7 @@ def cost(
     from orchestrator.cost import AttemptBill
     from orchestrator.records import HELD
 
-    workspace = launched(Workspace.open(file, store=store))
+    workspace = launched(Workspace.at(file, store=store))
     current = take(workspace)
     for stage in current.stages:
         stage.bill.check()
@@ -107,7 +107,7 @@ def lineage(
     """
     from orchestrator.errors import CorruptCheckpoint, Refused
 
-    workspace = launched(Workspace.open(file, store=store))
+    workspace = launched(Workspace.at(file, store=store))
     committed = [status for status in take(workspace).stages if status.committed]
     chosen = [status for status in committed if stage in (None, status.name)]
     if not chosen:
@@ -161,7 +161,7 @@ def sync(file: options.File = None, store: options.Store = None, tracking: optio
 
     from orchestrator.errors import UsageError
 
-    workspace = launched(Workspace.open(file, store=store))
+    workspace = launched(Workspace.at(file, store=store))
     uri = tracking or workspace.pipeline.tracking
     if uri == "none":
         raise UsageError(

@@ -9,16 +9,73 @@ from typing import TYPE_CHECKING, Any
 from orchestrator.cli import output
 
 if TYPE_CHECKING:
+    from orchestrator.cli.live import Live, Sight
     from orchestrator.cli.workspace import Workspace
     from orchestrator.cost import Prices
     from orchestrator.snapshot import Snapshot, StageStatus
 
+PODS = 32
+"""Lines of pods in a table. Arbitrary: what a screen holds beside the stages."""
+BURST_S = 0.05
+"""Pods of a gang move together: what moves within this is drawn as one."""
 MARK = {"committed": "✔", "running": "●", "failed": "✘", "ready": "○", "blocked": "·"}
 COLOUR = {"committed": "green", "running": "cyan", "failed": "red", "ready": "yellow", "blocked": "dim"}
 
 
-def tree(snapshot: Snapshot) -> Any:
-    """A rich table: one line a stage with a bar, its attempts below where there is more than one."""
+def tree(snapshot: Snapshot, sight: Sight | None = None) -> Any:
+    """Rich tables: one line a stage with a bar, its attempts below where there is more than one; then pods, and why it waits."""
+    import rich.console
+
+    parts = [_stages(snapshot)]
+    if sight is not None and sight.pods:
+        parts.append(_pods(sight))
+    if sight is not None:
+        parts += _waits(sight)
+    return rich.console.Group(*parts)
+
+
+def _pods(sight: Sight) -> Any:
+    """Every pod that is not just running, and of those that are as many as fit a screen."""
+    import rich.box
+    import rich.table
+    import rich.text
+
+    grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for heading in ("pod", "of", "node", "on", "phase", "why"):
+        grid.add_column(heading, justify="right" if heading == "node" else "left")
+    odd = [pod for pod in sight.pods if pod.phase != "Running" or pod.reason]
+    calm = [pod for pod in sight.pods if pod not in odd]
+    shown = sorted([*odd, *calm[: max(0, PODS - len(odd))]], key=sight.pods.index)
+    for pod in shown:
+        colour = {"Running": "cyan", "Succeeded": "green", "Failed": "red", "Pending": "yellow"}.get(pod.phase, "dim")
+        cells = (pod.name, f"{pod.stage} a{pod.attempt}", str(pod.node), pod.host or "·", pod.phase, pod.reason)
+        grid.add_row(*(rich.text.Text(cell, style=colour if cell is pod.phase else "") for cell in cells))
+    if len(shown) < len(sight.pods):
+        grid.add_row(rich.text.Text(f"… and {len(sight.pods) - len(shown)} more, running", style="dim"))
+    return grid
+
+
+def _waits(sight: Sight) -> list[Any]:
+    import rich.text
+
+    return [rich.text.Text(line, style="yellow") for line in waiting_lines(sight)]
+
+
+def waiting_lines(sight: Sight) -> list[str]:
+    """Why it waits, for people, and where that is known from."""
+    lines = []
+    for one in sight.waits:
+        about = "" if one.stage is None else f"{one.stage} attempt {one.attempt} " if one.stage != "driver" else f"driver {one.attempt} "
+        since = f" (for {output.duration(max(0.0, time.time() - one.since))})" if one.since is not None and one.source == "cluster" else ""
+        if one.source == "driver" and one.since is not None:
+            lines.append(f"{output.duration(max(0.0, time.time() - one.since))} ago its driver saw: {one.why}")
+        else:
+            kind = {"capacity": "waits for devices", "fault": "is held up"}.get(one.kind or "", "starts")
+            lines.append(f"{about}{kind}{since}: {one.why}")
+    return [*lines, *([sight.note] if sight.note else [])]
+
+
+def _stages(snapshot: Snapshot) -> Any:
     import rich.box
     import rich.progress_bar
     import rich.table
@@ -64,6 +121,12 @@ def readings(evaluation: dict[str, float]) -> list[str]:
         for name, key in (("digit", "digit_accuracy"), ("direction", "direction_accuracy"))
         if key in evaluation
     ]
+
+
+def whole(snapshot: Snapshot, sight: Sight | None) -> dict[str, Any]:
+    """What json and yaml print of a pipeline; with its pods and waits where it lives in a cluster."""
+    about = {"name": snapshot.name, "state": snapshot.state, "driver": snapshot.driver, "usd": snapshot.usd, "stages": rows(snapshot)}
+    return about | (sight.rows() if sight is not None else {})
 
 
 def rows(snapshot: Snapshot) -> list[dict[str, Any]]:
@@ -182,14 +245,21 @@ def bounds(evaluation: dict[str, float], name: str) -> str:
 
 
 class Follower:
-    """Shows a launch while it runs: a live tree on a terminal, a line whenever something moved elsewhere. A thread that only reads."""
+    """Shows a launch while it runs: a live tree on a terminal, a line whenever something moved elsewhere. A thread that only reads.
 
-    def __init__(self, workspace: Workspace, prices: Prices, interval_s: float = 1.0):
+    The ledger is read again every `interval_s`; what moves in the cluster is shown at once.
+    """
+
+    def __init__(self, workspace: Workspace, prices: Prices, interval_s: float = 1.0, format: output.Format = output.Format.table):
+        """`format` json or yaml: the whole to stdout, whenever something changed."""
         from orchestrator.ledger import Ledger
 
-        self.workspace, self.prices, self.interval_s = workspace, prices, interval_s
+        self.workspace, self.prices, self.interval_s, self.format = workspace, prices, interval_s, format
         self.ledger = Ledger(workspace.store, workspace.pipeline.name)
-        self.stop = threading.Event()
+        self.stop = False
+        self.moved = threading.Event()
+        self.over = threading.Event()
+        """Set once nobody drives the pipeline, and nobody is about to."""
         self.thread = threading.Thread(target=self._run, name="display", daemon=True)
 
     def __enter__(self) -> Follower:
@@ -197,35 +267,60 @@ class Follower:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop.set()
+        self.stop = True
+        self.moved.set()
         self.thread.join(timeout=5)
 
     def _run(self) -> None:
-        import rich.live
+        import contextlib
 
+        from orchestrator.cli.live import Live
+
+        screen = output.console(err=True)
+        with contextlib.ExitStack() as opened:
+            live = opened.enter_context(Live(self.workspace, self.moved.set)) if self.workspace.pipeline.cluster is not None else None
+            picture = None
+            if screen.is_terminal and self.format is output.Format.table:
+                import rich.live
+
+                picture = opened.enter_context(rich.live.Live(console=screen, transient=True, auto_refresh=False))
+            self._show(picture, live)
+
+    def _show(self, picture: Any, live: Live | None) -> None:
         from orchestrator import snapshot
         from orchestrator.errors import OsctlError
 
-        screen = output.console(err=True)
-        live = rich.live.Live(console=screen, transient=True, auto_refresh=False) if screen.is_terminal else None
         said: dict[str, str] = {}
-        if live:
-            live.start()
-        while not self.stop.wait(self.interval_s):
-            try:
-                current = snapshot.take(self.workspace.pipeline, self.ledger, self.prices, time.time())
-            except OsctlError as error:  # the display is no reason to stop a run; the runner has its own word on a store that is gone
-                said.setdefault("store", str(error))
-                continue
-            if live:
-                live.update(tree(current), refresh=True)
-            else:
-                self._say(current, said)
-        if live:
-            live.stop()
+        current: Snapshot | None = None
+        read, first = 0.0, True
+        while not self.stop:
+            if time.monotonic() - read >= self.interval_s:
+                read = time.monotonic()
+                try:
+                    current = snapshot.take(self.workspace.pipeline, self.ledger, self.prices, time.time())
+                except OsctlError as error:  # the display is no reason to stop a run; the runner has its own word on a store that is gone
+                    said.setdefault("store", str(error))
+            if current is not None:
+                if picture and first:
+                    picture.update(tree(current), refresh=True)  # the ledger at once; a cluster may take its time
+                first = False
+                sight = live.look(current) if live is not None else None
+                if picture:
+                    picture.update(tree(current, sight), refresh=True)
+                elif self.format is output.Format.table:
+                    self._say(current, sight, said)
+                elif said.get("all") != (now := repr(row := whole(current, sight))):
+                    said["all"] = now
+                    output.line(row, "", self.format)
+                if current.state != "running" and (sight is None or sight.driver is None):
+                    self.over.set()
+            self.moved.wait(max(0.0, read + self.interval_s - time.monotonic()))
+            self.moved.clear()
+            if live is not None and not self.stop:
+                time.sleep(BURST_S)
 
     @staticmethod
-    def _say(current: Snapshot, said: dict[str, str]) -> None:
+    def _say(current: Snapshot, sight: Sight | None, said: dict[str, str]) -> None:
         for stage in current.stages:
             tenth = 10 * stage.step // max(stage.steps, 1)
             key = f"{stage.state} {tenth if stage.state == 'running' else ''} {stage.why}"
@@ -234,3 +329,13 @@ class Follower:
                 loss = f" loss {stage.loss:.4f}" if stage.loss is not None else ""
                 eta = f" ETA {output.duration(stage.eta_s)}" if stage.state == "running" and stage.eta_s is not None else ""
                 output.note(f"{stage.name}: {describe(stage)}, step {stage.step}/{stage.steps}{loss}{eta} {output.dollars(stage.bill.usd)}")
+        if sight is None:
+            return
+        for line, why in zip(waiting_lines(sight), [*(one.why for one in sight.waits), sight.note], strict=False):
+            if why and said.get(f"why {why}") is None:
+                said[f"why {why}"] = why
+                output.note(line)
+        for pod in sight.pods:
+            if said.get(pod.name) != (now := f"{pod.phase} {pod.reason}".strip()):
+                said[pod.name] = now
+                output.note(f"{pod.name}: {now}{f' on {pod.host}' if pod.host and pod.phase == 'Running' else ''}")

@@ -32,45 +32,60 @@ def take(workspace: Workspace) -> Snapshot:
     return snapshot.take(workspace.pipeline, workspace.ledger, workspace.prices, time.time())
 
 
-def status(file: options.File = None, store: options.Store = None, output_: options.Output = output.Format.table) -> None:
-    """Show each stage: state, step, loss, cost, why it waits.
+def status(
+    file: options.File = None, store: options.Store = None, cluster: options.Cluster = None, output_: options.Output = output.Format.table
+) -> None:
+    """Show each stage: state, step, loss, cost; in a cluster also its pods, and why it waits.
 
     Example: osctl status -f demo -o json
     """
-    workspace = launched(Workspace.open(file, store=store))
-    current = take(workspace)
-    if output_ is output.Format.table:
-        from orchestrator.cli import display
+    from orchestrator.cli import display
+    from orchestrator.cli.live import Live
 
+    workspace = launched(Workspace.at(file, store=store, cluster=cluster))
+    current = take(workspace)
+    sight = None
+    if workspace.pipeline.cluster is not None:
+        with Live(workspace) as live:
+            sight = live.look(current)
+    if output_ is output.Format.table:
         driver = f", driven by {current.driver}" if current.driver else ""
         output.note(f"{current.name}: {current.state}{driver}, {output.dollars(current.usd)} so far")
-        output.console().print(display.tree(current))
-    else:
-        from orchestrator.cli import display
-
-        output.emit(
-            {"name": current.name, "state": current.state, "driver": current.driver, "usd": current.usd, "stages": display.rows(current)},
-            output_,
-        )
+        output.console().print(display.tree(current, sight))
+        return
+    output.emit(display.whole(current, sight), output_)
+    if sight is not None and sight.note:
+        output.note(sight.note)
 
 
 def watch(
     file: options.File = None,
     store: options.Store = None,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    cluster: options.Cluster = None,
+    interval: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between two looks at the ledger. What moves in a cluster is shown at once.")
+    ] = 1.0,
+    output_: options.Output = output.Format.table,
 ) -> None:
     """Follow a pipeline until it ends. Ctrl-C stops the looking only.
+
+    Shows each stage with step, ETA and cost; in a cluster also the pods by node, and why it waits, in the cluster's own words.
+    With json, one object a line whenever something changed.
 
     Example: osctl watch --interval 5
     """
     from orchestrator.cli import display
 
-    workspace = launched(Workspace.open(file, store=store))
-    if (current := take(workspace)).state == "running":
-        with display.Follower(workspace, workspace.prices, interval):
-            while (current := take(workspace)).state == "running":
-                time.sleep(interval)
-    output.console().print(display.tree(current))
+    workspace = launched(Workspace.at(file, store=store, cluster=cluster))
+    current = take(workspace)
+    if current.state == "running" or workspace.pipeline.cluster is not None:
+        with display.Follower(workspace, workspace.prices, interval, output_) as follower:
+            follower.over.wait()
+        current = take(workspace)
+    if output_ is output.Format.table:
+        output.console().print(display.tree(current))
+    else:
+        output.line(display.whole(current, None), "", output_)
     output.note(f"{current.name}: {current.state}, {output.dollars(current.usd)}")
 
 
@@ -107,49 +122,6 @@ def list_(store: options.Store = None, output_: options.Output = output.Format.t
     if not rows:
         output.note(f"no pipelines in {url}. Start one with: osctl launch")
     output.emit(rows, output_, {"name": "pipeline", "state": "state", "stages": "committed", "usd": "cost, $", "driver": "driven by"})
-
-
-def logs(
-    stage: Annotated[
-        str | None, typer.Argument(help="Stage; default: the one that ran last.", autocompletion=lambda: stage_names())
-    ] = None,
-    attempt: Annotated[int | None, typer.Option(min=1, help="Attempt number; default: the last.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the attempt ends.")] = False,
-    file: Annotated[
-        str | None, typer.Option("--file", metavar="PATH|NAME", envvar="OSCTL_FILE", help="Pipeline, as in osctl launch -f.")
-    ] = None,
-    store: options.Store = None,
-) -> None:
-    """Print what the trainer of an attempt wrote. Logs lie in the store: they outlive the process that wrote them.
-
-    Example: osctl logs stage2 -f
-    """
-    from orchestrator.errors import UsageError
-
-    workspace = launched(Workspace.open(file, store=store))
-    current = take(workspace)
-    tried = [status for status in current.stages if status.attempts]
-    chosen = [status for status in tried if stage in (None, status.name)]
-    if not chosen:
-        known = ", ".join(status.name for status in tried) or "none"
-        raise UsageError(f"logs {stage or ''}: no attempt in the ledger; stages that ran: {known}. Run: osctl launch")
-    selected = chosen[-1]
-    numbers = [one.number for one in selected.attempts]
-    number = attempt or numbers[-1]
-    if number not in numbers:
-        raise UsageError(
-            f"logs {selected.name}: attempt {number} is not in the ledger; it has {numbers[0]} to {numbers[-1]}. Name one of those"
-        )
-    assert selected.inputs is not None
-    last = ""
-    while True:
-        ended = workspace.ledger.outcome(selected.name, selected.inputs, number) is not None
-        for piece in workspace.ledger.log(selected.name, selected.inputs, number, after=last):
-            output.raw(piece.text().decode(errors="replace"))
-            last = piece.key
-        if ended or not follow:
-            return
-        time.sleep(0.5)
 
 
 def stage_names() -> list[str]:

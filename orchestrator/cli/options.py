@@ -18,6 +18,10 @@ File = Annotated[
         help="Pipeline: a file, a folder, or a shipped name (demo, open-sora-1.0). Default: ./osctl.yaml, else demo.",
     ),
 ]
+LongFile = Annotated[
+    str | None,
+    typer.Option("--file", metavar="PATH|NAME", envvar="OSCTL_FILE", help="Pipeline, as in osctl launch -f; here -f follows."),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -28,6 +32,26 @@ Store = Annotated[
     str | None,
     typer.Option(
         "--store", metavar="URL", help="Object store: a folder, or s3://bucket/prefix. Default: the pipeline's, else .osctl/store."
+    ),
+]
+
+
+def cluster_names() -> list[str]:
+    """For the shell's completion: the cluster profiles that are shipped."""
+    from orchestrator.cluster import shipped_clusters
+    from orchestrator.config import shipped_folder
+
+    return list(shipped_clusters(shipped_folder()))
+
+
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="NAME|FILE",
+        help="Cluster profile: a shipped name (h800-64, kind-cpu) or a file. Implies --backend kubernetes; "
+        "OSCTL_CLUSTER names one without implying it.",
+        autocompletion=cluster_names,
     ),
 ]
 Tracking = Annotated[
@@ -41,6 +65,15 @@ Data = Annotated[
         metavar="FOLDER",
         help="Train on this folder of videos with a captions.csv (path,text) instead of the pipeline's own data.",
     ),
+]
+Wait = Annotated[
+    bool,
+    typer.Option(
+        "--wait", help="With kubernetes: follow the driver to its end, and end with its exit code. Ctrl-C stops the looking only."
+    ),
+]
+Foreground = Annotated[
+    bool, typer.Option("--foreground", help="With kubernetes: drive from this process, as locally; Ctrl-C saves and stops.")
 ]
 Output = Annotated[Format, typer.Option("--output", "-o", help="How the result is printed on stdout.")]
 Mfu = Annotated[

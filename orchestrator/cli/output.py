@@ -79,6 +79,16 @@ def raw(text: str) -> None:
     sys.stdout.flush()
 
 
+def line(row: dict[str, Any], text: str, format: Format) -> None:
+    """One of many results that come one after another: json is one object a line, yaml one document each."""
+    if format is Format.json:
+        print(json.dumps(row, default=_plain), flush=True)
+    elif format is Format.yaml:
+        emit([row], format)
+    else:
+        print(row["name"] if format is Format.name else text, flush=True)
+
+
 def cell(value: Any) -> str:
     """A value as a table shows it."""
     if value is None or value == "":

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import Annotated, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orchestrator.cli import options, output
 from orchestrator.cli.look import launched, stage_names, take
 from orchestrator.cli.workspace import Workspace, home
+
+if TYPE_CHECKING:
+    from orchestrator.config import Pipeline
+    from orchestrator.ports import Backend, Store
 
 PROJECTION_WAIT_S = 60.0
 """How long a finished launch waits for MLflow to show its last words. MLflow's first start on a small machine takes 20 s."""
@@ -30,7 +37,13 @@ def launch(
     settings: options.Set = None,
     store: options.Store = None,
     tracking: options.Tracking = None,
-    backend: Annotated[str | None, typer.Option(metavar="local|kubernetes", help="Where attempts run.")] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(metavar="local|kubernetes", help="Where attempts run: processes of this machine, or PyTorchJobs of a cluster."),
+    ] = None,
+    cluster: options.Cluster = None,
+    wait: options.Wait = False,
+    foreground: options.Foreground = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run and cost, and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     output_: options.Output = output.Format.table,
@@ -38,18 +51,27 @@ def launch(
     """Train the stages, each from the verified checkpoint before it.
 
     Repeating it does nothing twice.
-    Ctrl-C once saves and stops (exit 130); twice ends at once. Launching again goes on.
+    Locally it shows progress until the end; Ctrl-C once saves and stops (exit 130), twice ends at once. Launching again goes on.
+    On Kubernetes it creates a driver in the cluster and returns; launching again finds the driver that is there.
 
     Examples: osctl launch          osctl launch stage2 --set stage2.steps=500          osctl launch --data ~/clips
+    osctl launch -f open-sora-1.0 --cluster my-pool.yaml --store s3://bucket/runs
     """
-    settings = [*(settings or []), *([f"backend={backend}"] if backend else [])]
-    workspace = Workspace.open(file, settings=settings, store=store, tracking=tracking, data=data)
-    drive(workspace, stage, dry_run=dry_run, quiet=quiet, output_=output_)
+    workspace = Workspace.open(file, settings=settings, store=store, tracking=tracking, data=data, backend=backend, cluster=cluster)
+    check_target(workspace, stage)
+    if dry_run or workspace.pipeline.backend == "local" or foreground:
+        run_here(workspace, stage, dry_run=dry_run, quiet=quiet, output_=output_)
+    else:
+        again = Again(file, store, cluster)
+        launch_there(workspace, [stage] if stage else [], again, attach=False, wait=wait, quiet=quiet, output_=output_)
 
 
 def resume(
     file: options.File = None,
     store: options.Store = None,
+    cluster: options.Cluster = None,
+    wait: options.Wait = False,
+    foreground: options.Foreground = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False,
     output_: options.Output = output.Format.table,
 ) -> None:
@@ -59,53 +81,92 @@ def resume(
     """
     from orchestrator.errors import Refused
 
-    workspace = Workspace.open(file, store=store)
+    workspace = Workspace.at(file, store=store, cluster=cluster)
     if workspace.ledger.latest_revision() is None:
         raise Refused(f"resume {workspace.pipeline.name}: was never launched in {workspace.store_url}. Run: osctl launch")
-    drive(launched(workspace), None, dry_run=False, quiet=quiet, output_=output_)
+    workspace = launched(workspace)
+    if workspace.pipeline.backend == "local" or foreground:
+        run_here(workspace, None, dry_run=False, quiet=quiet, output_=output_)
+    else:
+        launch_there(workspace, [], Again(file, store, cluster), attach=True, wait=wait, quiet=quiet, output_=output_)
 
 
-def cancel(file: options.File = None, store: options.Store = None) -> None:
+def cancel(
+    file: options.File = None,
+    store: options.Store = None,
+    cluster: options.Cluster = None,
+    now: Annotated[bool, typer.Option("--now", help="Do not save: what was trained since the last checkpoint is lost.")] = False,
+) -> None:
     """Ask the running launch to save and stop. It can be taken up again with osctl resume.
 
-    Example: osctl cancel -f demo
+    Examples: osctl cancel -f demo          osctl cancel --now
     """
-    workspace = Workspace.open(file, store=store)
-    now = time.time()
-    holder = workspace.ledger.holder(now)
-    if holder is None or not workspace.ledger.ask_cancel(now, detail=f"by {os.environ.get('USER', 'somebody')}"):
-        output.note(f"{workspace.pipeline.name}: nobody drives it, nothing to cancel")
-        return
-    output.note(f"{workspace.pipeline.name}: asked {holder.holder} to save and stop. Follow it with: osctl watch")
+    workspace = launched(Workspace.at(file, store=store, cluster=cluster))
+    name, moment = workspace.pipeline.name, time.time()
+    detail = f"{'now, ' if now else ''}by {os.environ.get('USER', 'somebody')}"
+    holder = workspace.ledger.holder(moment)
+    if holder is not None and workspace.ledger.ask_cancel(moment, detail=detail):
+        asked = "stop without saving" if now else "save and stop"
+        output.note(f"{name}: asked {holder.holder} to {asked}. Follow it with: osctl watch")
+    elif workspace.pipeline.backend == "kubernetes":
+        from orchestrator.cli import remote
+
+        remote.cancel_coming(remote.connect(workspace), workspace, detail)
+    else:
+        output.note(f"{name}: nobody drives it, nothing to cancel")
 
 
-def drive(workspace: Workspace, target: str | None, *, dry_run: bool, quiet: bool, output_: output.Format) -> None:
-    """Plan, refuse or run; then say what came out. Ends the process with the run's exit code."""
-    from orchestrator.cli import display
-    from orchestrator.cli.recipe import ledger_of, plan_of, show_plan
-    from orchestrator.errors import Refused, UsageError
-    from orchestrator.plan import check_budget
+@dataclass(frozen=True)
+class Again:
+    """What a person has to type to mean the same pipeline."""
+
+    file: str | None
+    store: str | None
+    cluster: str | None
+
+    def options(self, short: str = "-f") -> str:
+        given = ((short, self.file), ("--store", self.store), ("--cluster", self.cluster))
+        return "".join(f" {option} {shlex.quote(value)}" for option, value in given if value is not None)
+
+
+def check_target(workspace: Workspace, target: str | None) -> None:
+    """Raises UsageError."""
+    from orchestrator.errors import UsageError
 
     pipeline = workspace.pipeline
     if target is not None and target not in {stage.name for stage in pipeline.stages}:
         raise UsageError(f"launch {target}: {pipeline.name} has no such stage; it has {', '.join(stage.name for stage in pipeline.stages)}")
-    if pipeline.backend != "local" and not dry_run:
-        fact = f"launch {pipeline.name}: backend {pipeline.backend} is not in this version, local is"
-        raise Refused(f"{fact}. See what it would cost with: osctl plan -f {pipeline.name}")
+
+
+def run_here(workspace: Workspace, target: str | None, *, dry_run: bool, quiet: bool, output_: output.Format) -> None:
+    """Plan, refuse or drive in this process; then say what came out. Ends the process with the run's exit code."""
+    from orchestrator.cli import display, remote
+    from orchestrator.cli.recipe import ledger_of, plan_of, show_plan
+    from orchestrator.plan import check_budget
+
+    pipeline = workspace.pipeline
     estimate = plan_of(workspace, committed=ledger_of(workspace), target=target)
     if dry_run:
         show_plan(estimate, output_)
         return
     check_budget(estimate, pipeline.budget_usd)
-    from orchestrator.adapters.local import LocalBackend
     from orchestrator.runner import Runner
 
+    if pipeline.backend == "kubernetes":
+        remote.check_store(workspace)
+        if (there := remote.live(remote.drivers(remote.connect(workspace), workspace))) is not None:
+            remote.refuse_second(workspace, there)
     workspace.store.probe()
-    runner = Runner(pipeline, workspace.ledger, LocalBackend(workspace.store_url, home()))
+    runner = Runner(pipeline, workspace.ledger, backend_of(pipeline, workspace.store, workspace.store_url))
     following = contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices)
     # With nothing left to train there is nothing new to show, and MLflow's start of several seconds is saved.
     tracking = any(row.basis != "committed" for row in estimate.rows)
-    with on_interrupt(runner), projecting(workspace) if tracking else contextlib.nullcontext(), following:
+    log = home() / "log" / "projection.log"
+    with (
+        on_interrupt(runner),
+        projecting(pipeline, workspace.store_url, log) if tracking else contextlib.nullcontext(),
+        following,
+    ):
         result = runner.run([target] if target else None)
     current = take(workspace)
     lines = display.comparison(current)
@@ -116,6 +177,70 @@ def drive(workspace: Workspace, target: str | None, *, dry_run: bool, quiet: boo
     farewell(workspace, current, result)
     if result.exit_code:
         raise SystemExit(result.exit_code)
+
+
+def launch_there(
+    workspace: Workspace, targets: list[str], again: Again, *, attach: bool, wait: bool, quiet: bool, output_: output.Format
+) -> None:
+    """Plan, refuse or leave it to a driver in the cluster. With `wait`, ends the process with the driver's exit code.
+
+    Args:
+        attach: whether a live driver will do whatever stages it was given.
+    """
+    from orchestrator.cli import remote
+
+    pipeline = workspace.pipeline
+    remote.check_store(workspace)
+    workspace.lend_environment()
+    api = remote.connect(workspace)
+    found = remote.drivers(api, workspace)  # first of all: with the cluster away, nothing is done
+    driver = remote.live(found)
+    if driver is None:
+        workspace.store.probe()
+        if remote.nothing_left(workspace, targets):
+            output.note(f"{pipeline.name}: every stage that was asked for is committed. See: osctl compare{again.options()}")
+            output.emit({"pipeline": pipeline.name, "driver": None, "revision": None}, output_)
+            return
+        driver, new = remote.submit(api, workspace, targets, found)
+    else:
+        new = False
+    if new:
+        output.note(f"{pipeline.name}: launched, driven by Job {driver.name} in namespace {api.namespace}")
+        if pipeline.tracking.startswith("sqlite"):
+            output.note("MLflow: its database lies on this machine, which the driver does not reach; fill it with: osctl sync")
+    else:
+        remote.check_same(driver, workspace, None if attach else targets)
+        output.note(f"{pipeline.name}: Job {driver.name} drives it already; nothing was done twice")
+    output.emit({"pipeline": pipeline.name, "driver": driver.name, "revision": driver.revision}, output_)
+    if not wait:
+        output.note(f"next: osctl watch{again.options()} | osctl logs -f{again.options('--file')} | osctl cancel{again.options()}")
+        return
+    from orchestrator.cli import display
+
+    try:
+        with contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices):
+            code = remote.wait(api, workspace, driver)
+    except KeyboardInterrupt:
+        output.note(f"\n{pipeline.name}: the driver goes on. Stop it with: osctl cancel{again.options()}")
+        raise
+    current = take(workspace)
+    output.note(f"{pipeline.name}: {current.state}, {output.dollars(current.usd)}")
+    if code:
+        output.note(f"next: osctl status{again.options()}, osctl logs{again.options('--file')}, then osctl resume{again.options()}")
+        raise SystemExit(code)
+
+
+def backend_of(pipeline: Pipeline, store: Store, store_url: str) -> Backend:
+    """Where attempts of a pipeline live. Raises UsageError where there is no kubeconfig."""
+    if pipeline.cluster is None:
+        from orchestrator.adapters.local import LocalBackend
+
+        return LocalBackend(store_url, home())
+    from orchestrator.adapters.kube.api import Api
+    from orchestrator.adapters.kube.backend import KubeBackend
+
+    profile = pipeline.cluster
+    return KubeBackend(store, Api.connect(profile.context, profile.namespace), profile, store_url, pipeline=pipeline.name)
 
 
 @contextlib.contextmanager
@@ -141,29 +266,39 @@ def on_interrupt(runner: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def projecting(workspace: Workspace) -> Iterator[None]:
-    """Keep MLflow up to the ledger in a process beside the launch. Nothing waits for it but the end, and that not for long."""
-    tracking = workspace.pipeline.tracking
+def projecting(pipeline: Pipeline, store_url: str, log: Path | None = None) -> Iterator[None]:
+    """Keep MLflow up to the ledger in a process beside the launch. Nothing waits for it but the end, and that not for long.
+
+    `log`: where its own words go; none: beside ours. A driver that leaves does not wait: the next one has a projection of its own.
+    """
+    from orchestrator.runner import Detached
+
+    tracking = pipeline.tracking
     if tracking == "none":
         yield
         return
-    (home() / "log").mkdir(parents=True, exist_ok=True)
-    with open(home() / "log" / "projection.log", "ab") as log:  # noqa: PTH123 - a plain descriptor for the child
-        follower = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.projection", "--store", workspace.store_url, "--pipeline", workspace.pipeline.name,
-             "--tracking", tracking, "--follow-pid", str(os.getpid())],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
+    command = [sys.executable, "-m", "orchestrator.projection", "--store", store_url, "--pipeline", pipeline.name]
+    command += ["--tracking", tracking, "--follow-pid", str(os.getpid())]
+    with contextlib.ExitStack() as opened:
+        words = None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            words = opened.enter_context(log.open("ab"))
+        follower = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=words, stderr=words, start_new_session=True)
+    patience_s = PROJECTION_WAIT_S
     try:
         yield
+    except Detached:
+        patience_s = 0.0
+        raise
     finally:
         follower.terminate()  # it looks once more, shows what is new, and leaves
         try:
-            code: int | None = follower.wait(PROJECTION_WAIT_S)
+            code: int | None = follower.wait(patience_s)
         except subprocess.TimeoutExpired:
             follower.kill()
             code = follower.wait()
-        if code != 0:
+        if code != 0 and patience_s:
             output.note(f"MLflow ({tracking}) is behind the ledger. Bring it up to date with: osctl sync")
 
 

@@ -34,7 +34,7 @@ def sample(
     """
     from orchestrator.errors import Refused
 
-    workspace = launched(Workspace.open(file, store=store))
+    workspace = launched(Workspace.at(file, store=store))
     chosen = [status for status in take(workspace).stages if status.committed and stage in (None, status.name)]
     if not chosen:
         fact = f"sample {stage or workspace.pipeline.name}: nothing is committed to draw with"

@@ -38,12 +38,17 @@ class Workspace:
         store: str | None = None,
         tracking: str | None = None,
         data: str | None = None,
+        backend: str | None = None,
+        cluster: str | None = None,
     ) -> Workspace:
+        """Raises UsageError."""
         from orchestrator import config
         from orchestrator.adapters.local import cuda_devices
 
         overrides = dict(split(setting) for setting in settings or ())
-        for name, value in (("store", store), ("tracking", tracking)):
+        if cluster is not None and backend is None and "backend" not in overrides and not os.environ.get("OSCTL_BACKEND"):
+            backend = "kubernetes"
+        for name, value in (("store", store), ("tracking", tracking), ("backend", backend), ("cluster", cluster)):
             if value is not None:
                 overrides[name] = value
         pipeline = config.load(config.find(file), overrides=overrides, env=os.environ)
@@ -51,11 +56,29 @@ class Workspace:
             pipeline = config.with_data(pipeline, data)
         return cls(config.on_devices(pipeline, cuda_devices()))
 
+    @classmethod
+    def at(cls, file: str | None, *, store: str | None = None, cluster: str | None = None) -> Workspace:
+        """For commands about what was launched: OSCTL_CLUSTER is where to look, whatever backend the file names. See `launched`."""
+        return cls.open(file, store=store, cluster=cluster or os.environ.get("OSCTL_CLUSTER") or None)
+
     @cached_property
     def store(self) -> Store:
         from orchestrator.adapters import open_store
 
+        self.lend_environment()
         return open_store(self.store_url)
+
+    def lend_environment(self) -> None:
+        """Let this process and its children find the object store as the cluster's pods do, where the person's environment is silent."""
+        if self.pipeline.cluster is None or not self.store_url.startswith("s3://"):
+            return
+        spoken = {
+            "OSCTL_S3_ENDPOINT": ("OSCTL_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+            "AWS_REGION": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+        }
+        for name, value in self.pipeline.cluster.store_env().items():
+            if not any(os.environ.get(other) for other in spoken[name]):
+                os.environ[name] = value
 
     @property
     def store_url(self) -> str:

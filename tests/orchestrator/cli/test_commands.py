@@ -79,9 +79,16 @@ def test_a_budget_is_kept(osctl: Osctl) -> None:
     assert "budget" in refused and not list(osctl.folder.rglob("intent.json"))
 
 
-def test_what_is_not_in_this_version_is_refused_before_anything_happens(osctl: Osctl) -> None:
-    assert "kubernetes" in osctl("launch", "-f", "open-sora-1.0", expect=4).stderr
+def test_without_a_cluster_nothing_is_done(osctl: Osctl) -> None:
+    lost = Osctl(osctl.folder, env={"KUBECONFIG": str(osctl.folder / "nowhere"), "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"})
+    refused = lost("launch", "-f", "open-sora-1.0", expect=2).stderr
+    assert "KUBECONFIG" in refused and len(refused.splitlines()) == 1
     assert not (osctl.folder / ".osctl").exists()
+
+
+def test_a_folder_is_no_store_for_pods(osctl: Osctl) -> None:
+    refused = osctl("launch", "--cluster", "kind-cpu", "--set", "stage1.resources.device=auto", expect=2).stderr
+    assert "no pod sees" in refused and "s3://" in refused and not (osctl.folder / ".osctl").exists()
 
 
 @pytest.mark.parametrize("command", ["resume", "sample", "lineage"])
@@ -102,7 +109,7 @@ def test_schemas_are_for_editors(osctl: Osctl) -> None:
 def test_every_command_shows_an_example(osctl: Osctl) -> None:
     listing = osctl("--help").stdout.split("Commands:")[1]
     names = [line.split()[0] for line in listing.splitlines() if line.startswith("  ") and not line.startswith("   ")]
-    assert len(names) == 16
+    assert len(names) == 18
     for name in names:
         assert "Example" in osctl(name, "--help").stdout, name
 
