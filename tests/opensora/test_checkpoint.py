@@ -25,9 +25,27 @@ def encoders(tmp_path: Path) -> Path:
     return tmp_path / "encoders"
 
 
-def write(folder: Path, stage: StageConfig, encoders: Path, step: int, numbers: int = 4) -> Path:
+def write(folder: Path, stage: StageConfig, encoders: Path, step: int, numbers: int = 4, *, node: int = 0, nodes: int = 1) -> Path:
     tensors = {name: {"w": torch.full((numbers,), float(step))} for name in checkpoint.TENSORS}
-    return checkpoint.save(folder, stage, tensors, encoders, step=step, world_size=2, clips_seen=step * 8, carried=("a",), reset=("b",))
+    return checkpoint.save(
+        folder, stage, tensors, encoders, step=step, world_size=2, clips_seen=step * 8, carried=("a",), reset=("b",), node=node, nodes=nodes
+    )
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 8])
+def test_nodes_write_each_file_once_and_together_the_files_of_one(nodes: int, tiny_stage: Stages, tmp_path: Path, encoders: Path) -> None:
+    stage, alone = tiny_stage(), {}
+    for path in write(tmp_path / "alone", stage, encoders, 4).iterdir():
+        alone[path.name] = path.read_bytes()
+    found: dict[str, bytes] = {}
+    for node in range(nodes):
+        path = write(tmp_path / f"node{node}", stage, encoders, 4, node=node, nodes=nodes)
+        files = {file.name: file.read_bytes() for file in path.iterdir()}
+        record = json.loads(files.pop(checkpoint.RECORD))
+        assert record["files"] == {name: len(data) for name, data in files.items()}
+        assert not files.keys() & found.keys()
+        found |= files
+    assert found | {checkpoint.RECORD: alone[checkpoint.RECORD]} == alone
 
 
 def test_what_was_saved_is_read(tiny_stage: Stages, tmp_path: Path, encoders: Path) -> None:

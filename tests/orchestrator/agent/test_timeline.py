@@ -127,3 +127,12 @@ def test_a_trainer_cannot_book_what_is_not_its_own() -> None:
     line = timeline()
     line.line({"phase": "unaccounted", "start": START, "end": START + 1}, START + 9)
     assert line.take()[0].spent == {"init": 1}
+
+
+def test_a_node_other_than_the_first_counts_its_steps_and_leaves_the_metrics_to_it() -> None:
+    line = Timeline(START, node=3, devices=2, every_steps=10)
+    line.line(step(4, START + 2), START + 9)
+    line.line(step(5, START + 3), START + 9)
+    (piece,) = line.take()
+    assert (piece.node, piece.first_step, piece.last_step, piece.metrics) == (3, 4, 5, ())
+    assert piece.spent["step"] == pytest.approx(2.0)
