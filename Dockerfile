@@ -57,7 +57,9 @@ COPY --from=project /project/ /opt/osctl/
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["osctl"]
-ARG SOURCE= REVISION= VERSION=
+ARG SOURCE=""
+ARG REVISION=""
+ARG VERSION=""
 LABEL org.opencontainers.image.title=osctl org.opencontainers.image.description="osctl: CLI and driver" org.opencontainers.image.licenses=Apache-2.0 \
       org.opencontainers.image.source=${SOURCE} org.opencontainers.image.revision=${REVISION} org.opencontainers.image.version=${VERSION}
 
@@ -66,6 +68,8 @@ COPY --from=project /project/ /opt/osctl/
 USER 1000:1000
 WORKDIR /tmp
 ENTRYPOINT ["python", "-m", "orchestrator.agent"]
-ARG SOURCE= REVISION= VERSION=
+ARG SOURCE=""
+ARG REVISION=""
+ARG VERSION=""
 LABEL org.opencontainers.image.title=osctl-trainer org.opencontainers.image.description="osctl: agent and trainer" org.opencontainers.image.licenses=Apache-2.0 \
       org.opencontainers.image.source=${SOURCE} org.opencontainers.image.revision=${REVISION} org.opencontainers.image.version=${VERSION}
