@@ -34,10 +34,6 @@ def named(objects: list[Manifest], kind: str, name: str) -> Manifest:
     return next(manifest for manifest in objects if identity(manifest) == (kind, name))
 
 
-def hook(manifest: Manifest) -> bool:
-    return "helm.sh/hook" in manifest["metadata"].get("annotations", {})
-
-
 def profile_of(objects: list[Manifest], folder: Path) -> ClusterProfile:
     """As `osctl --cluster` reads it."""
     (folder / "cluster.yaml").write_text(named(objects, "ConfigMap", "osctl-cluster")["data"]["cluster.yaml"])
@@ -77,14 +73,12 @@ def test_the_schema_allows_no_value_that_values_yaml_does_not_have() -> None:
 def test_accounts_roles_and_policies_are_those_of_kustomize(helm: Path, kubectl: Path, site: str) -> None:
     folder = OVERLAYS.parent / "base" if site == "base" else OVERLAYS / site
     source = {identity(manifest): plain(manifest) for manifest in kustomize(kubectl, folder) if manifest["kind"] in COMPARED}
-    ours = {
-        identity(manifest): plain(manifest) for manifest in _rendered(helm, site) if manifest["kind"] in COMPARED and not hook(manifest)
-    }
+    ours = {identity(manifest): plain(manifest) for manifest in _rendered(helm, site) if manifest["kind"] in COMPARED}
     assert ours.pop(("ServiceAccount", "osctl-mlflow"))["automountServiceAccountToken"] is False  # kustomize installs no MLflow
     for manifest in ours.values():
         if manifest["kind"] == "ServiceAccount":
             manifest["metadata"].pop("annotations", None)  # workload identity is the site's
-    assert len(source) == 11
+    assert len(source) == 12
     assert ours == source
 
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from deploy.rendering import OVERLAYS, REPOSITORY, Manifest, identity, kustomize
 from deploy.restricted import pods, weaknesses
+from deploy.rights import OF_DRIVER, OF_USER, Rights
 from manifest_specs import intent, open_sora
 from pod_security import violations
 
@@ -23,18 +24,6 @@ from orchestrator.document import read, validate
 from orchestrator.manifest import driver_job, pytorch_job
 
 SITES = sorted(path.parent.name for path in OVERLAYS.glob("*/kustomization.yaml"))
-READ, WATCH = ("get", "list"), ("get", "list", "watch")
-OF_DRIVER = {
-    ("kubeflow.org", "pytorchjobs"): (*WATCH, "create", "patch", "delete"),
-    ("", "pods"): (*WATCH, "delete"),
-    ("", "pods/log"): ("get",),
-    ("", "events"): WATCH,
-    ("", "resourcequotas"): READ,
-    ("scheduling.x-k8s.io", "podgroups"): WATCH,
-    ("kueue.x-k8s.io", "workloads"): READ,
-    ("kueue.x-k8s.io", "localqueues"): READ,
-}
-OF_USER = {**OF_DRIVER, ("batch", "jobs"): (*WATCH, "create", "delete")}
 METADATA_SERVER = ipaddress.ip_address("169.254.169.254")
 
 
@@ -56,7 +45,7 @@ def of_kind(objects: list[Manifest], kind: str) -> dict[str, Manifest]:
     return {manifest["metadata"]["name"]: manifest for manifest in objects if manifest["kind"] == kind}
 
 
-def rights(role: Manifest) -> dict[tuple[str, str], tuple[str, ...]]:
+def rights(role: Manifest) -> Rights:
     return {
         (group, resource): tuple(rule["verbs"]) for rule in role["rules"] for group in rule["apiGroups"] for resource in rule["resources"]
     }
