@@ -238,12 +238,16 @@ class Attempt:
         """Hand over what is finished; the ending, corrected where the store did not take what it promises."""
         self._phase = "publish"
         self._flush(final=True)
-        self._checkpoints.close(ending.step if ending.saved else None)
+        self._checkpoints.close(ending.step if ending.saved and not self._as_resumed(ending) else None)
         while not (self._checkpoints.idle and self._small.idle) and not self._give_up():
             self._wait()
         if not ending.saved or ending.step is None or ending.step in self._checkpoints.published:
             return ending
         return self._undelivered(ending)
+
+    def _as_resumed(self, ending: Ending) -> bool:
+        """Whether it ended where it began, so that no other node has anything to do for what it promises."""
+        return ending.class_ == "drained" and self.intent.resume is not None and ending.step == self.intent.resume.step
 
     def _give_up(self) -> bool:
         now = time.monotonic()

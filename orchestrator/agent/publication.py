@@ -153,7 +153,7 @@ class Peers(threading.Thread):
             try:
                 self._look(closing, promised, descriptions)
                 self.failing_since, self.trouble = None, ""
-            except (Unreachable, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the agent must be able to give up and leave
                 self.trouble = f"waiting for other nodes: {error}"
                 log.warning("%s", self.trouble)
                 self.failing_since = self.failing_since or time.monotonic()

@@ -244,6 +244,15 @@ def test_a_node_that_is_asked_to_leave_takes_the_others_with_it_and_all_save_the
     assert files(second.manifest(STEPS)) == on_one_node[STEPS]
 
 
+def test_a_node_that_is_asked_to_leave_while_it_waits_for_the_others_leaves(attempts: Attempts, jobs: Any) -> None:
+    job = jobs(attempts.intend(config=tiny(), nodes=2, trainer=()), numbers=(1,))
+    until(lambda: (job.nodes[0].run_dir / "trainer.log").exists(), "a trainer")
+    job.nodes[0].agent.send_signal(signal.SIGTERM)
+    codes, reports = job.end()
+    assert codes == [143] and [report.class_ for report in reports] == ["drained"]
+    assert "before the nodes had met" in reports[0].reason
+
+
 def test_a_killed_rank_is_named_by_its_node_and_the_other_says_peer(attempts: Attempts, jobs: Any) -> None:
     config = tiny(steps=2000, checkpoint={"every_steps": 2000})
     job = jobs(attempts.intend(config=config, nodes=2, devices=2, trainer=()))
