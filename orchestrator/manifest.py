@@ -1,7 +1,7 @@
 """From an intent and a cluster profile to the objects that are sent to Kubernetes. Pure, and the only place where one is written.
 
-Owns names, labels and annotations of everything that osctl makes in a cluster, and the test for what is ours. Refuses to talk to a
-cluster, and to hold a secret: credentials are named.
+Owns names, labels and annotations of everything that osctl makes in a cluster, the test for what is ours, and what it means that a
+running job differs from what would be sent now. Refuses to talk to a cluster, and to hold a secret: credentials are named.
 
 Invariants:
 - A manifest is a function of its arguments alone. Nothing in it depends on a clock, on the epoch or on what an attempt resumes from, so
@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -455,6 +456,112 @@ def pods(manifest: Mapping[str, Any]) -> list[Manifest]:
         }
         for index in range(count)
     ]
+
+
+# --- What differs, and what that means --------------------------------------------------------------------------------------------------
+
+NEXT = "takes effect at the next attempt"
+ANEW = "another result: the stage starts again from its parent, and the old result stays"
+
+
+@dataclass(frozen=True)
+class Difference:
+    path: str
+    """`container.resources.limits.memory`, `stage.model.depth`."""
+    old: Any
+    """What runs; none: nothing."""
+    new: Any
+    """What would be sent now; none: nothing."""
+    meaning: str
+
+
+_MEANINGS: Sequence[tuple[str, str]] = (
+    ("namespace", "another place: the running job stays where it is, end it first with osctl cancel"),
+    ("store", "another ledger, which knows nothing of this run"),
+    ("container.image", f"{NEXT}; other code may give other numbers"),
+    ("pod.terminationGracePeriodSeconds", f"{NEXT}; until then a save must fit into the old one"),
+    ("container.lifecycle", f"{NEXT}; until then a save must fit into the old one"),
+)
+"""By the beginning of a path. Everything else waits for the next attempt too: pods are never changed while they run."""
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Of an attempt's job, as a server gives it back, from what would be sent now.
+
+    What every attempt has of its own (name, number, intent) is no difference, nor is what a server, a queue or a drain wrote into it.
+    """
+    return [Difference(path, was, now, _meaning(path)) for path, was, now in _changes(_comparable(old), _comparable(new))]
+
+
+def stage_differences(old: Intent, new: Intent) -> list[Difference]:
+    """Of what is trained. Whatever changes the stage's inputs is another result; the rest waits for the next attempt."""
+    before, after = old.nodes * old.devices_per_node, new.nodes * new.devices_per_node
+    batch = old.config.batch_size * before, new.config.batch_size * after
+    config = list(_changes(_flat(old.config.model_dump(mode="json"), "stage"), _flat(new.config.model_dump(mode="json"), "stage")))
+    found = [Difference("global batch", *batch, f"exact resume is not possible; {ANEW}")] if batch[0] != batch[1] else []
+    found += [Difference(path, was, now, ANEW) for path, was, now in config]
+    if old.inputs != new.inputs and not config and before == after:
+        found.append(Difference("inputs", old.inputs, new.inputs, f"its parent has another result now; {ANEW}"))
+    devices = f"{NEXT}, which resumes: as many devices as before" if before == after else ANEW
+    meanings = {
+        "nodes": devices,
+        "devices_per_node": devices,
+        "device": f"{NEXT}; until then the bill is at the old device's price",
+        "trainer": NEXT,
+        "hang_timeout_s": NEXT,
+        "flush_s": NEXT,
+    }
+    found += [
+        Difference(name, getattr(old, name), getattr(new, name), meaning)
+        for name, meaning in meanings.items()
+        if getattr(old, name) != getattr(new, name)
+    ]
+    return found
+
+
+def _meaning(path: str) -> str:
+    return next((meaning for beginning, meaning in _MEANINGS if path.startswith(beginning)), NEXT)
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for path in [*new, *(path for path in old if path not in new)]:
+        if old.get(path) != new.get(path):
+            yield path, old.get(path), new.get(path)
+
+
+def _comparable(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves of a job by short paths, without what belongs to one attempt alone, or to the cluster."""
+    metadata, spec = manifest["metadata"], manifest["spec"]
+    policy = {key: value for key, value in spec["runPolicy"].items() if key != "suspend"}  # Kueue's, and a drain's
+    elastic = {key: value for key, value in spec.get("elasticPolicy", {}).items() if key != "rdzvId"}
+    worker = spec["pytorchReplicaSpecs"]["Worker"]
+    pod = dict(worker["template"]["spec"])
+    container = dict(pod.pop("containers")[0])
+    words = container.pop("command")
+    options = {name: value for name, value in zip(words[3::2], words[4::2], strict=False) if name not in ("--store", "--intent")}
+    # Requests are limits. Nodes and processes are the stage's devices, which `stage_differences` speaks of.
+    container["resources"] = {"limits": container["resources"]["limits"]}
+    return {
+        "namespace": metadata["namespace"],
+        "store": metadata["annotations"][STORE],
+        **_flat({"queue": metadata["labels"].get(KUEUE_QUEUE)}, "job"),
+        **_flat(policy, "job"),
+        **_flat({key: value for key, value in elastic.items() if "Replicas" not in key}, "job"),
+        "worker.restartPolicy": worker["restartPolicy"],
+        "container.command": " ".join(words[:3]),
+        **_flat(options, "container.command"),
+        **_flat(container, "container"),
+        **_flat(pod, "pod"),
+    }
+
+
+def _flat(value: Any, path: str) -> dict[str, Any]:
+    """Leaves by dotted path; items of a list by their name where they have one, else the list is a leaf."""
+    if isinstance(value, list) and value and all(isinstance(each, dict) and "name" in each for each in value):
+        value = {each["name"]: each.get("value", {key: inner for key, inner in each.items() if key != "name"}) for each in value}
+    if isinstance(value, dict) and value:
+        return {name: leaf for key, inner in value.items() for name, leaf in _flat(inner, f"{path}.{key}").items()}
+    return {} if value in (None, [], {}) else {path: value}
 
 
 # --- As text --------------------------------------------------------------------------------------------------------------------------

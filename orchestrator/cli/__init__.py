@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli import account, doctor, drive, logs, look, output, recipe, run, sample
+from orchestrator.cli import account, doctor, drive, logs, look, output, recipe, render, run, sample
 
 app = typer.Typer(
     name="osctl",
@@ -36,6 +36,8 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 for command, name in (
     (recipe.init, "init"),
     (recipe.plan, "plan"),
+    (render.render, "render"),
+    (render.diff, "diff"),
     (run.launch, "launch"),
     (look.watch, "watch"),
     (look.status, "status"),

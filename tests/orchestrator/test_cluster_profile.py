@@ -92,7 +92,7 @@ def test_a_profile_holds_no_credentials_and_an_error_does_not_show_them(field: s
 
 
 def test_an_unknown_profile_is_answered_with_the_closest() -> None:
-    with pytest.raises(UsageError, match="no such file or shipped cluster profile: 'h800-46'. Did you mean 'h800-64'?"):
+    with pytest.raises(UsageError, match=r"no such file or shipped cluster profile: 'h800-46'\. Did you mean 'h800-64'\?"):
         config.load(config.find("open-sora-1.0"), overrides={"cluster": "h800-46"})
 
 
