@@ -330,6 +330,38 @@ def test_a_release_lives_its_life(make_namespace: Callable[[], str], images: dic
     assert {name for name in left if "pod/" not in name} == {"serviceaccount/default", "configmap/kube-root-ca.crt", "secret/osctl-s3"}
 
 
+@pytest.fixture(scope="module")
+def store_image(up: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An image of nothing but versitygw, in the cluster."""
+    if not (tool("buildah") and tool("ctr")):
+        pytest.fail("the cluster is up, but buildah or ctr is missing; scripts/setup-test-servers installs them")
+    image, archive = "localhost/versitygw:deploy-test", tmp_path_factory.mktemp("image") / "versitygw.tar"
+    script = """
+    container=$(buildah from scratch)
+    buildah add -q "$container" "$1" /bin/versitygw
+    buildah commit -q --rm "$container" "$2"
+    buildah push -q "$2" "docker-archive:$3:$2"
+    buildah rmi "$2"
+    ctr -a "$4" -n k8s.io images import "$3"
+    """
+    words = [(CACHE / "bin/versitygw").resolve(), image, archive, CACHE / "run/containerd.sock"]
+    subprocess.run(["bash", "-euc", script, "image", *map(str, words)], check=True, capture_output=True, timeout=120)
+    archive.unlink()
+    return image
+
+
+def test_a_trial_brings_its_own_store(make_namespace: Callable[[], str], images: dict[str, str], store_image: str) -> None:
+    namespace = make_namespace()
+    literals = [f"--from-literal={name}={secrets.token_hex(16)}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
+    run("kubectl", "-n", namespace, "create", "secret", "generic", "osctl-s3", *literals)
+    profile = {"image": images["trainer"], "driver_image": images["slim"], "allow_unpinned": [store_image]}
+    values = merged(ci("trial"), {"profile": profile, "s3": {"trial": {"image": store_image}}})
+    run("helm", "install", "osctl", CHART, "-n", namespace, "--wait", "--timeout", "180s", "--values", "-", given=yaml.safe_dump(values))
+    said = run("helm", "test", "osctl", "-n", namespace, "--logs")
+    assert "it holds its conditional writes" in said and "answers, and not to foreign host names" in said
+    run("helm", "uninstall", "osctl", "-n", namespace)
+
+
 def logged_artifact(namespace: str) -> str:
     """Key, below the artifact root, of what a client of this MLflow has sent it: the client has no key of the object store."""
     script = f"""
