@@ -342,7 +342,7 @@ def _config(context: str | None) -> SingleConfig:
             found = KubeConfig.from_file(name).get(context)
         except (ConfigError, OSError) as error:
             reasons.append(str(error))
-        except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:  # msgspec's are ValueErrors
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:  # lightkube checks nothing, msgspec some
             reasons.append(f"{name}: {error!r} is missing or not as kubectl writes it")
         else:
             assert found is not None
