@@ -186,7 +186,12 @@ class Runner:
                 self._event("launched", detail=",".join(stage.name for stage in self.pipeline.stages if stage.name in wanted))
                 self._repair_events()
                 self._remember()
-                finish = self._drive(wanted)
+                try:
+                    finish = self._drive(wanted)
+                except Refused as error:
+                    with contextlib.suppress(Refused, Unreachable):  # where the lease is lost, the words are another driver's
+                        self._event("ended", detail=f"failed: {error}")
+                    raise
                 self._event("ended", detail=f"{finish.status}: {finish.reason}")
                 return Result(finish.status, finish.exit_code, finish.reason, tuple(self._summary(wanted, finish)))
         finally:

@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.config import Pipeline, Stage
 from orchestrator.cost import AttemptTime, Bill, Prices, account
 from orchestrator.ledger import Ledger
-from orchestrator.records import Committed, Event, JournalPiece, inputs_digest, run_key
+from orchestrator.records import Committed, Event, JournalPiece, Lease, inputs_digest, run_key
 
 LIVE_S = 60.0
 """An open attempt without a journal piece for so long is shown as silent. Arbitrary: twelve pieces at the default interval."""
@@ -66,7 +66,7 @@ class Snapshot:
     """Who holds the lease, if anyone does."""
     stages: tuple[StageStatus, ...]
     said: Event | None = None
-    """What the live driver last observed about all of it: what it waits for."""
+    """What the live driver last observed about all of it: what it waits for. Of one that is gone: its last word, if it had one."""
 
     @property
     def usd(self) -> Decimal:
@@ -84,9 +84,15 @@ def take(pipeline: Pipeline, ledger: Ledger, prices: Prices, now: float) -> Snap
         if status.committed is not None:
             results[stage.name] = status.committed
         stages.append(status)
-    said = [event for event in events if holder and event.epoch == holder.epoch and event.kind == "observed" and event.stage is None]
     driver = holder.holder if holder else None
-    return Snapshot(pipeline.name, _state(stages, events, holder is not None), driver, tuple(stages), said[-1] if said else None)
+    return Snapshot(pipeline.name, _state(stages, events, holder is not None), driver, tuple(stages), _said(events, holder))
+
+
+def _said(events: Sequence[Event], holder: Lease | None) -> Event | None:
+    if holder is None:
+        return events[-1] if events and events[-1].kind == "ended" else None
+    observed = [event for event in events if event.epoch == holder.epoch and event.kind == "observed" and event.stage is None]
+    return observed[-1] if observed else None
 
 
 def _state(stages: Sequence[StageStatus], events: Sequence[Event], driven: bool) -> str:

@@ -26,7 +26,7 @@ def tree(snapshot: Snapshot, sight: Sight | None = None) -> Any:
     """Rich tables: one line a stage with a bar, its attempts below where there is more than one; then pods, and why it waits."""
     import rich.console
 
-    parts = [_stages(snapshot)]
+    parts = [_stages(snapshot, sight)]
     if sight is not None and sight.pods:
         parts.append(_pods(sight))
     if sight is not None:
@@ -41,8 +41,9 @@ def _pods(sight: Sight) -> Any:
     import rich.text
 
     grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("pod", "of", "node", "on", "phase", "why"):
+    for heading in ("pod", "of", "node", "on", "phase"):
         grid.add_column(heading, justify="right" if heading == "node" else "left")
+    grid.add_column("why", max_width=60, no_wrap=True, overflow="ellipsis")  # in full below, where it is what is waited for
     odd = [pod for pod in sight.pods if pod.phase != "Running" or pod.reason]
     calm = [pod for pod in sight.pods if pod not in odd]
     shown = sorted([*odd, *calm[: max(0, PODS - len(odd))]], key=sight.pods.index)
@@ -75,7 +76,7 @@ def waiting_lines(sight: Sight) -> list[str]:
     return [*lines, *([sight.note] if sight.note else [])]
 
 
-def _stages(snapshot: Snapshot) -> Any:
+def _stages(snapshot: Snapshot, sight: Sight | None) -> Any:
     import rich.box
     import rich.progress_bar
     import rich.table
@@ -95,7 +96,7 @@ def _stages(snapshot: Snapshot) -> Any:
             output.duration(stage.eta_s) if stage.state == "running" else "",
             output.duration(stage.wall_s) if stage.attempts else "",
             output.dollars(stage.bill.usd) if stage.attempts else "",
-            rich.text.Text(describe(stage), style="dim"),
+            rich.text.Text(describe(stage, sight), style="dim"),
         )
         for attempt in stage.attempts[:-1] if len(stage.attempts) > 1 else ():
             number, reason = f"  ↳ a{attempt.number}", f"{attempt.state}: {attempt.reason}" if attempt.reason else attempt.state
@@ -104,8 +105,12 @@ def _stages(snapshot: Snapshot) -> Any:
     return grid
 
 
-def describe(stage: StageStatus) -> str:
+def describe(stage: StageStatus, sight: Sight | None = None) -> str:
     """The last column: what it is doing or why it is not."""
+    if sight is not None and stage.state == "running" and stage.attempts[-1].state == "waiting":
+        waits = any(one.stage == stage.name for one in sight.waits)
+        doing = "waits" if waits else "is starting" if any(pod.stage == stage.name for pod in sight.pods) else "waiting"
+        return f"attempt {stage.attempts[-1].number}, {doing}"
     if stage.state == "committed":
         return ", ".join(readings(stage.evaluation)) or "committed"
     if stage.state == "running" and stage.attempts:
@@ -125,11 +130,17 @@ def readings(evaluation: dict[str, float]) -> list[str]:
 
 def whole(snapshot: Snapshot, sight: Sight | None) -> dict[str, Any]:
     """What json and yaml print of a pipeline; with its pods and waits where it lives in a cluster."""
-    about = {"name": snapshot.name, "state": snapshot.state, "driver": snapshot.driver, "usd": snapshot.usd, "stages": rows(snapshot)}
+    about = {
+        "name": snapshot.name,
+        "state": snapshot.state,
+        "driver": snapshot.driver,
+        "usd": snapshot.usd,
+        "stages": rows(snapshot, sight),
+    }
     return about | (sight.rows() if sight is not None else {})
 
 
-def rows(snapshot: Snapshot) -> list[dict[str, Any]]:
+def rows(snapshot: Snapshot, sight: Sight | None = None) -> list[dict[str, Any]]:
     """What json and yaml print of a snapshot."""
     return [
         {
@@ -155,7 +166,7 @@ def rows(snapshot: Snapshot) -> list[dict[str, Any]]:
             "gpu_hours": stage.bill.gpu_hours,
             "usd": stage.bill.usd,
             "inputs": stage.inputs,
-            "why": describe(stage),
+            "why": next((one.why for one in (sight.waits if sight else ()) if one.stage == stage.name), "") or describe(stage, sight),
         }
         for stage in snapshot.stages
     ]
@@ -322,13 +333,14 @@ class Follower:
     @staticmethod
     def _say(current: Snapshot, sight: Sight | None, said: dict[str, str]) -> None:
         for stage in current.stages:
+            doing = describe(stage, sight)
             tenth = 10 * stage.step // max(stage.steps, 1)
-            key = f"{stage.state} {tenth if stage.state == 'running' else ''} {stage.why}"
+            key = f"{stage.state} {tenth if stage.state == 'running' else ''} {stage.why} {doing}"
             if stage.attempts and said.get(stage.name) != key:
                 said[stage.name] = key
                 loss = f" loss {stage.loss:.4f}" if stage.loss is not None else ""
                 eta = f" ETA {output.duration(stage.eta_s)}" if stage.state == "running" and stage.eta_s is not None else ""
-                output.note(f"{stage.name}: {describe(stage)}, step {stage.step}/{stage.steps}{loss}{eta} {output.dollars(stage.bill.usd)}")
+                output.note(f"{stage.name}: {doing}, step {stage.step}/{stage.steps}{loss}{eta} {output.dollars(stage.bill.usd)}")
         if sight is None:
             return
         for line, why in zip(waiting_lines(sight), [*(one.why for one in sight.waits), sight.note], strict=False):

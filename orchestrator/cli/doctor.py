@@ -6,6 +6,8 @@ as a dry run, and the one object that the store's probe writes stays the same.
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import socket
 import urllib.error
@@ -78,7 +80,8 @@ def doctor(
 
     Examples: osctl doctor          osctl doctor --cluster my-pool.yaml --store s3://bucket/runs -o json
     """
-    workspace = Workspace.open(file, settings=settings, store=store, tracking=tracking, cluster=cluster)
+    named = cluster or os.environ.get("OSCTL_CLUSTER") or None
+    workspace = Workspace.open(file, settings=settings, store=store, tracking=tracking, cluster=named)
     checks = [check for check in examine(workspace) if only is None or only in check.name]
     if output_ is output.Format.table:
         output.table([vars(check) for check in checks], {"name": "check", "verdict": "", "fact": "found", "fix": "what mends it"})
@@ -123,6 +126,7 @@ def _cluster(pipeline: Pipeline, profile: ClusterProfile, api: Api, store_url: s
     yield _try("gang", lambda: _gang(api, profile), "install a scheduler with PodGroups (scheduler-plugins), or use queue: kueue")
     yield _try("rights", lambda: _rights(api, profile), f"{install}, and join the group osctl-users")
     yield _try("accounts", lambda: _accounts(api, profile), install)
+    yield _try("driver's rights", lambda: _driver_rights(api, profile), install)
     yield _try(
         "s3 secret", lambda: _secret(api, profile), "make it: kubectl create secret generic NAME --from-literal=AWS_ACCESS_KEY_ID=..."
     )
@@ -267,6 +271,24 @@ def _rights(api: Api, profile: ClusterProfile) -> str:
     return f"all {sum(len(verbs) for _, _, verbs in rights)} that are needed in namespace {api.namespace}"
 
 
+def _driver_rights(api: Api, profile: ClusterProfile) -> str:
+    """What the Roles of this namespace give to the driver's account. Others (a ClusterRole) are not looked into."""
+    account = profile.driver_service_account
+    given: set[tuple[str, str, str]] = set()
+    for binding in api.list("rolebindings")[0]:
+        subjects = binding.get("subjects") or ()
+        if not any(one["kind"] == "ServiceAccount" and one["name"] == account for one in subjects):
+            continue
+        if binding["roleRef"]["kind"] != "Role":
+            raise NotChecked(f"{account} has the ClusterRole {binding['roleRef']['name']}, which is not looked into")
+        for rule in api.get("roles", binding["roleRef"]["name"]).get("rules") or ():
+            given |= set(itertools.product(rule.get("apiGroups", ()), rule.get("resources", ()), rule["verbs"]))
+    needed = {(group, resource, verb) for group, resource, verbs in RIGHTS if resource != "jobs" for verb in verbs}
+    if missing := sorted(f"{verb} {resource}" for group, resource, verb in needed - given):
+        raise Refused(f"{account} may not: {', '.join(missing)}")
+    return f"{account} has what a driver needs"
+
+
 def _accounts(api: Api, profile: ClusterProfile) -> str:
     names = (profile.service_account, profile.driver_service_account)
     for name in names:
@@ -393,33 +415,13 @@ def _admission(api: Api, job: dict[str, Any]) -> str:
 
 
 def _job(pipeline: Pipeline, stage: Stage, profile: ClusterProfile, store_url: str) -> dict[str, Any]:
-    """The PyTorchJob of a stage's first attempt, but for what its parent's result would say."""
+    """The PyTorchJob of a stage's first attempt, as `osctl render` prints it."""
     from orchestrator import manifest
-    from orchestrator.records import Intent, inputs_digest, run_key
+    from orchestrator.cli.render import Coming, coming
 
-    inputs = inputs_digest(stage.config, stage.devices, None)
-    resources = stage.spec.resources
-    intent = Intent(
-        run_key=run_key(pipeline.name, stage.name, inputs, 1),
-        pipeline=pipeline.name,
-        stage=stage.name,
-        inputs=inputs,
-        attempt=1,
-        epoch=0,
-        created=0.0,
-        config=stage.config,
-        config_digest=stage.config.digest(),
-        nodes=resources.nodes,
-        devices_per_node=resources.devices_per_node,
-        device=resources.device,
-        trainer=pipeline.trainer,
-        hang_timeout_s=stage.spec.hang_timeout_s,
-        flush_s=pipeline.flush_s,
-        parent=None,
-        resume=None,
-        code="doctor",
-    )
-    return manifest.pytorch_job(intent, profile, store_url)
+    first = coming(pipeline, None)[stage.name]
+    assert isinstance(first, Coming), f"{stage.name}: nothing is committed where nothing has run"
+    return manifest.pytorch_job(first.intent, profile, store_url)
 
 
 def quantity(text: str) -> Decimal:

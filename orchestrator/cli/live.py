@@ -17,6 +17,7 @@ from orchestrator.errors import OsctlError
 if TYPE_CHECKING:
     from orchestrator.adapters.kube.watch import Watcher
     from orchestrator.cli.workspace import Workspace
+    from orchestrator.records import Event
     from orchestrator.sightings import Pod
     from orchestrator.snapshot import Snapshot
 
@@ -112,8 +113,8 @@ class Live:
                     pods += rows
                     waits += waiting
         driver = None
-        if current.driver is None:
-            driver, rows, waiting = self._coming(self._watcher, now)
+        if current.driver is None and current.state != "succeeded":
+            driver, rows, waiting = self._coming(self._watcher, current.said, now)
             pods += rows
             waits += waiting
         return Sight(tuple(pods), tuple(waits), "", driver)
@@ -144,19 +145,27 @@ class Live:
         waiting = [Waiting(stage, number, life.waits, life.waits_for, life.since, "cluster")] if life.waits else []
         return rows, waiting
 
-    def _coming(self, watcher: Watcher, now: float) -> tuple[str | None, list[PodRow], list[Waiting]]:
-        """A driver that has not taken the lease yet, or is about to take it over. None: there is none."""
+    def _coming(self, watcher: Watcher, last_word: Event | None, now: float) -> tuple[str | None, list[PodRow], list[Waiting]]:
+        """A driver that has not taken the lease yet, or is about to take it over. None: there is none.
+
+        One that failed is told of where the ledger does not know: `last_word` is not its own.
+        """
         from orchestrator import manifest
 
         if not 0 <= now - self._driver_seen < DRIVER_LOOK_S:
             self._driver_seen = now
             try:
-                self._driver = live(drivers(self._api, self.workspace))
+                found = drivers(self._api, self.workspace)
             except OsctlError:  # pods may be looked at and Jobs not; or the server has just gone away
-                self._driver = None
+                found = []
+            self._driver = live(found) or next(reversed(found), None)
         driver = self._driver
-        if driver is None:
+        if driver is None or driver.state == "complete":
             return None, [], []
+        if driver.state == "failed":
+            if last_word is not None and last_word.time > driver.created:
+                return None, [], []
+            return None, [], [Waiting("driver", driver.number, f"{driver.name} is over: {driver.reason}", "fault", None, "cluster")]
         run = manifest.run_hash(self.workspace.store_url, manifest.driver_key(self.workspace.pipeline.name, driver.number))
         pods = [pod for pod in watcher.picture.pods(run) if not pod.over(now)]
         rows = [_row("driver", driver.number, pod, now) for pod in pods]

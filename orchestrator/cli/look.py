@@ -51,6 +51,8 @@ def status(
     if output_ is output.Format.table:
         driver = f", driven by {current.driver}" if current.driver else ""
         output.note(f"{current.name}: {current.state}{driver}, {output.dollars(current.usd)} so far")
+        if current.state == "failed" and current.said is not None:
+            output.note(current.said.detail)
         output.console().print(display.tree(current, sight))
         return
     output.emit(display.whole(current, sight), output_)

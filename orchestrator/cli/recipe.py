@@ -44,13 +44,14 @@ def plan(
     mfu: options.Mfu = None,
     settings: options.Set = None,
     store: options.Store = None,
+    cluster: options.Cluster = None,
     output_: options.Output = output.Format.table,
 ) -> None:
-    """Hours and dollars of every stage, beside the published run.
+    """Hours and dollars of every stage, beside the published run. With --cluster on that cluster's devices, at its price.
 
     Examples: osctl plan -f open-sora-1.0          osctl plan -f open-sora-1.0 --mfu 0.45
     """
-    workspace = Workspace.open(file, settings=settings, store=store)
+    workspace = Workspace.open(file, settings=settings, store=store, cluster=cluster)
     show_plan(plan_of(workspace, mfu=mfu, committed=ledger_of(workspace)), output_)
 
 

@@ -36,6 +36,8 @@ class Driver:
     revision: int
     targets: tuple[str, ...]
     """Stages; empty: all."""
+    created: float
+    """Unix time."""
     state: Literal["live", "complete", "failed"]
     reason: str
     """Why it failed, in the cluster's words."""
@@ -43,6 +45,7 @@ class Driver:
     @classmethod
     def of(cls, job: Mapping[str, Any]) -> Driver:
         from orchestrator import manifest
+        from orchestrator.sightings import unix
 
         metadata, words = job["metadata"], job["spec"]["template"]["spec"]["containers"][0]["command"]
         options = list(itertools.pairwise(words))
@@ -57,6 +60,7 @@ class Driver:
             number=int(metadata["annotations"][manifest.RUN_KEY].rpartition("/")[2]),
             revision=int(next(value for option, value in options if option == "--revision")),
             targets=tuple(value for option, value in options if option == "--target"),
+            created=unix(metadata["creationTimestamp"]),
             state="failed" if "Failed" in met or metadata.get("deletionTimestamp") else "complete" if "Complete" in met else "live",
             reason=met.get("Failed", "somebody deleted it" if metadata.get("deletionTimestamp") else ""),
         )
