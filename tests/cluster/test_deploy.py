@@ -262,6 +262,13 @@ def test_the_api_server_takes_every_overlay(based: str, overlay: str) -> None:
     run("kubectl", "apply", "--server-side", "--force-conflicts", "--dry-run=server", "-f", "-", given=yaml.safe_dump_all(objects))
 
 
+@pytest.mark.parametrize("example", sorted(path.stem for path in (REPOSITORY / "k8s/examples").iterdir()))
+def test_the_api_server_takes_every_example(based: str, example: str) -> None:
+    objects = yaml.safe_load_all((REPOSITORY / "k8s/examples" / f"{example}.yaml").read_text())
+    given = yaml.safe_dump_all([moved(manifest, based) for manifest in objects])
+    run("kubectl", "apply", "--server-side", "--dry-run=server", "-f", "-", given=given)
+
+
 def test_the_namespace_refuses_a_pod_that_is_not_restricted(based: str) -> None:
     pod = {
         "apiVersion": "v1",

@@ -6,18 +6,19 @@ Network policies are only looked at: no cluster of these tests enforces them.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
-from deploy.rendering import OVERLAYS, REPOSITORY, Manifest, identity, kustomize
+from deploy.rendering import CACHE, OVERLAYS, REPOSITORY, Manifest, identity, kustomize
 from deploy.restricted import pods, weaknesses
 from deploy.rights import OF_DRIVER, OF_USER, Rights
 from manifest_specs import intent, open_sora
 from pod_security import violations
 
+from orchestrator.cli.doctor import KUEUE_RIGHTS, RIGHTS
 from orchestrator.cluster import ClusterProfile
 from orchestrator.config import shipped_folder
 from orchestrator.document import read, validate
@@ -79,12 +80,29 @@ def test_the_operator_is_pinned_and_schedules_gangs() -> None:
         assert flag in ours and flag in tested
 
 
+def test_the_operators_patch_fits_its_deployment(kubectl: Path, tmp_path: Path, require: Callable[[str, str], NoReturn]) -> None:
+    """On the Deployment of the same version that tests/cluster/build takes out of the operator's module."""
+    deployment = CACHE / "manifests/operator/deployment.yaml"
+    if not deployment.exists():
+        require("cluster", "no manifests of the operator; tests/cluster/build brings them")
+    ours = yaml.safe_load((REPOSITORY / "k8s/operator/kustomization.yaml").read_text())
+    (tmp_path / "deployment.yaml").write_text(deployment.read_text())
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({**ours, "resources": ["deployment.yaml"]}))
+    (patched,) = kustomize(kubectl, tmp_path)
+    arguments = patched["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert arguments == ["--enable-scheme=pytorchjob", "--gang-scheduler-name=scheduler-plugins-scheduler"]
+
+
 def test_the_verbs_are_these_and_no_others(site: list[Manifest]) -> None:
     roles = of_kind(site, "Role")
     assert {name: rights(role) for name, role in roles.items()} == {"osctl-driver": OF_DRIVER, "osctl-user": OF_USER}
     assert not [manifest for manifest in site if manifest["kind"].startswith("ClusterRole")]
     words = {word for role in roles.values() for rule in role["rules"] for word in (*rule["apiGroups"], *rule["resources"], *rule["verbs"])}
     assert not words & {"*", "secrets", "pods/exec", "pods/attach", "serviceaccounts/token", "impersonate", "escalate", "bind"}
+
+
+def test_a_person_needs_what_doctor_looks_for() -> None:
+    assert {(group, resource): verbs for group, resource, verbs in (*RIGHTS, *KUEUE_RIGHTS)} == OF_USER
 
 
 def test_roles_are_bound_to_the_driver_and_to_a_group_and_to_nobody_else(site: list[Manifest]) -> None:
