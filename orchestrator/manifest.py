@@ -375,7 +375,11 @@ def _pod(profile: ClusterProfile, account: str, *, token: bool) -> Manifest:
         "serviceAccountName": account,
         "automountServiceAccountToken": token,
         "enableServiceLinks": False,  # else every Service of the namespace becomes environment variables
-        **({"imagePullSecrets": [{"name": name} for name in profile.image_pull_secrets]} if profile.image_pull_secrets else {}),
+        **(
+            {"imagePullSecrets": [{"name": name} for name in dict.fromkeys(profile.image_pull_secrets)]}
+            if profile.image_pull_secrets
+            else {}
+        ),
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER,

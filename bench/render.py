@@ -1,0 +1,71 @@
+"""How many attempts are rendered a second on one core: intent and profile to an object, and on to YAML, beside PyYAML's own emitter.
+
+Random valid specs, as the laws of manifests draw them; CPU-seconds of this process, best of N. Floor and goal: 500 specs a second.
+
+    PYTHONPATH=tests .venv/bin/python bench/render.py
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import manifest_specs
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+from manifest_specs import Spec
+
+from orchestrator import manifest
+
+SPECS, ROUNDS = 500, 5
+
+
+def drawn(number: int) -> list[Spec]:
+    found: list[Spec] = []
+
+    @settings(
+        max_examples=number,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(manifest_specs.specs())
+    def draw(spec: Spec) -> None:
+        found.append(spec)
+
+    draw()
+    return found
+
+
+def rendered(spec: Spec) -> dict[str, Any]:
+    return manifest.pytorch_job(spec.intent, spec.profile, spec.store_url, exclude_nodes=spec.exclude_nodes)
+
+
+def a_second(work: Callable[[Spec], object], specs: Sequence[Spec]) -> float:
+    best = float("inf")
+    for _ in range(ROUNDS):
+        began = time.process_time()
+        for spec in specs:
+            work(spec)
+        best = min(best, time.process_time() - began)
+    return len(specs) / best
+
+
+def main() -> None:
+    specs = drawn(SPECS)
+    ways: dict[str, Callable[[Spec], object]] = {
+        "object": rendered,
+        "object and YAML": lambda spec: manifest.dump([rendered(spec)]),
+        "object and PyYAML's own emitter": lambda spec: yaml.safe_dump(rendered(spec), sort_keys=False),
+    }
+    speeds = {name: a_second(work, specs) for name, work in ways.items()}
+    peer = speeds["object and PyYAML's own emitter"]
+    for name, speed in speeds.items():
+        print(f"{name:32s} {speed:8.0f} a second  {speed / peer:.1f}x")
+
+
+if __name__ == "__main__":
+    main()
