@@ -1,7 +1,7 @@
-"""What every test may need: a real S3 server, and a way to say that something is missing on this machine.
+"""What every test may need: a real S3 server, a real Kubernetes cluster, and a way to say that something is missing on this machine.
 
 A test that needs a thing this machine lacks is skipped by that thing's name, and the end of the run sums up what was not tested.
-With `OSCTL_REQUIRE=s3,browser` such a skip is a failure.
+With `OSCTL_REQUIRE=s3,browser,cluster` such a skip is a failure.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import socket
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +37,24 @@ def _require(name: str, reason: str) -> NoReturn:
 def require() -> Require:
     """`require("browser", "chromium is not installed")` ends a test that lacks something: skipped, or failed if it was asked for."""
     return _require
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the cluster first: they take longest, and one worker has all of them (see below)."""
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` each file has one worker, and all files of the cluster one and the same: they share its GPUs and servers."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneWorkerForTheCluster(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "cluster" if "mark.cluster" in (REPOSITORY / file).read_text() else file
+
+    return OneWorkerForTheCluster(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -151,3 +170,80 @@ def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
 def _die_with_parent() -> None:
     """A test run that is killed leaves no server behind (PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machine's test cluster (tests/cluster), shared by all tests: one node, 8 fake ones of 8 GPUs, PyTorchJob operator, gangs, S3."""
+
+    kubeconfig: Path
+    """Of its administrator; `alice.kubeconfig` beside it is of a person who may do nothing."""
+    bin: Path
+    """kubectl and helm are in this folder."""
+    bucket: str
+    s3: Mapping[str, str]
+    """Environment that reaches the S3 server; the same endpoint holds here and in pods."""
+
+    def kubectl(self, *arguments: str | Path, stdin: str | None = None, check: bool = True, timeout_s: float = 60) -> str:
+        """Stdout of kubectl; with `check=False` stderr too, whatever it ended with."""
+        return self._run(self.bin / "kubectl", arguments, stdin, check, timeout_s)
+
+    def helm(self, *arguments: str | Path, stdin: str | None = None, check: bool = True, timeout_s: float = 240) -> str:
+        """Stdout of helm; with `check=False` stderr too, whatever it ended with."""
+        return self._run(self.bin / "helm", arguments, stdin, check, timeout_s)
+
+    def stop(self, *servers: str) -> None:
+        """Takes servers such as kube-apiserver or training-operator away from everybody, until `start`."""
+        self._run(REPOSITORY / "tests/cluster/down", servers, None, True, 90)
+
+    def start(self) -> None:
+        """Brings back what was stopped, and fake nodes that were deleted."""
+        self._run(REPOSITORY / "tests/cluster/up", (), None, True, 240)
+
+    @property
+    def trainer_image(self) -> str:
+        """localhost/osctl-trainer@sha256:..., of this working tree."""
+        return self._images["trainer"]
+
+    @property
+    def driver_image(self) -> str:
+        """localhost/osctl@sha256:..., of this working tree: CLI and driver, without torch."""
+        return self._images["slim"]
+
+    @cached_property
+    def _images(self) -> dict[str, str]:
+        lines = self._run(REPOSITORY / "tests/cluster/image", (), None, True, 280).splitlines()
+        return {line.split()[0]: line.split()[1] for line in lines}
+
+    def _run(self, program: Path, arguments: Sequence[str | Path], stdin: str | None, check: bool, timeout_s: float) -> str:
+        env = {**os.environ, "KUBECONFIG": str(self.kubeconfig)}
+        done = subprocess.run([program, *arguments], env=env, input=stdin, capture_output=True, text=True, timeout=timeout_s)
+        if check and done.returncode:
+            raise AssertionError(f"{program.name} {' '.join(map(str, arguments))} ended with {done.returncode}: {done.stderr[-2000:]}")
+        return done.stdout if check else done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Cluster:
+    """The test cluster, brought up if it is not; it stays up, for the next run."""
+    try:
+        up = subprocess.run([REPOSITORY / "tests/cluster/up"], capture_output=True, text=True, timeout=280)
+    except subprocess.TimeoutExpired:
+        _require("cluster", "tests/cluster/up takes longer than 280 s; run scripts/setup-test-servers once by itself")
+    if up.returncode:
+        _require("cluster", (up.stderr.strip().splitlines() or ["tests/cluster/up failed"])[-1])
+    cache = Path(os.environ.get("OSCTL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "osctl")
+    home = cache / "cluster"
+    s3 = dict(line.split("=", 1) for line in (home / "conf/s3.env").read_text().splitlines())
+    return Cluster(kubeconfig=home / "conf/admin.kubeconfig", bin=home / "bin", bucket="osctl", s3=s3)
+
+
+@pytest.fixture
+def namespace(cluster: Cluster) -> Iterator[str]:
+    """A fresh namespace in which Pod Security enforces "restricted". Afterwards its pods are gone, so that their GPUs are free."""
+    name = f"test-{secrets.token_hex(4)}"
+    cluster.kubectl("create", "namespace", name)
+    cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    cluster.kubectl("-n", name, "delete", "pods", "--all", "--grace-period=1", timeout_s=90)
