@@ -147,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if target in fake.objects:
                     return 409, self._status(409, f"{target} already exists", "AlreadyExists")
                 return 201, body if "dryRun" in query else fake.put(target, body)
-            if method == "GET" and path.rpartition("/")[2] in ("pytorchjobs", "pods", "events"):
+            if method == "GET" and path.rpartition("/")[2] in ("pytorchjobs", "jobs", "pods", "events"):
                 return 200, self._list(fake, path, query)
             if there is None:
                 return 404, self._status(404, f"{path} not found", "NotFound")

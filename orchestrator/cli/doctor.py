@@ -6,6 +6,7 @@ as a dry run, and the one object that the store's probe writes stays the same.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -105,15 +106,16 @@ def examine(workspace: Workspace) -> Iterator[Check]:
     yield _try("data", lambda: _data(workspace.pipeline, profile), "mount a claim with the data: `volumes` of the profile")
     from orchestrator.cli.remote import connect
 
-    try:
-        api = connect(workspace)
-        version = api.ask("/version")["gitVersion"]
-    except (OsctlError, NotFound) as error:
-        yield Check("api server", "failed", str(error), "look at the kubeconfig (kubectl version), or at `context` of the profile")
-        yield _try("mlflow", lambda: _mlflow(workspace.pipeline, None), "start the server, or name another with --tracking")
-        return
-    yield Check("api server", "ok", f"{api.server}, Kubernetes {version}, namespace {api.namespace}")
-    yield from _cluster(workspace.pipeline, profile, api, workspace.store_url)
+    with contextlib.ExitStack() as opened:
+        try:
+            api = opened.enter_context(contextlib.closing(connect(workspace)))
+            version = api.ask("/version")["gitVersion"]
+        except (OsctlError, NotFound) as error:
+            yield Check("api server", "failed", str(error), "look at the kubeconfig (kubectl version), or at `context` of the profile")
+            yield _try("mlflow", lambda: _mlflow(workspace.pipeline, None), "start the server, or name another with --tracking")
+            return
+        yield Check("api server", "ok", f"{api.server}, Kubernetes {version}, namespace {api.namespace}")
+        yield from _cluster(workspace.pipeline, profile, api, workspace.store_url)
 
 
 def _cluster(pipeline: Pipeline, profile: ClusterProfile, api: Api, store_url: str) -> Iterator[Check]:

@@ -100,6 +100,7 @@ class Live:
     def close(self) -> None:
         if self._watcher is not None:
             self._watcher.close()
+            self._api.close()
 
     def look(self, current: Snapshot) -> Sight:
         fault = self._trouble()

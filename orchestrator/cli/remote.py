@@ -73,7 +73,7 @@ def profile_of(workspace: Workspace) -> ClusterProfile:
 
 
 def connect(workspace: Workspace) -> Api:
-    """Raises UsageError where there is no kubeconfig."""
+    """Close it. Raises UsageError where there is no kubeconfig."""
     from orchestrator.adapters.kube.api import Api
 
     profile = profile_of(workspace)
@@ -105,6 +105,29 @@ def check_store(workspace: Workspace) -> None:
             f"launch {workspace.pipeline.name}: store {workspace.store_url} is a folder of this machine, which no pod sees. "
             "Name a bucket: --store s3://bucket/prefix"
         )
+
+
+def find_or_submit(api: Api, workspace: Workspace, targets: Sequence[str], *, attach: bool) -> Driver | None:
+    """The live driver, if it does what is asked for (`attach`: whatever it does), else a new one. None: there is nothing left to do.
+
+    Raises Refused, Unreachable; nothing was done then.
+    """
+    pipeline = workspace.pipeline
+    found = drivers(api, workspace)  # first of all: with the cluster away, the store is not written to
+    driver, new = live(found), False
+    if driver is None:
+        workspace.store.probe()
+        if nothing_left(workspace, targets):
+            return None
+        driver, new = submit(api, workspace, targets, found)
+    if new:
+        output.note(f"{pipeline.name}: launched, driven by Job {driver.name} in namespace {api.namespace}")
+        if pipeline.tracking.startswith("sqlite"):
+            output.note("MLflow: its database lies on this machine, which the driver does not reach; fill it with: osctl sync")
+    else:
+        check_same(driver, workspace, None if attach else targets)
+        output.note(f"{pipeline.name}: Job {driver.name} drives it already; nothing was done twice")
+    return driver
 
 
 def submit(api: Api, workspace: Workspace, targets: Sequence[str], found: Sequence[Driver]) -> tuple[Driver, bool]:
@@ -152,12 +175,14 @@ def check_same(driver: Driver, workspace: Workspace, targets: Sequence[str] | No
     raise Refused(f"{fact}. Wait for its end (osctl watch), or stop it first: osctl cancel")
 
 
-def refuse_second(workspace: Workspace, driver: Driver) -> None:
-    """Raises Refused: a pipeline has one driver."""
-    raise Refused(
-        f"launch {workspace.pipeline.name}: Job {driver.name} drives it in the cluster. "
-        "Follow that with `osctl watch`, or stop it: osctl cancel"
-    )
+def check_none(api: Api, workspace: Workspace) -> None:
+    """Raises Refused where a driver lives in the cluster: a pipeline has one."""
+    driver = live(drivers(api, workspace))
+    if driver is not None:
+        raise Refused(
+            f"launch {workspace.pipeline.name}: Job {driver.name} drives it in the cluster. "
+            "Follow that with `osctl watch`, or stop it: osctl cancel"
+        )
 
 
 def nothing_left(workspace: Workspace, targets: Sequence[str]) -> bool:

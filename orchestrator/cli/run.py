@@ -111,7 +111,8 @@ def cancel(
     elif workspace.pipeline.backend == "kubernetes":
         from orchestrator.cli import remote
 
-        remote.cancel_coming(remote.connect(workspace), workspace, detail)
+        with contextlib.closing(remote.connect(workspace)) as api:
+            remote.cancel_coming(api, workspace, detail)
     else:
         output.note(f"{name}: nobody drives it, nothing to cancel")
 
@@ -154,8 +155,8 @@ def run_here(workspace: Workspace, target: str | None, *, dry_run: bool, quiet: 
 
     if pipeline.backend == "kubernetes":
         remote.check_store(workspace)
-        if (there := remote.live(remote.drivers(remote.connect(workspace), workspace))) is not None:
-            remote.refuse_second(workspace, there)
+        with contextlib.closing(remote.connect(workspace)) as api:
+            remote.check_none(api, workspace)
     workspace.store.probe()
     runner = Runner(pipeline, workspace.ledger, backend_of(pipeline, workspace.store, workspace.store_url))
     following = contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices)
@@ -187,42 +188,26 @@ def launch_there(
     Args:
         attach: whether a live driver will do whatever stages it was given.
     """
-    from orchestrator.cli import remote
+    from orchestrator.cli import display, remote
 
     pipeline = workspace.pipeline
     remote.check_store(workspace)
-    workspace.lend_environment()
-    api = remote.connect(workspace)
-    found = remote.drivers(api, workspace)  # first of all: with the cluster away, nothing is done
-    driver = remote.live(found)
-    if driver is None:
-        workspace.store.probe()
-        if remote.nothing_left(workspace, targets):
+    with contextlib.closing(remote.connect(workspace)) as api:
+        driver = remote.find_or_submit(api, workspace, targets, attach=attach)
+        if driver is None:
             output.note(f"{pipeline.name}: every stage that was asked for is committed. See: osctl compare{again.options()}")
             output.emit({"pipeline": pipeline.name, "driver": None, "revision": None}, output_)
             return
-        driver, new = remote.submit(api, workspace, targets, found)
-    else:
-        new = False
-    if new:
-        output.note(f"{pipeline.name}: launched, driven by Job {driver.name} in namespace {api.namespace}")
-        if pipeline.tracking.startswith("sqlite"):
-            output.note("MLflow: its database lies on this machine, which the driver does not reach; fill it with: osctl sync")
-    else:
-        remote.check_same(driver, workspace, None if attach else targets)
-        output.note(f"{pipeline.name}: Job {driver.name} drives it already; nothing was done twice")
-    output.emit({"pipeline": pipeline.name, "driver": driver.name, "revision": driver.revision}, output_)
-    if not wait:
-        output.note(f"next: osctl watch{again.options()} | osctl logs -f{again.options('--file')} | osctl cancel{again.options()}")
-        return
-    from orchestrator.cli import display
-
-    try:
-        with contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices):
-            code = remote.wait(api, workspace, driver)
-    except KeyboardInterrupt:
-        output.note(f"\n{pipeline.name}: the driver goes on. Stop it with: osctl cancel{again.options()}")
-        raise
+        output.emit({"pipeline": pipeline.name, "driver": driver.name, "revision": driver.revision}, output_)
+        if not wait:
+            output.note(f"next: osctl watch{again.options()} | osctl logs -f{again.options('--file')} | osctl cancel{again.options()}")
+            return
+        try:
+            with contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices):
+                code = remote.wait(api, workspace, driver)
+        except KeyboardInterrupt:
+            output.note(f"\n{pipeline.name}: the driver goes on. Stop it with: osctl cancel{again.options()}")
+            raise
     current = take(workspace)
     output.note(f"{pipeline.name}: {current.state}, {output.dollars(current.usd)}")
     if code:

@@ -1,0 +1,248 @@
+"""Launching, following and stopping a pipeline whose driver lives in a cluster: a real S3, and an API server that can be made to fail."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_recipe
+import yaml
+from fake_api_server import FakeApiServer, Fault, serve
+from written_ledger import Writer
+
+from orchestrator.adapters import open_store
+from orchestrator.cli import main
+from orchestrator.config import Pipeline
+from orchestrator.ledger import Ledger
+
+pytestmark = pytest.mark.s3
+JOBS = "/apis/batch/v1/namespaces/lab/jobs"
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Site:
+    """A recipe, a bucket's prefix and a cluster."""
+
+    fake: FakeApiServer
+    store: str
+    folder: Path
+    run: Callable[..., Done]
+
+    def __call__(self, *words: str, expect: int = 0) -> Done:
+        done = self.run(*words)
+        assert done.code == expect, f"osctl {' '.join(words)}: exit {done.code}, expected {expect}\n{done.out}\n{done.err}"
+        return done
+
+    def launch(self, *words: str, expect: int = 0) -> Any:
+        done = self("launch", "--cluster", "lab.yaml", "-o", "json", *words, expect=expect)
+        return json.loads(done.out) if expect == 0 else done.err
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(open_store(self.store), "tiny")
+
+    @property
+    def jobs(self) -> dict[str, Any]:
+        return {path.rpartition("/")[2]: thing for path, thing in self.fake.objects.items() if path.startswith(f"{JOBS}/")}
+
+    def finish(self, name: str, condition: str = "Complete") -> None:
+        job = self.jobs[name]
+        self.fake.put(f"{JOBS}/{name}", {**job, "status": {"conditions": [{"type": condition, "status": "True", "message": "it said so"}]}})
+
+
+@pytest.fixture
+def site(tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Site]:
+    tiny_recipe.write(tmp_path)
+    profile = {
+        "name": "lab", "namespace": "lab", "image": "trainer:1", "driver_image": "osctl:1", "allow_unpinned": ["trainer:1", "osctl:1"],
+        "device": "h800", "cpu": "8", "memory": "64Gi", "shm": "1Gi", "s3_endpoint": s3.endpoint, "s3_secret": "osctl-s3",
+    }  # fmt: skip
+    (tmp_path / "lab.yaml").write_text(yaml.safe_dump(profile))
+    store = s3.url(f"cli/{tmp_path.name}-{time.monotonic_ns()}")
+    monkeypatch.chdir(tmp_path)
+    for name, value in {**s3.env, "OSCTL_STORE": store, "KUBECONFIG": str(tmp_path / "kubeconfig"), "COLUMNS": "200"}.items():
+        monkeypatch.setenv(name, value)
+
+    def run(*words: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["osctl", *words])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return Done(code, said.out, said.err)
+
+    with serve() as fake:
+        (tmp_path / "kubeconfig").write_text(
+            yaml.safe_dump(
+                {
+                    "apiVersion": "v1",
+                    "kind": "Config",
+                    "current-context": "lab",
+                    "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "me"}}],
+                    "clusters": [{"name": "lab", "cluster": {"server": fake.url}}],
+                    "users": [{"name": "me", "user": {"token": "secret"}}],
+                }
+            )
+        )
+        yield Site(fake, store, tmp_path, run)
+
+
+def test_a_launch_makes_one_driver_and_returns(site: Site) -> None:
+    result = site.launch()
+    [(name, job)] = site.jobs.items()
+    assert result == {"pipeline": "tiny", "driver": name, "revision": 1}
+    command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command == ["osctl", "drive", "--store", site.store, "--pipeline", "tiny", "--revision", "1"]
+    revision = site.ledger.revision(1)
+    assert revision is not None and Pipeline.model_validate(revision.pipeline).cluster is not None, "a driver needs no other file"
+    assert site.ledger.lease() is None, "nobody drives from here"
+
+
+def test_launching_again_attaches(site: Site) -> None:
+    first = site.launch()
+    again = site("launch", "--cluster", "lab.yaml", "-o", "json")
+    assert json.loads(again.out) == first and "already" in again.err
+    assert len(site.jobs) == 1 and len(site.ledger.revisions()) == 1
+
+
+@pytest.mark.parametrize("other", [("--set", "stage1.steps=9"), ("stage1",)])
+def test_a_live_driver_is_not_given_other_work(site: Site, other: tuple[str, ...]) -> None:
+    first = site.launch()
+    refused = site.launch(*other, expect=4)
+    assert first["driver"] in refused and "osctl cancel" in refused
+    assert len(site.jobs) == 1 and len(site.ledger.revisions()) == 1
+
+
+def test_a_driver_that_is_over_gets_a_successor(site: Site) -> None:
+    first = site.launch()["driver"]
+    site.finish(first, "Failed")
+    second = site.launch("stage1")["driver"]
+    assert (first[-2:], second[-2:]) == ("-1", "-2") and set(site.jobs) == {first, second}
+    assert site("resume", "-o", "json").out == site("resume", "-o", "json").out, "resume attaches, whatever stages the driver was given"
+
+
+def test_a_foreign_job_of_the_name_is_never_touched(site: Site) -> None:
+    name = site.launch()["driver"]
+    foreign = {"metadata": {"name": name, "uid": "theirs", "labels": {"app": "other"}}, "spec": {}}
+    site.fake.remove(f"{JOBS}/{name}")
+    stored = site.fake.put(f"{JOBS}/{name}", foreign)
+    refused = site.launch(expect=4)
+    assert name in refused and "left alone" in refused
+    assert site.jobs == {name: stored}
+
+
+def test_an_api_server_that_is_away_leaves_nothing_done(site: Site) -> None:
+    site.fake.down = True
+    refused = site.launch(expect=5)
+    assert site.fake.url in refused
+    assert list(open_store(site.store).list("")) == []
+
+
+def test_a_lost_answer_makes_no_second_driver(site: Site) -> None:
+    site.fake.faults.append(Fault("POST", "/jobs", effect=True))
+    assert site.launch()["driver"] in site.jobs and len(site.jobs) == 1
+
+
+def test_a_driver_at_a_desk_is_respected(site: Site) -> None:
+    lease = site.ledger.acquire(time.time())
+    refused = site.launch(expect=4)
+    assert lease.record.holder in refused and not site.jobs
+
+
+def test_a_budget_is_kept(site: Site) -> None:
+    assert "budget" in site.launch("--set", "budget_usd=0.000000000001", expect=4)
+    assert not site.jobs and not site.ledger.revisions()
+
+
+def test_a_parent_has_to_be_there(site: Site) -> None:
+    assert "osctl launch stage1" in site.launch("stage2", expect=4)
+    assert not site.jobs and not site.ledger.revisions()
+
+
+def test_what_is_committed_is_not_launched(site: Site) -> None:
+    site.finish(site.launch()["driver"])
+    revision = site.ledger.latest_revision()
+    assert revision is not None
+    Writer(site.ledger, Pipeline.model_validate(revision.pipeline), now=time.time() - 60).three_stages()
+    assert site.launch() == {"pipeline": "tiny", "driver": None, "revision": None}
+    assert len(site.jobs) == 1
+
+
+@pytest.mark.parametrize(("exit_code", "condition"), [(0, "Complete"), (3, "Failed"), (4, "Failed"), (130, "Failed")])
+def test_waiting_ends_as_the_driver_did(site: Site, exit_code: int, condition: str) -> None:
+    name = site.launch()["driver"]
+    labels = {"app.kubernetes.io/managed-by": "osctl", "batch.kubernetes.io/job-name": name}
+    ended = {"terminated": {"exitCode": exit_code, "finishedAt": "2026-11-23T10:00:00Z"}}
+    pod = {"metadata": {"name": f"{name}-x", "labels": labels}, "status": {"phase": "Failed", "containerStatuses": [{"state": ended}]}}
+    site.fake.put("/api/v1/namespaces/lab/pods/one", pod)
+    site.finish(name, condition)
+    from orchestrator.cli import remote
+    from orchestrator.cli.workspace import Workspace
+
+    workspace = Workspace.open(None, cluster="lab.yaml")
+    api = remote.connect(workspace)
+    [driver] = remote.drivers(api, workspace)
+    assert remote.wait(api, workspace, driver) == exit_code
+    api.close()
+
+
+def test_a_driver_that_has_not_begun_is_cancelled_by_removing_it(site: Site) -> None:
+    site.launch()
+    assert "removed" in site("cancel", "--cluster", "lab.yaml").err
+    assert not site.jobs
+    assert "nobody" in site("cancel", "--cluster", "lab.yaml").err
+
+
+def test_a_cancel_reaches_a_driver_that_is_about_to_take_over(site: Site) -> None:
+    site.launch()
+    revision = site.ledger.latest_revision()
+    assert revision is not None
+    writer = Writer(site.ledger, Pipeline.model_validate(revision.pipeline), now=time.time() - 60)
+    writer.launch()
+    writer.begin("stage1")
+    assert writer.lease is not None
+    writer.lease.release()
+    assert "will be asked" in site("cancel", "--now", "--cluster", "lab.yaml").err
+    [asked] = [event for event in site.ledger.events() if event.kind == "cancel"]
+    assert asked.epoch == 2 and asked.asks_to_kill and len(site.jobs) == 1
+
+
+def test_the_ledger_is_shown_while_the_cluster_is_away(site: Site) -> None:
+    site.launch()
+    revision = site.ledger.latest_revision()
+    assert revision is not None
+    writer = Writer(site.ledger, Pipeline.model_validate(revision.pipeline), now=time.time() - 5)
+    writer.launch()
+    writer.begin("stage1")
+    assert writer.lease is not None
+    site.ledger.append_event(writer.lease, "observed", now=time.time(), detail="stage1 attempt 1: 0/8 nodes are available")
+    site.fake.down = True
+    done = site("status", "--cluster", "lab.yaml", "-o", "json")
+    shown = json.loads(done.out)
+    assert "does not answer" in done.err
+    assert shown["stages"][0]["attempts"][0]["state"] == "waiting" and shown["pods"] == []
+    [waits] = shown["waits"]
+    assert (waits["source"], waits["why"]) == ("driver", "stage1 attempt 1: 0/8 nodes are available")
+
+
+def test_credentials_are_in_no_manifest_and_no_record(site: Site, s3: Any) -> None:
+    site.launch()
+    store = open_store(site.store)
+    written = [json.dumps(list(site.jobs.values())), *(store.read(key).data.decode() for key in store.list(""))]
+    assert not any(s3.env[name] in text for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") for text in written)
