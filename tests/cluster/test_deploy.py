@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import secrets
 import ssl
@@ -15,12 +16,13 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from deploy.rendering import CACHE, CHART, OVERLAYS, REPOSITORY, Manifest, ci, kustomize, merged, tool
+from conftest import Cluster
+from deploy.rendering import CACHE, CHART, OVERLAYS, REPOSITORY, Manifest, ci, kustomize, merged
 from deploy.rights import OF_DRIVER, OF_TRAINER, OF_USER, Rights
 
 from orchestrator.cluster import ClusterProfile
@@ -42,23 +44,16 @@ NEVER = "osctl-tests-no-such-object"
 """Name that calls for one object ask for: whoever is allowed is told that it is not there."""
 
 
-def run(name: str, *words: str | Path, given: str | None = None, check: bool = True) -> str:
-    """kubectl or helm, as the cluster's administrator; what it said."""
-    command = [str(tool(name)), "--kubeconfig", str(CACHE / "conf/admin.kubeconfig"), *map(str, words)]
-    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=240)
-    assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-    return done.stdout + ("" if check else done.stderr)
-
-
 @dataclass
 class Caller:
     """Somebody who talks HTTP to the API server."""
 
+    cluster: Cluster
     token: str
     headers: dict[str, str]
 
     def __post_init__(self) -> None:
-        config = yaml.safe_load((CACHE / "conf/admin.kubeconfig").read_text())["clusters"][0]["cluster"]
+        config = yaml.safe_load(self.cluster.kubeconfig.read_text())["clusters"][0]["cluster"]
         context = ssl.create_default_context(cafile=config["certificate-authority"])
         self._connection = http.client.HTTPSConnection(urlsplit(config["server"]).netloc, timeout=30, context=context)
 
@@ -95,25 +90,7 @@ class Resource:
 
 
 @pytest.fixture(scope="module")
-def up(require: Callable[[str, str], NoReturn]) -> None:
-    """The cluster of tests/cluster/up answers."""
-    if (
-        tool("kubectl") is None
-        or not (CACHE / "conf/admin.kubeconfig").exists()
-        or "ok" not in run("kubectl", "get", "--raw", "/readyz", check=False)
-    ):
-        require("cluster", "it is not up; run tests/cluster/up")
-
-
-@pytest.fixture(scope="module")
-def images(up: None) -> dict[str, str]:
-    """Digest-pinned references of both images, in the cluster."""
-    done = subprocess.run([REPOSITORY / "tests/cluster/image"], capture_output=True, text=True, timeout=280, check=True)
-    return dict(line.split() for line in done.stdout.splitlines())
-
-
-@pytest.fixture(scope="module")
-def make_namespace(up: None) -> Iterator[Callable[[], str]]:
+def make_namespace(cluster: Cluster) -> Iterator[Callable[[], str]]:
     """Namespaces as k8s/namespace writes them, under names of their own."""
     made: list[str] = []
 
@@ -121,27 +98,32 @@ def make_namespace(up: None) -> Iterator[Callable[[], str]]:
         (manifest,) = yaml.safe_load_all((REPOSITORY / "k8s/namespace/namespace.yaml").read_text())
         manifest["metadata"]["name"] = f"deploy-{secrets.token_hex(4)}"
         made.append(manifest["metadata"]["name"])
-        run("kubectl", "apply", "-f", "-", given=json.dumps(manifest))
+        cluster.kubectl("apply", "-f", "-", stdin=json.dumps(manifest))
         return made[-1]
 
     yield make
     if made:
-        run("kubectl", "delete", "namespace", "--wait=false", *made)
+        cluster.kubectl("delete", "namespace", "--wait=false", *made)
 
 
 @pytest.fixture(scope="module")
-def based(make_namespace: Callable[[], str]) -> str:
+def based(cluster: Cluster, make_namespace: Callable[[], str]) -> str:
     """A namespace with accounts, roles and policies of k8s/overlays/test."""
     namespace = make_namespace()
-    objects = [moved(manifest, namespace) for manifest in of_overlay("test") if manifest["kind"] not in ("Namespace", "PriorityClass")]
-    run("kubectl", "apply", "-f", "-", given=yaml.safe_dump_all(objects))
+    objects = [
+        moved(manifest, namespace) for manifest in of_overlay(cluster, "test") if manifest["kind"] not in ("Namespace", "PriorityClass")
+    ]
+    cluster.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(objects))
     return namespace
 
 
-def of_overlay(name: str) -> list[Manifest]:
-    kubectl = tool("kubectl")
-    assert kubectl is not None
-    return kustomize(kubectl, OVERLAYS / name)
+def token_of(cluster: Cluster, namespace: str, account: str) -> str:
+    """A short-lived one, by TokenRequest."""
+    return cluster.kubectl("-n", namespace, "create", "token", account, "--duration=10m").strip()
+
+
+def of_overlay(cluster: Cluster, name: str) -> list[Manifest]:
+    return kustomize(cluster.bin / "kubectl", OVERLAYS / name)
 
 
 def moved(manifest: Manifest, namespace: str) -> Manifest:
@@ -159,8 +141,8 @@ def moved(manifest: Manifest, namespace: str) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def administrator(up: None) -> Iterator[Caller]:
-    caller = Caller(yaml.safe_load((CACHE / "conf/admin.kubeconfig").read_text())["users"][0]["user"]["token"], {})
+def administrator(cluster: Cluster) -> Iterator[Caller]:
+    caller = Caller(cluster, yaml.safe_load(cluster.kubeconfig.read_text())["users"][0]["user"]["token"], {})
     yield caller
     caller.close()
 
@@ -182,13 +164,13 @@ def resources(administrator: Caller) -> list[Resource]:
 
 
 @pytest.fixture(scope="module", params=["osctl-driver", "osctl-trainer", "osctl-testers"])
-def subject(request: pytest.FixtureRequest, based: str, administrator: Caller) -> Iterator[tuple[Caller, Rights]]:
+def subject(request: pytest.FixtureRequest, cluster: Cluster, based: str, administrator: Caller) -> Iterator[tuple[Caller, Rights]]:
     """An account by a short-lived token, or a member of the group that the overlay names; and what is written of it."""
     name = request.param
     if name == "osctl-testers":
-        caller = Caller(administrator.token, {"Impersonate-User": "somebody", "Impersonate-Group": name})
+        caller = Caller(cluster, administrator.token, {"Impersonate-User": "somebody", "Impersonate-Group": name})
     else:
-        caller = Caller(run("kubectl", "-n", based, "create", "token", name, "--duration=10m").strip(), {})
+        caller = Caller(cluster, token_of(cluster, based, name), {})
     yield caller, {"osctl-driver": OF_DRIVER, "osctl-trainer": OF_TRAINER, "osctl-testers": OF_USER}[name]
     caller.close()
 
@@ -209,11 +191,13 @@ def listed(said: str) -> Rights:
 
 
 @pytest.mark.parametrize(("account", "written"), [("osctl-driver", OF_DRIVER), ("osctl-trainer", OF_TRAINER)])
-def test_what_kubectl_lists_of_an_account_is_what_is_written(based: str, tmp_path: Path, account: str, written: Rights) -> None:
-    config = yaml.safe_load((CACHE / "conf/admin.kubeconfig").read_text())
-    config["users"][0]["user"] = {"token": run("kubectl", "-n", based, "create", "token", account, "--duration=10m").strip()}
+def test_what_kubectl_lists_of_an_account_is_what_is_written(
+    cluster: Cluster, based: str, tmp_path: Path, account: str, written: Rights
+) -> None:
+    config = yaml.safe_load(cluster.kubeconfig.read_text())
+    config["users"][0]["user"] = {"token": token_of(cluster, based, account)}
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
-    said = run("kubectl", "--kubeconfig", tmp_path / "kubeconfig", "-n", based, "auth", "can-i", "--list", "--no-headers")
+    said = cluster.kubectl("--kubeconfig", tmp_path / "kubeconfig", "-n", based, "auth", "can-i", "--list", "--no-headers")
     assert {key: set(verbs) for key, verbs in listed(said).items()} == {key: set(verbs) for key, verbs in {**EVERYBODYS, **written}.items()}
 
 
@@ -243,11 +227,11 @@ def test_what_is_written_ends_at_the_namespace(subject: tuple[Caller, Rights], r
                 assert caller.call("GET", path)[0] == 403, path
 
 
-def test_nobody_becomes_somebody_else(based: str) -> None:
+def test_nobody_becomes_somebody_else(cluster: Cluster, based: str) -> None:
     for account in ("osctl-driver", "osctl-trainer"):
-        token = run("kubectl", "-n", based, "create", "token", account, "--duration=10m").strip()
+        token = token_of(cluster, based, account)
         for headers in ({"Impersonate-User": "admin"}, {"Impersonate-User": "a", "Impersonate-Group": "system:masters"}):
-            caller = Caller(token, headers)
+            caller = Caller(cluster, token, headers)
             status, said = caller.call("GET", f"/api/v1/namespaces/{based}/pods")
             caller.close()
             assert status == 403 and "impersonate" in said["message"]
@@ -257,91 +241,92 @@ def test_nobody_becomes_somebody_else(based: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", ["h800-64", "test"])
-def test_the_api_server_takes_every_overlay(based: str, overlay: str) -> None:
-    objects = [moved(manifest, based) for manifest in of_overlay(overlay) if manifest["kind"] != "Namespace"]
-    run("kubectl", "apply", "--server-side", "--force-conflicts", "--dry-run=server", "-f", "-", given=yaml.safe_dump_all(objects))
+def test_the_api_server_takes_every_overlay(cluster: Cluster, based: str, overlay: str) -> None:
+    objects = [moved(manifest, based) for manifest in of_overlay(cluster, overlay) if manifest["kind"] != "Namespace"]
+    cluster.kubectl("apply", "--server-side", "--force-conflicts", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump_all(objects))
 
 
 @pytest.mark.parametrize("example", sorted(path.stem for path in (REPOSITORY / "k8s/examples").iterdir()))
-def test_the_api_server_takes_every_example(based: str, example: str) -> None:
+def test_the_api_server_takes_every_example(cluster: Cluster, based: str, example: str) -> None:
     objects = yaml.safe_load_all((REPOSITORY / "k8s/examples" / f"{example}.yaml").read_text())
     given = yaml.safe_dump_all([moved(manifest, based) for manifest in objects])
-    run("kubectl", "apply", "--server-side", "--dry-run=server", "-f", "-", given=given)
+    cluster.kubectl("apply", "--server-side", "--dry-run=server", "-f", "-", stdin=given)
 
 
-def test_the_namespace_refuses_a_pod_that_is_not_restricted(based: str) -> None:
+def test_the_namespace_refuses_a_pod_that_is_not_restricted(cluster: Cluster, based: str) -> None:
     pod = {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {"name": "loose"},
         "spec": {"containers": [{"name": "a", "image": "localhost/a"}]},
     }
-    said = run("kubectl", "-n", based, "create", "--dry-run=server", "-f", "-", given=json.dumps(pod), check=False)
+    said = cluster.kubectl("-n", based, "create", "--dry-run=server", "-f", "-", stdin=json.dumps(pod), check=False)
     assert 'violates PodSecurity "restricted:v1.34"' in said
 
 
 # --- A release ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_release_lives_its_life(make_namespace: Callable[[], str], images: dict[str, str], tmp_path: Path) -> None:
+def test_a_release_lives_its_life(cluster: Cluster, make_namespace: Callable[[], str], tmp_path: Path) -> None:
     """Install, test, upgrade, rollback, uninstall; nothing of it is left, and the Secret, which is not its own, stays."""
     namespace = make_namespace()
-    keys = dict(line.split("=", 1) for line in (CACHE / "conf/s3.env").read_text().splitlines() if "=" in line)
-    literals = [f"--from-literal={name}={keys[name]}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
-    run("kubectl", "-n", namespace, "create", "secret", "generic", "osctl-s3", *literals)
+    literals = [f"--from-literal={name}={cluster.s3[name]}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
+    cluster.kubectl("-n", namespace, "create", "secret", "generic", "osctl-s3", *literals)
     values = merged(
         ci("test"),
         {
-            "profile": {"image": images["trainer"], "driver_image": images["slim"], "allow_unpinned": []},
-            "store": f"s3://osctl/{namespace}/runs",
-            "mlflow": {"artifacts": f"s3://osctl/{namespace}/mlflow"},
+            "profile": {"image": cluster.trainer_image, "driver_image": cluster.driver_image, "allow_unpinned": []},
+            "store": f"s3://{cluster.bucket}/{namespace}/runs",
+            "mlflow": {"artifacts": f"s3://{cluster.bucket}/{namespace}/mlflow"},
         },
     )
     settings = ["-n", namespace, "--wait", "--timeout", "180s", "--values", "-"]
 
     def allowed_hosts() -> str:
-        return run(
-            "kubectl", "-n", namespace, "get", "deployment/osctl-mlflow", "-o", "jsonpath={.spec.template.spec.containers[0].args[4]}"
+        return cluster.kubectl(
+            "-n", namespace, "get", "deployment/osctl-mlflow", "-o", "jsonpath={.spec.template.spec.containers[0].args[4]}"
         )
 
-    run("helm", "install", "osctl", CHART, *settings, given=yaml.safe_dump(values))
+    cluster.helm("install", "osctl", CHART, *settings, stdin=yaml.safe_dump(values))
     first = allowed_hosts()
 
-    said = run("helm", "test", "osctl", "-n", namespace, "--logs")
+    said = cluster.helm("test", "osctl", "-n", namespace, "--logs")
     assert "Phase:          Succeeded" in said
     assert "it holds its conditional writes" in said and "answers, and not to foreign host names" in said
 
-    artifact = logged_artifact(namespace)
-    assert (CACHE / "s3/data/osctl" / namespace / "mlflow" / artifact).read_text() == "kept in the object store\n"
+    artifact = logged_artifact(cluster, namespace)
+    assert (CACHE / "s3/data" / cluster.bucket / namespace / "mlflow" / artifact).read_text() == "kept in the object store\n"
 
     (tmp_path / "cluster.yaml").write_text(
-        run("kubectl", "-n", namespace, "get", "configmap/osctl-cluster", "-o", r"jsonpath={.data.cluster\.yaml}")
+        cluster.kubectl("-n", namespace, "get", "configmap/osctl-cluster", "-o", r"jsonpath={.data.cluster\.yaml}")
     )
     profile = validate(ClusterProfile, read(tmp_path / "cluster.yaml"), "cluster profile")
-    assert (profile.namespace, profile.driver_image, profile.gpu_resource) == (namespace, images["slim"], None)
+    assert (profile.namespace, profile.driver_image, profile.gpu_resource) == (namespace, cluster.driver_image, None)
     assert profile.tracking == f"http://osctl-mlflow.{namespace}.svc:5000"
+    doctor = [REPOSITORY / ".venv/bin/osctl", "doctor", "--cluster", "cluster.yaml", "--store", values["store"], "-o", "json"]
+    env = {**os.environ, **cluster.s3, "KUBECONFIG": str(cluster.kubeconfig)}
+    checks = json.loads(subprocess.run(doctor, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=True).stdout)
+    assert {check["verdict"] for check in checks} == {"ok"}
 
     changed = merged(values, {"mlflow": {"allowedHosts": ["mlflow.example.com"]}})
-    run("helm", "upgrade", "osctl", CHART, *settings, given=yaml.safe_dump(changed))
+    cluster.helm("upgrade", "osctl", CHART, *settings, stdin=yaml.safe_dump(changed))
     assert allowed_hosts() == f"{first},mlflow.example.com"
 
-    run("helm", "rollback", "osctl", "1", "-n", namespace, "--wait", "--timeout", "180s")
+    cluster.helm("rollback", "osctl", "1", "-n", namespace, "--wait", "--timeout", "180s")
     assert allowed_hosts() == first
-    assert "Phase:          Succeeded" in run("helm", "test", "osctl", "-n", namespace)
-    history = json.loads(run("helm", "history", "osctl", "-n", namespace, "-o", "json"))
+    assert "Phase:          Succeeded" in cluster.helm("test", "osctl", "-n", namespace)
+    history = json.loads(cluster.helm("history", "osctl", "-n", namespace, "-o", "json"))
     assert [(each["revision"], each["status"]) for each in history] == [(1, "superseded"), (2, "superseded"), (3, "deployed")]
 
-    run("helm", "uninstall", "osctl", "-n", namespace, "--wait", "--timeout", "60s")
+    cluster.helm("uninstall", "osctl", "-n", namespace, "--wait", "--timeout", "60s")
     kinds = "all,serviceaccounts,roles,rolebindings,networkpolicies,configmaps,persistentvolumeclaims,secrets"
-    left = run("kubectl", "-n", namespace, "get", kinds, "-o", "name").split()
+    left = cluster.kubectl("-n", namespace, "get", kinds, "-o", "name").split()
     assert {name for name in left if "pod/" not in name} == {"serviceaccount/default", "configmap/kube-root-ca.crt", "secret/osctl-s3"}
 
 
 @pytest.fixture(scope="module")
-def store_image(up: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+def store_image(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
     """An image of nothing but versitygw, in the cluster."""
-    if not (tool("buildah") and tool("ctr")):
-        pytest.fail("the cluster is up, but buildah or ctr is missing; scripts/setup-test-servers installs them")
     image, archive = "localhost/versitygw:deploy-test", tmp_path_factory.mktemp("image") / "versitygw.tar"
     script = """
     container=$(buildah from scratch)
@@ -351,25 +336,25 @@ def store_image(up: None, tmp_path_factory: pytest.TempPathFactory) -> str:
     buildah rmi "$2"
     ctr -a "$4" -n k8s.io images import "$3"
     """
-    words = [(CACHE / "bin/versitygw").resolve(), image, archive, CACHE / "run/containerd.sock"]
+    words = [(cluster.bin / "versitygw").resolve(), image, archive, CACHE / "run/containerd.sock"]
     subprocess.run(["bash", "-euc", script, "image", *map(str, words)], check=True, capture_output=True, timeout=120)
     archive.unlink()
     return image
 
 
-def test_a_trial_brings_its_own_store(make_namespace: Callable[[], str], images: dict[str, str], store_image: str) -> None:
+def test_a_trial_brings_its_own_store(cluster: Cluster, make_namespace: Callable[[], str], store_image: str) -> None:
     namespace = make_namespace()
     literals = [f"--from-literal={name}={secrets.token_hex(16)}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
-    run("kubectl", "-n", namespace, "create", "secret", "generic", "osctl-s3", *literals)
-    profile = {"image": images["trainer"], "driver_image": images["slim"], "allow_unpinned": [store_image]}
+    cluster.kubectl("-n", namespace, "create", "secret", "generic", "osctl-s3", *literals)
+    profile = {"image": cluster.trainer_image, "driver_image": cluster.driver_image, "allow_unpinned": [store_image]}
     values = merged(ci("trial"), {"profile": profile, "s3": {"trial": {"image": store_image}}})
-    run("helm", "install", "osctl", CHART, "-n", namespace, "--wait", "--timeout", "180s", "--values", "-", given=yaml.safe_dump(values))
-    said = run("helm", "test", "osctl", "-n", namespace, "--logs")
+    cluster.helm("install", "osctl", CHART, "-n", namespace, "--wait", "--timeout", "180s", "--values", "-", stdin=yaml.safe_dump(values))
+    said = cluster.helm("test", "osctl", "-n", namespace, "--logs")
     assert "it holds its conditional writes" in said and "answers, and not to foreign host names" in said
-    run("helm", "uninstall", "osctl", "-n", namespace)
+    cluster.helm("uninstall", "osctl", "-n", namespace)
 
 
-def logged_artifact(namespace: str) -> str:
+def logged_artifact(cluster: Cluster, namespace: str) -> str:
     """Key, below the artifact root, of what a client of this MLflow has sent it: the client has no key of the object store."""
     script = f"""
 import os
@@ -382,5 +367,5 @@ with mlflow.start_run() as run:
     mlflow.log_text("kept in the object store\\n", "note.txt")
 print("ARTIFACT", run.info.artifact_uri.removeprefix("mlflow-artifacts:/") + "/note.txt")
 """
-    said = run("kubectl", "-n", namespace, "exec", "deployment/osctl-mlflow", "--", "python", "-c", script)
+    said = cluster.kubectl("-n", namespace, "exec", "deployment/osctl-mlflow", "--", "python", "-c", script)
     return next(line.split()[1] for line in said.splitlines() if line.startswith("ARTIFACT"))
