@@ -1,0 +1,188 @@
+"""What tests of the backend need of the shared cluster: a namespace of their own, pipelines for its fake nodes, a driver in a thread."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tiny_attempts import CONFIG
+
+from orchestrator.adapters.folder import FolderStore
+from orchestrator.adapters.kube.api import AlreadyExists, Api
+from orchestrator.adapters.kube.backend import KubeBackend
+from orchestrator.cluster import ClusterProfile
+from orchestrator.config import Pipeline, Stage, StageSpec
+from orchestrator.document import read, validate
+from orchestrator.errors import OsctlError
+from orchestrator.ledger import Ledger
+from orchestrator.ports import Life
+from orchestrator.records import Event
+from orchestrator.runner import Result, Runner
+
+REPOSITORY = Path(__file__).parents[2]
+HOME = Path(os.environ.get("OSCTL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "osctl") / "cluster"
+KUBECONFIG = HOME / "conf/admin.kubeconfig"
+STORE = "s3://osctl-test/runs"
+"""As pods would reach it; the tests keep the ledger in a folder, since no pod of a fake node reads it."""
+STAGES = (("one", None), ("two", "one"))
+
+
+def until(holds: Callable[[], bool], what: str, patience_s: float = 20.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < deadline, f"{what}: not within {patience_s} s"
+        time.sleep(0.05)
+
+
+def kubectl(*words: str, given: str | None = None) -> str:
+    command = [str(HOME / "bin/kubectl"), "--kubeconfig", str(KUBECONFIG), *words]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+    return done.stdout
+
+
+@contextmanager
+def own_namespace() -> Iterator[Api]:
+    """A client for a namespace that goes with the test."""
+    name = f"osctl-test-{secrets.token_hex(4)}"
+    saved, os.environ["KUBECONFIG"] = os.environ.get("KUBECONFIG"), str(KUBECONFIG)
+    try:
+        api = Api.connect(None, name)
+    finally:
+        os.environ.pop("KUBECONFIG")
+        if saved is not None:
+            os.environ["KUBECONFIG"] = saved
+    made = api.create("namespaces", {"metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}})
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "osctl-trainer"}}
+    try:
+        api.create("serviceaccounts", account)
+        yield api
+    finally:
+        api.delete("namespaces", name, uid=made["metadata"]["uid"])
+        api.close()
+
+
+def gpu_profile(namespace: str, **changes: Any) -> ClusterProfile:
+    """The published profile, in this namespace and without what its site has and this one lacks."""
+    path = REPOSITORY / "configs/clusters/h800-64.yaml"
+    profile = validate(ClusterProfile, read(path), "cluster profile")
+    return profile.model_copy(update={"namespace": namespace, "priority_class": None, "start_deadline_s": 30, **changes})
+
+
+def pipeline(profile: ClusterProfile, name: str = "demo", stages: tuple[tuple[str, str | None], ...] = STAGES, nodes: int = 8) -> Pipeline:
+    resources = {"nodes": nodes, "devices_per_node": 8 if profile.gpu_resource else 1, "device": profile.device}
+    return Pipeline.model_validate(
+        {
+            "name": name,
+            "backend": "kubernetes",
+            "store": STORE,
+            "tracking": "none",
+            "experiment": name,
+            "cluster": profile,
+            "budget_usd": None,
+            "flush_s": 1.0,
+            "trainer": (),
+            "stages": tuple(
+                Stage(
+                    spec=StageSpec.model_validate({"name": stage, "config": "x.yaml", "parent": parent, "resources": resources}),
+                    config=CONFIG,
+                )
+                for stage, parent in stages
+            ),
+        }
+    )
+
+
+@dataclass
+class Drive:
+    """A driver in a thread of this process."""
+
+    ledger: Ledger
+    backend: KubeBackend
+    runner: Runner
+    result: Result | None = None
+    fault: BaseException | None = None
+    events: list[Event] = field(default_factory=list)
+    thread: threading.Thread = field(init=False)
+
+    @classmethod
+    @contextmanager
+    def of(cls, of: Pipeline, ledger: Ledger, api: Api) -> Iterator[Drive]:
+        assert of.cluster is not None
+        backend = KubeBackend(ledger.store, api, of.cluster, STORE, pipeline=of.name)
+        runner = Runner(of, ledger, backend)
+        drive = cls(ledger, backend, runner)
+        runner.on_event = drive.events.append
+        drive.thread = threading.Thread(target=drive._run, name="driver", daemon=True)
+        drive.thread.start()
+        try:
+            yield drive
+        finally:
+            runner.kill()
+            drive.thread.join(60)
+            backend._watcher.close()
+
+    def _run(self) -> None:
+        try:
+            self.result = self.runner.run()
+        except OsctlError as error:
+            self.fault = error
+
+    def ends(self, patience_s: float = 60.0) -> Result:
+        self.thread.join(patience_s)
+        assert not self.thread.is_alive(), f"still driving after {patience_s} s: {[event.detail for event in self.events][-5:]}"
+        if self.fault is not None:
+            raise self.fault
+        assert self.result is not None
+        return self.result
+
+    def key(self, stage: str, number: int = 1) -> str | None:
+        """Run key of an attempt, once it is intended."""
+        for inputs in self.ledger.inputs_of(stage):
+            intent = self.ledger.intent(stage, inputs, number)
+            if intent is not None:
+                return intent.run_key
+        return None
+
+    def life(self, stage: str, number: int = 1) -> Life:
+        key = self.key(stage, number)
+        return self.backend.observe(key) if key else Life("absent")
+
+    def outcomes(self, stage: str) -> list[str]:
+        found = []
+        for inputs in self.ledger.inputs_of(stage):
+            for number in self.ledger.attempts(stage, inputs):
+                outcome = self.ledger.outcome(stage, inputs, number)
+                found.append(outcome.class_ if outcome else "open")
+        return found
+
+    def trains(self, stage: str, number: int = 1, patience_s: float = 30.0) -> str:
+        """Waits until all its pods run; the job's name."""
+
+        def running() -> bool:
+            life = self.life(stage, number)
+            return life.state == "running" and life.bound is not None and not life.waits
+
+        until(running, f"{stage} attempt {number} trains", patience_s)
+        key = self.key(stage, number)
+        assert key is not None
+        return self.backend._name(key)
+
+
+def folder_ledger(folder: Path, name: str = "demo") -> Ledger:
+    return Ledger(FolderStore(folder / "store"), name)
+
+
+def touch(api: Api, kind: str, body: dict[str, Any]) -> None:
+    try:
+        api.create(kind, body)
+    except AlreadyExists:
+        return
