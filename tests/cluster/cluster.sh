@@ -19,9 +19,9 @@ say() { # one line per phase, with the seconds it took
   local now; now=$(date +%s%N)
   printf 'tests/cluster/%s: %6.1f s  %s\n' "$me" "$(((now - began) / 100000000))e-1" "$*" >&2; began=$now; }
 
-lock() { # one of build, up, down, image at a time; the lock is not inherited by the servers (see start)
-  mkdir -p "$K"; exec 9>"$K/.lock"
-  flock -n 9 || { echo "tests/cluster/$me: waits for another tests/cluster script" >&2; flock 9; }
+lock() { # [NAME]: one script at a time; `image`, which takes minutes, is not in the way of the others. The servers do not inherit the lock (see start)
+  mkdir -p "$K"; exec 9>"$K/.lock${1:+-$1}"
+  flock -n 9 || { echo "tests/cluster/$me: waits for another run of ${1:-build, up or down}" >&2; flock 9; }
   began=$(date +%s%N); }
 
 ctr_() { ctr -a "$R/containerd.sock" -n k8s.io "$@"; }

@@ -8,17 +8,15 @@ from __future__ import annotations
 import copy
 import json
 import secrets
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import manifest_specs
 import pytest
 import tiny_recipe
 import yaml
-from deploy.rendering import CACHE, tool
 from hypothesis import HealthCheck, Phase, given, settings
 from manifest_specs import HOSTILE, Spec
 from pod_security import violations
@@ -39,33 +37,21 @@ THREADS = 4
 
 
 @pytest.fixture(scope="module")
-def up(require: Callable[[str, str], NoReturn]) -> None:
-    if tool("kubectl") is None or not (CACHE / "conf/admin.kubeconfig").exists() or kubectl("get", "--raw", "/readyz") != "ok":
-        require("cluster", "it is not up; run tests/cluster/up")
-
-
-@pytest.fixture(scope="module")
-def api(up: None) -> Iterator[Api]:
+def api(cluster: Any) -> Iterator[Api]:
     """A namespace that enforces "restricted", with the accounts that pods name."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KUBECONFIG", str(CACHE / "conf/admin.kubeconfig"))
+        patch.setenv("KUBECONFIG", str(cluster.kubeconfig))
         api = Api.connect(None, NAMESPACE)
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    kubectl("create", "-f", "-", given={"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}})
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}}
+    cluster.kubectl("create", "-f", "-", stdin=yaml.safe_dump(namespace))
     try:
         for name in ("default-of-tests", "osctl-driver"):
             api.create("serviceaccounts", {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}})
         yield api
     finally:
-        kubectl("delete", "namespace", NAMESPACE, "--wait=false")
+        cluster.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
         api.close()
-
-
-def kubectl(*words: str, given: dict[str, Any] | str | None = None) -> str:
-    text = yaml.safe_dump(given) if isinstance(given, dict) else given
-    command = [str(tool("kubectl")), "--kubeconfig", str(CACHE / "conf/admin.kubeconfig"), *words]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
-    return done.stdout if done.returncode == 0 else done.stderr
 
 
 def here(profile: ClusterProfile) -> ClusterProfile:
@@ -175,7 +161,7 @@ def test_the_server_keeps_what_it_was_sent(api: Api) -> None:
     assert manifest.differences(kept, job) == []
 
 
-def test_kubectl_reads_hostile_words_as_we_wrote_them(api: Api) -> None:
+def test_kubectl_reads_hostile_words_as_we_wrote_them(api: Api, cluster: Any) -> None:
     """Go's reader of YAML, and not ours, is what a manifest in a file meets."""
     spec = published()
     jobs = []
@@ -183,22 +169,30 @@ def test_kubectl_reads_hostile_words_as_we_wrote_them(api: Api) -> None:
         profile = spec.profile.model_copy(update={"nccl_ib_hca": word, "s3_region": word})
         intent = manifest_specs.intent("no", "null", "1e3e1e3e1e3e", number + 1, 2, 8)
         jobs.append(manifest.pytorch_job(intent, profile, f"/mnt/{word}"))
-    told = kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", given=manifest.dump(jobs))
+    told = cluster.kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", stdin=manifest.dump(jobs))
     objects = json.loads("[" + told.replace("}\n{", "},{") + "]")
     for job, read in zip(jobs, objects, strict=True):
         assert read["spec"] == job["spec"]
         assert read["metadata"]["annotations"] == job["metadata"]["annotations"]
 
 
+def test_what_osctl_prints_is_what_kubectl_apply_takes(api: Api, cluster: Any, tmp_path: Path) -> None:
+    profile = yaml.safe_load((config.shipped_folder() / "clusters/h800-64.yaml").read_text()) | {"namespace": NAMESPACE}
+    (tmp_path / "here.yaml").write_text(yaml.safe_dump(profile))
+    printed = Osctl(tmp_path)("render", "-f", "open-sora-1.0", "--cluster", "here.yaml", "--store", "store", "--driver").stdout
+    said = cluster.kubectl("apply", "--dry-run=server", "-f", "-", stdin=printed)
+    assert said.count("created (server dry run)") == 5, "four stages and a driver"
+
+
 # --- osctl diff -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_diff_says_what_a_change_means_for_the_job_that_runs(api: Api, tmp_path: Path) -> None:
+def test_diff_says_what_a_change_means_for_the_job_that_runs(api: Api, cluster: Any, tmp_path: Path) -> None:
     profile = {"namespace": NAMESPACE, "service_account": "default-of-tests", "queue": "kueue", "kueue_queue": "none-lets-it-go"}
     content = yaml.safe_load((config.shipped_folder() / "clusters/kind-cpu.yaml").read_text()) | profile
     (tmp_path / "here.yaml").write_text(yaml.safe_dump(content))
     tiny_recipe.write(tmp_path, stages=1, backend="kubernetes", cluster="here.yaml", flush_s=5.0)
-    osctl = Osctl(tmp_path, {"KUBECONFIG": str(CACHE / "conf/admin.kubeconfig")})
+    osctl = Osctl(tmp_path, {"KUBECONFIG": str(cluster.kubeconfig)})
     store = str(tmp_path / ".osctl/store")
     pipeline = config.on_devices(config.load(tmp_path / "osctl.yaml"), 0)
     assert pipeline.cluster is not None
