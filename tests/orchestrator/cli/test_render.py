@@ -140,6 +140,15 @@ def test_without_store_and_cluster_it_prints_what_a_first_launch_would_send(env:
     assert list(tmp_path.iterdir()) == [], "it writes nothing"
 
 
+def test_no_secret_of_the_environment_is_in_what_it_prints(tmp_path: Path) -> None:
+    planted = {name: f"planted-{number}-{'x' * 20}" for number, name in enumerate(manifest.CREDENTIALS)}
+    planted |= {"MLFLOW_TRACKING_PASSWORD": "planted-9", "MLFLOW_TRACKING_TOKEN": "planted-10", "HF_TOKEN": "planted-11"}
+    osctl = Osctl(tiny_recipe.write(tmp_path / "recipe"), planted)
+    done = osctl("render", *CLUSTER, "--driver")
+    assert "planted" not in done.stdout + done.stderr
+    assert done.stdout.count("secretKeyRef") == 4 * len(manifest.CREDENTIALS), "three stages and the driver name the profile's secret"
+
+
 def test_machines_read_one_list_and_names(osctl: Osctl) -> None:
     listing = json.loads(osctl("render", *CLUSTER, "-o", "json").stdout)
     assert (listing["apiVersion"], listing["kind"]) == ("v1", "List")
