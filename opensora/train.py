@@ -550,4 +550,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    if code == parallel.PEER_LOST:
+        os._exit(code)  # the communication library aborts a process that tears it down while a peer is gone (seen: gloo, torch 2.15)
+    sys.exit(code)

@@ -169,6 +169,7 @@ class Attempt:
             if self.events.asked_to_leave and not self._draining:
                 self._draining = True
                 self.run.ask_drain()
+                self._checkpoints.watch()
             cut = self._cut()
             if cut is not None or self._has_had_its_say():
                 self.trainer.kill(self._clock())
@@ -181,6 +182,8 @@ class Attempt:
             return Ending("lost", "the launcher died")
         if self.events.asked_to_leave > 1:
             return Ending("signal", "asked a second time to leave, before the trainer had saved")
+        if self._checkpoints.lost:
+            return Ending("peer", f"nothing can be saved any more: {self._checkpoints.lost}")
         beats = self.run.heartbeats()
         if self._draining and self.intent.nodes > 1 and not beats:  # a node that waits for others does not look at `drain`
             return Ending("drained", "asked to leave before the nodes had met")

@@ -8,6 +8,7 @@ all parts and writes the manifest. Another node's last checkpoint counts as publ
 reported: a pod that leaves with 0 makes the whole job succeed, and node 0 may have more to do.
 
 A wait for a node ends when that node has reported without having delivered, or is silent. A node that lives is heard: its journal grows.
+The same ends the wait for a save that a node which is gone can no longer take part in.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ log = logging.getLogger(__name__)
 PENDING_CHECKPOINTS = 2
 """Checkpoints that wait for a slow store; older ones make room, since each holds its disk space."""
 POLL_S = 0.3
-"""Between two looks at what other nodes have done; every device of the job waits for the last of them."""
+"""Between two looks at what other nodes have done, once the training is over: every device of the job waits for the last of them."""
+TRAINING_POLL_S = 2.0
+"""The same while nobody waits."""
 
 
 class Publication:
@@ -53,6 +56,11 @@ class Publication:
                 if self._run.pin(step) or self._run.checkpoint(step).is_dir():
                     parcel = Parcel(name_of(step), partial(self._publish, step), partial(self._run.unpin, step))
                     self.courier.put(parcel, keep=PENDING_CHECKPOINTS)
+
+    def watch(self) -> None:
+        """A save was asked for: `lost` says when a node that it needs is gone."""
+        if self.peers is not None:
+            self.peers.watch()
 
     def close(self, promised: int | None) -> None:
         """Nothing more will be offered. `promised`: the step that must be published for the ending to be what the trainer said."""
@@ -108,17 +116,18 @@ class Peers(threading.Thread):
         super().__init__(name="peers", daemon=True)
         self._ledger, self._intent, self._wake, self._silence_s = ledger, intent, wake, silence_s
         self._leads, self._published = node == 0, published
-        self._others = range(1, intent.nodes) if node == 0 else range(1)
+        self._all_others = [other for other in range(intent.nodes) if other != node]
+        self._needed = self._all_others if node == 0 else [0]
         self._changed = threading.Condition()
         self._descriptions: dict[int, bytes] = {}
         """Of node 0's own CHECKPOINT.json, by step, while parts are missing."""
         self._promised: int | None = None
-        self._closing = False
+        self._closing = self._watching = False
         self._heard: dict[int, tuple[str, float]] = {}
         """By node, its newest journal piece and when it was first seen."""
         self.refused: dict[int, Refusal] = {}
         self.lost = ""
-        """Why another node will not deliver; said only while closing."""
+        """Why another node will not do its share; said only while it is watched or waited for."""
         self.failing_since: float | None = None
         self.trouble = ""
         self.start()
@@ -129,10 +138,16 @@ class Peers(threading.Thread):
             self._descriptions[step] = description
             self._changed.notify()
 
+    def watch(self) -> None:
+        """All nodes are needed until the trainer has ended."""
+        with self._changed:
+            self._watching = True
+            self._changed.notify()
+
     def close(self, promised: int | None) -> None:
         """The trainer has ended: from now on nobody is waited for who is gone."""
         with self._changed:
-            self._closing = True
+            self._closing, self._watching, self.lost = True, False, ""
             self._promised = None if self._leads else promised
             self._changed.notify()
 
@@ -142,34 +157,39 @@ class Peers(threading.Thread):
             return not self._waiting()
 
     def _waiting(self) -> bool:
-        return not self.lost and (bool(self._descriptions) or self._promised is not None)
+        return not self.lost and (self._watching or bool(self._descriptions) or self._promised is not None)
 
     def run(self) -> None:
         while True:
             with self._changed:
                 while not self._waiting():
                     self._changed.wait()
-                closing, promised, descriptions = self._closing, self._promised, dict(self._descriptions)
+                promised, descriptions = self._promised, dict(self._descriptions)
+                nodes = self._needed if self._closing else self._all_others if self._watching else []
             try:
-                self._look(closing, promised, descriptions)
+                self._look(nodes, promised, descriptions)
                 self.failing_since, self.trouble = None, ""
             except Exception as error:  # noqa: BLE001 - whatever it is, the agent must be able to give up and leave
                 self.trouble = f"waiting for other nodes: {error}"
                 log.warning("%s", self.trouble)
                 self.failing_since = self.failing_since or time.monotonic()
-            time.sleep(POLL_S)
+            with self._changed:
+                self._changed.wait(POLL_S if self._closing or self._watching else TRAINING_POLL_S)
 
-    def _look(self, closing: bool, promised: int | None, descriptions: dict[int, bytes]) -> None:
-        reports = self._reports() if closing else []  # before looking for what they have delivered
+    def _look(self, nodes: Sequence[int], promised: int | None, descriptions: dict[int, bytes]) -> None:
+        """`nodes`: those without which there is nothing to wait for."""
+        reports = self._reports() if nodes else []  # before looking for what they have delivered
         delivered = self._merge(descriptions) if self._leads else self._follow(promised, reports)
         if delivered is not None:
             with self._changed:  # nodes deliver in order: what is older and not there was dropped on the way
                 self._descriptions = {step: content for step, content in self._descriptions.items() if step > delivered}
                 self._promised = None
             self._wake()
-        elif closing and (why := self._gone(reports)):
+        elif why := self._gone(nodes, reports):
             log.warning("%s", why)
-            self.lost = why
+            with self._changed:
+                if nodes is self._needed or self._watching:  # or it was for a save that has come about meanwhile
+                    self.lost = why
             self._wake()
 
     def _merge(self, descriptions: dict[int, bytes]) -> int | None:
@@ -199,13 +219,13 @@ class Peers(threading.Thread):
     def _reports(self) -> list[Report]:
         return self._ledger.reports(self._intent.stage, self._intent.inputs, self._intent.attempt)
 
-    def _gone(self, reports: Sequence[Report]) -> str:
-        """Why another node will not deliver, if it will not."""
+    def _gone(self, nodes: Sequence[int], reports: Sequence[Report]) -> str:
+        """Why one of these nodes will not do its share, if it will not."""
         for report in reports:
-            if report.node in self._others:
+            if report.node in nodes and (self._closing or report.class_ not in ("completed", "drained")):
                 return f"node {report.node} ended before ({report.class_}{f': {report.reason}' if report.reason else ''})"
         now = time.monotonic()
-        for node in self._others:
+        for node in nodes:
             last, since = self._heard.get(node, ("", now))
             newest = self._ledger.newest_piece(self._intent, node, last)
             self._heard[node] = (newest, now) if newest != last or node not in self._heard else (last, since)

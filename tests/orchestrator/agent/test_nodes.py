@@ -180,6 +180,22 @@ def test_a_node_that_cannot_publish_is_the_cause_and_the_other_does_not_wait_for
     assert attempts.published(intent) == []
 
 
+@pytest.mark.parametrize("gone", ["rank", "agent"])
+def test_a_save_that_a_dead_node_can_take_no_part_in_is_not_waited_for(attempts: Attempts, jobs: Any, gone: str) -> None:
+    job = jobs(attempts.intend("--step-ms", "50", nodes=2, config=stage_config(steps=1000, every_steps=1000), trainer=STANDS_IN))
+    until(lambda: all(node.ranks() for node in job.nodes), "training")
+    os.kill(job.nodes[0].ranks()[0], signal.SIGSTOP)  # as a rank that waits for its peer in a collective
+    os.kill(job.nodes[1].ranks()[1] if gone == "rank" else job.nodes[1].agent.pid, signal.SIGKILL)
+    job.nodes[1].end()
+    job.nodes[0].agent.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    codes, reports = job.end()
+    assert time.monotonic() - began < SILENCE_S + 6
+    assert codes[0] == 71 and reports[0].class_ == "peer", job.explain()
+    assert ("node 1 ended before (signal" if gone == "rank" else "node 1 has been silent") in reports[0].reason
+    assert job.report().class_ == ("signal" if gone == "rank" else "peer")
+
+
 def test_a_node_that_the_intent_does_not_have_starts_nothing(attempts: Attempts, jobs: Any) -> None:
     job = jobs(attempts.intend(), numbers=(1,))
     assert [node.end() for node in job.nodes] == [69]
