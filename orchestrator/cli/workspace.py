@@ -81,26 +81,15 @@ class Workspace:
                 os.environ[name] = value
 
     @property
-    def store_url(self) -> str:
-        return store_url(self.pipeline.store)
+    def store_url(configured: str) -> str:
+    """A URL, with one spelling a place since names of cluster objects are made of it; a folder as an absolute path.
 
-    @cached_property
-    def ledger(self) -> Ledger:
-        from orchestrator.ledger import Ledger
-
-        return Ledger(self.store, self.pipeline.name)
-
-    @cached_property
-    def prices(self) -> Prices:
-        from orchestrator.cost import load_prices
-
-        return load_prices().at(self.pipeline.cluster)
-
-
-def store_url(configured: str) -> str:
-    """A URL as it is; a folder as an absolute path. The default folder follows OSCTL_HOME."""
-    if "://" in configured:
-        return configured
+    The default folder follows OSCTL_HOME.
+    """
+    scheme, separator, rest = configured.partition("://")
+    if separator:
+        place, _, prefix = rest.partition("/")
+        return f"{scheme}://{place}" + (f"/{prefix.strip('/')}" if prefix.strip("/") else "")
     return str(home() / "store") if configured == ".osctl/store" else str(Path(configured).absolute())
 
 

@@ -21,6 +21,12 @@ from orchestrator.ports import Life
 from orchestrator.runner import Runner
 
 CLUSTER = ("--cluster", "kind-cpu")
+NO_ANSWER = {
+    "AWS_ACCESS_KEY_ID": "a",
+    "AWS_SECRET_ACCESS_KEY": "b",
+    "OSCTL_S3_ENDPOINT": "http://127.0.0.1:9",
+    "OSCTL_S3_PATIENCE_S": "0.2",
+}
 
 
 @pytest.fixture
@@ -122,7 +128,7 @@ def test_the_driver_is_rendered_with_the_revision_that_launch_would_write(osctl:
 @pytest.mark.parametrize(
     "env",
     [
-        {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "OSCTL_S3_ENDPOINT": "http://127.0.0.1:9", "OSCTL_S3_PATIENCE_S": "0.2"},
+        NO_ANSWER,
         {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null", "AWS_CONFIG_FILE": "/dev/null"},
     ],
     ids=["no answer", "no credentials"],
@@ -147,6 +153,15 @@ def test_no_secret_of_the_environment_is_in_what_it_prints(tmp_path: Path) -> No
     done = osctl("render", *CLUSTER, "--driver")
     assert "planted" not in done.stdout + done.stderr
     assert done.stdout.count("secretKeyRef") == 4 * len(manifest.CREDENTIALS), "three stages and the driver name the profile's secret"
+
+
+def test_a_slash_too_many_makes_no_other_job(tmp_path: Path) -> None:
+    """Under another name, a launch would not find the attempts that run."""
+    osctl = Osctl(tmp_path, NO_ANSWER)
+    plain, slashed = (
+        osctl("render", "-f", "open-sora-1.0", "--store", store).stdout for store in ("s3://bucket/runs", "s3://bucket//runs/")
+    )
+    assert plain == slashed
 
 
 def test_machines_read_one_list_and_names(osctl: Osctl) -> None:
