@@ -81,7 +81,23 @@ class Workspace:
                 os.environ[name] = value
 
     @property
-    def store_url(configured: str) -> str:
+    def store_url(self) -> str:
+        return store_url(self.pipeline.store)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        from orchestrator.ledger import Ledger
+
+        return Ledger(self.store, self.pipeline.name)
+
+    @cached_property
+    def prices(self) -> Prices:
+        from orchestrator.cost import load_prices
+
+        return load_prices().at(self.pipeline.cluster)
+
+
+def store_url(configured: str) -> str:
     """A URL, with one spelling a place since names of cluster objects are made of it; a folder as an absolute path.
 
     The default folder follows OSCTL_HOME.
