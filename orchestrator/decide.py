@@ -5,7 +5,8 @@ has at most one live attempt, is never run again once it is committed, and an at
 Refuses to read, write or start anything (`orchestrator.runner` does): a driver may be killed between any two actions, and the next
 one, observing afresh, decides the rest.
 
-Failures are counted within one launch (attempts of this lease epoch): launching again is a person's decision to try again.
+Failures are counted within one launch (attempts of this lease epoch, and those that it took over alive from a driver before it in the
+cluster): launching again is a person's decision to try again.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Attempt:
     outcome: Outcome | None = None
     draining: bool = False
     """Whether this driver has asked it to save and leave."""
+    adopted: bool = False
+    """Whether an earlier driver has intended it, and this one has found it alive: its end is this driver's to judge."""
     given_up: str = ""
     """Why this driver has killed it before it started: the fault that kept it from that until the deadline."""
 
@@ -455,7 +458,7 @@ def _next(
     assert view.inputs is not None, f"{stage.name} has a committed parent and no inputs"
     if view.refused is not None:
         return Verdict("failed", view.refused, 4)
-    mine = [attempt for attempt in view.attempts if attempt.epoch == observed.epoch or _ended_by_person(attempt, observed)]
+    mine = [one for one in view.attempts if one.epoch == observed.epoch or one.adopted or _ended_by_person(one, observed)]
     ends = [attempt for attempt in mine if attempt.outcome is not None]
     verdict = judge(ends, stage.spec.max_attempts)
     if verdict.state != "go":

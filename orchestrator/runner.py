@@ -159,6 +159,8 @@ class Runner:
         """(epoch, stage, number) of attempts that an earlier driver has surely submitted."""
         self._ended_by_us: dict[tuple[str, int], int] = {}
         """(stage, number) of attempts that a driver has asked to end, with the last epoch in which it did."""
+        self._adopted: set[str] = set()
+        """Run keys of attempts of earlier drivers that this one has found alive."""
         self._announced: set[tuple[str, str]] = set()
         self._unforgotten: list[str] = []
         """Run keys that have an outcome, and perhaps something lying around."""
@@ -366,6 +368,8 @@ class Runner:
             # No process of ours deletes a job that nobody asked to end: one that lived and is not there was deleted by a person.
             ours = self._ended_by_us.get((stage, number), 0) >= intent.epoch
             life, traces = Life("ended", cause=None if ours else "deleted"), True
+        if self.pipeline.backend == "kubernetes" and life.state == "running" and intent.epoch < self._lease.epoch:
+            self._adopted.add(key)
         return Attempt(
             stage,
             inputs,
@@ -378,6 +382,7 @@ class Runner:
             report,
             outcome,
             draining=key in self._draining,
+            adopted=key in self._adopted,
             given_up=self._given_up.get(key, ""),
         )
 

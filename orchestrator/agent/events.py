@@ -35,6 +35,7 @@ class Events:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self._launcher = None if launcher_pid is None else _watch(launcher_pid)
+        self.outlives_launcher = launcher_pid is None
         self.launcher_died = launcher_pid is not None and self._launcher is None
         if self._launcher is not None:
             self._poll.register(self._launcher, select.POLLIN)

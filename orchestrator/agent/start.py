@@ -38,7 +38,7 @@ def begin(
         if not 0 <= node < intent.nodes:
             raise Refused(f"{intent.run_key}: has {intent.nodes} nodes, so there is no node {node}; nothing was started")
         ledger = Ledger(store, intent.pipeline)
-        _ask(lambda: check_epoch(ledger, intent), events, patience.store_s)
+        _ask(lambda: check_right(ledger, intent, outlives_driver=events.outlives_launcher), events, patience.store_s)
         if not Claim(Process.of(os.getpid()), bound).write(run_dir):
             raise Refused(f"run directory {run_dir}: this attempt has been lived before; nothing was started")
     except (OsctlError, NotFound) as error:
@@ -48,14 +48,22 @@ def begin(
     return Attempt(ledger, intent, RunDirectory(run_dir), trainer, events, node=node, bound=bound, patience=patience), trainer
 
 
-def check_epoch(ledger: Ledger, intent: Intent) -> None:
-    """Raises Refused where a newer driver holds, or held, the lease: it may have given this attempt up."""
+def check_right(ledger: Ledger, intent: Intent, *, outlives_driver: bool) -> None:
+    """Raises Refused where a newer driver has given this attempt up, or may have.
+
+    A job in a cluster waits for its devices longer than a driver lives, and the next driver adopts it: there only an outcome, which a
+    driver writes before it starts another attempt, takes the right away. A process of a dead launcher is adopted by nobody.
+    """
     lease = ledger.lease()
-    if lease is not None and lease.epoch > intent.epoch:
+    if lease is None or lease.epoch <= intent.epoch:
+        return
+    if not outlives_driver:
         raise Refused(
             f"{intent.run_key}: its intent is of epoch {intent.epoch}, the lease of epoch {lease.epoch} ({lease.holder}); "
             "nothing was started, the newer driver decides"
         )
+    if ledger.outcome(intent.stage, intent.inputs, intent.attempt) is not None:
+        raise Refused(f"{intent.run_key}: {lease.holder} (epoch {lease.epoch}) has closed it; nothing was started")
 
 
 def _ask(question: Callable[[], T], events: Events, patience_s: float) -> T:

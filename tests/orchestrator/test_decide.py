@@ -169,6 +169,13 @@ def test_launching_again_gives_a_failed_stage_another_try() -> None:
     assert isinstance(action, StartAttempt) and action.number == 3
 
 
+def test_an_attempt_that_was_taken_over_alive_is_judged_by_who_took_it_over() -> None:
+    old = attempt(1, "nan", epoch=EPOCH - 1)
+    assert isinstance(decide(ONE, see(old), NOW)[0], StartAttempt), "of an earlier launch: a person has decided to try again"
+    (action,) = decide(ONE, see(replace(old, adopted=True)), NOW)
+    assert isinstance(action, Finish) and action.exit_code == 3, "of a driver that was lost: nobody has"
+
+
 def test_code_that_fails_twice_at_the_same_step_stops_even_with_progress() -> None:
     twice = attempt(1, "code", published=20, failed_at=33), attempt(2, "code", resumed=20, published=30, failed_at=33)
     (action,) = decide(ONE, see(*twice), NOW)

@@ -25,7 +25,7 @@ from orchestrator.agent.trainer_process import TrainerProcess, command, environm
 from orchestrator.claim import Claim, take_lock
 from orchestrator.errors import Unreachable
 from orchestrator.ledger import Ledger
-from orchestrator.records import ExitClass, Intent
+from orchestrator.records import ExitClass, Intent, Outcome
 
 
 @pytest.fixture
@@ -223,6 +223,19 @@ def test_an_intent_older_than_the_lease_is_not_lived(attempts: Attempts) -> None
     assert life.exit_code == 69
     assert attempts.journal(intent) == [] and attempts.report(intent) is None and Claim.read(attempts.run_dir(intent)) is None
     assert "the newer driver decides" in (attempts.run_dir(intent) / "agent.log").read_text()
+
+
+def test_in_a_pod_an_intent_older_than_the_lease_is_lived_unless_its_driver_has_closed_it(attempts: Attempts) -> None:
+    adopted, closed = attempts.intend(epoch=1), attempts.intend(epoch=1, attempt=2)
+    for _ in range(2):
+        attempts.ledger.acquire(time.time()).release()
+    outcome = {"class": "lost", "exit_code": None, "reason": "given up", "step": None, "bound": None, "ended": 1.0, "devices": 1}
+    attempts.ledger.write_outcome(closed, Outcome.model_validate(outcome | {"unaccounted_s": 0, "epoch": 2}))
+    late = subprocess.run(agent_argv(attempts, closed), capture_output=True, text=True, timeout=60)
+    assert late.returncode == 69 and "has closed it" in late.stderr and attempts.journal(closed) == []
+    assert subprocess.run(agent_argv(attempts, adopted), capture_output=True, timeout=60).returncode == 0
+    report = attempts.report(adopted)
+    assert report is not None and report.class_ == "completed"
 
 
 def test_an_agent_whose_launcher_is_dead_touches_nothing(attempts: Attempts) -> None:
