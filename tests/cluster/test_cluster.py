@@ -82,7 +82,13 @@ def test_one_real_node_and_eight_of_eight_gpus_are_ready(cluster: Cluster) -> No
     assert gpus == {"node-0": "0", **{f"h800-{i}": "8" for i in range(8)}}
 
 
+def elsewhere(cluster: Cluster) -> str:
+    """Pods that hold fake GPUs, of tests before this one or of a person."""
+    return "\n".join(line for line in cluster.kubectl("get", "pods", "-A", "-o", "wide", "--no-headers").splitlines() if " h800-" in line)
+
+
 def test_a_gang_that_fits_runs_and_one_too_large_is_not_placed_at_all(cluster: Cluster, namespace: str) -> None:
+    assert eventually(lambda: not elsewhere(cluster), 100), f"the cluster is taken:\n{elsewhere(cluster)}"
     apply(cluster, namespace, gang("eight", 8))
     assert eventually(lambda: [p["status"]["phase"] for p in pods(cluster, namespace)] == ["Running"] * 8), pods(cluster, namespace)
     assert len({p["spec"]["nodeName"] for p in pods(cluster, namespace)}) == 8
@@ -151,3 +157,18 @@ def test_the_slim_image_has_the_cli_and_no_torch(cluster: Cluster, namespace: st
     )
     script = " && ".join((*commands, "echo slim"))
     assert run(cluster, namespace, cluster.driver_image, script).split()[-1] == "slim"
+
+
+def test_a_server_that_was_stopped_comes_back_to_the_same_cluster(cluster: Cluster) -> None:
+    before = cluster.kubectl("get", "namespace", "kube-system", "-o", "jsonpath={.metadata.uid}")
+    cluster.stop("kube-apiserver")
+    assert "refused" in cluster.kubectl("get", "nodes", check=False)
+    cluster.start()
+    assert cluster.kubectl("get", "namespace", "kube-system", "-o", "jsonpath={.metadata.uid}") == before
+
+
+def test_the_operator_can_be_stopped_and_its_webhook_then_refuses(cluster: Cluster, namespace: str) -> None:
+    cluster.stop("training-operator")
+    assert "failed calling webhook" in apply(cluster, namespace, gang("nobody", 1), check=False)
+    cluster.start()
+    assert "created" in apply(cluster, namespace, gang("somebody", 1))
