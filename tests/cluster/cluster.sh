@@ -7,12 +7,13 @@ K=$(realpath -m "$cache/cluster")
 # bin: servers, kubectl, helm · manifests: YAML out of the servers' own modules · conf: generated settings, keys, kubeconfigs
 # run: pids, sockets · log · etcd, kubelet, containerd, s3: state, gone after `WIPE=1 down`
 B=$K/bin C=$K/conf R=$K/run
+servers="kubelet kwok coredns versitygw kube-proxy kube-scheduler kube-controller-manager kube-apiserver etcd containerd" # in the order of stopping
 ADDRESS=10.89.0.1 # of the machine as its pods see it; on a bridge of its own (kub0), so that nothing listens to the outside
 S3_PORT=9000
 export KUBECONFIG=$C/admin.kubeconfig PATH=$B:$PATH
 umask 022
 
-me=$(basename "$0")
+me=$(basename "$0") began=$(date +%s%N)
 die() { echo "tests/cluster/$me: $*" >&2; exit 1; }
 began=$(date +%s%N)
 say() { # one line per phase, with the seconds it took
