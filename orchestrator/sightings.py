@@ -246,6 +246,13 @@ def read_life(
     return Life("ended", bound, witnessed, _exit_code(pods), _cause(job, pods, ended_by_us))
 
 
+def is_broken(pods: Sequence[Pod], now: float) -> bool:
+    """Whether a gang goes on with a pod in place of one that had a node and is gone. The operator makes such a pod where the old one went
+    too fast to be counted as failed (its deletion was forced, or its node is gone); training cannot go on with it."""
+    lost = {pod.index for pod in pods if pod.bound is not None and pod.over(now)}
+    return any(pod.index in lost for pod in pods if not pod.over(now))
+
+
 def _is_over(job: Job, pods: Sequence[Pod], now: float) -> bool:
     """Of a job none of whose pods lives."""
     if job.gone is not None or job.finished:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tiny_attempts import CONFIG
 
 from orchestrator.adapters.folder import FolderStore
-from orchestrator.adapters.kube.api import AlreadyExists, Api
+from orchestrator.adapters.kube.api import Api
 from orchestrator.adapters.kube.backend import KubeBackend
 from orchestrator.cluster import ClusterProfile
 from orchestrator.config import Pipeline, Stage, StageSpec
@@ -28,8 +26,6 @@ from orchestrator.records import Event
 from orchestrator.runner import Result, Runner
 
 REPOSITORY = Path(__file__).parents[2]
-HOME = Path(os.environ.get("OSCTL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "osctl") / "cluster"
-KUBECONFIG = HOME / "conf/admin.kubeconfig"
 STORE = "s3://osctl-test/runs"
 """As pods would reach it; the tests keep the ledger in a folder, since no pod of a fake node reads it."""
 STAGES = (("one", None), ("two", "one"))
@@ -42,32 +38,19 @@ def until(holds: Callable[[], bool], what: str, patience_s: float = 20.0) -> Non
         time.sleep(0.05)
 
 
-def kubectl(*words: str, given: str | None = None) -> str:
-    command = [str(HOME / "bin/kubectl"), "--kubeconfig", str(KUBECONFIG), *words]
-    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
-    return done.stdout
-
-
 @contextmanager
-def own_namespace() -> Iterator[Api]:
-    """A client for a namespace that goes with the test."""
-    name = f"osctl-test-{secrets.token_hex(4)}"
-    saved, os.environ["KUBECONFIG"] = os.environ.get("KUBECONFIG"), str(KUBECONFIG)
-    try:
-        api = Api.connect(None, name)
-    finally:
-        os.environ.pop("KUBECONFIG")
-        if saved is not None:
-            os.environ["KUBECONFIG"] = saved
-    made = api.create("namespaces", {"metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}}})
-    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "osctl-trainer"}}
-    try:
-        api.create("serviceaccounts", account)
-        yield api
-    finally:
-        api.delete("namespaces", name, uid=made["metadata"]["uid"])
-        api.close()
+def client(kubeconfig: Path, namespace: str) -> Iterator[Api]:
+    """For a namespace that exists, as the cluster's administrator."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBECONFIG", str(kubeconfig))
+        api = Api.connect(None, namespace)
+    yield api
+    api.close()
+
+
+def allow_trainers(api: Api) -> None:
+    """What a deployed namespace has: the account of the trainer's pods."""
+    api.create("serviceaccounts", {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "osctl-trainer"}})
 
 
 def gpu_profile(namespace: str, **changes: Any) -> ClusterProfile:
@@ -179,10 +162,3 @@ class Drive:
 
 def folder_ledger(folder: Path, name: str = "demo") -> Ledger:
     return Ledger(FolderStore(folder / "store"), name)
-
-
-def touch(api: Api, kind: str, body: dict[str, Any]) -> None:
-    try:
-        api.create(kind, body)
-    except AlreadyExists:
-        return

@@ -6,13 +6,13 @@ The published stage 2 takes all of them. Agents are played (`played_agent`), sin
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster.kube_rig import STORE, Drive, folder_ledger, gpu_profile, kubectl, own_namespace, pipeline, until
+from cluster.kube_rig import STORE, Drive, allow_trainers, client, folder_ledger, gpu_profile, pipeline, until
 from cluster.played_agent import PlayedAgents
 from tiny_attempts import intend
 
@@ -25,12 +25,19 @@ from orchestrator.ledger import Ledger
 from orchestrator.records import inputs_digest
 
 pytestmark = pytest.mark.cluster
+Kubectl = Callable[..., str]
 
 
 @pytest.fixture
-def api(cluster: object) -> Iterator[Api]:
-    with own_namespace() as api:
+def api(cluster: Any, namespace: str) -> Iterator[Api]:
+    with client(cluster.kubeconfig, namespace) as api:
+        allow_trainers(api)
         yield api
+
+
+@pytest.fixture
+def kubectl(cluster: Any) -> Kubectl:
+    return cluster.kubectl  # type: ignore[no-any-return]
 
 
 @pytest.fixture
@@ -49,7 +56,7 @@ def evict(api: Api, pod: str) -> None:
 
 
 @contextmanager
-def cordoned(node: str) -> Iterator[None]:
+def cordoned(kubectl: Kubectl, node: str) -> Iterator[None]:
     kubectl("cordon", node)
     try:
         yield
@@ -58,14 +65,14 @@ def cordoned(node: str) -> Iterator[None]:
 
 
 @contextmanager
-def lost(node: str) -> Iterator[None]:
+def lost(kubectl: Kubectl, node: str) -> Iterator[None]:
     """A node that is taken out of the cluster and comes back later."""
     before = kubectl("get", "node", node, "-o", "json")
     kubectl("delete", "node", node)
     try:
         yield
     finally:
-        kubectl("create", "-f", "-", given=before.replace('"resourceVersion"', '"was"').replace('"uid"', '"wasUid"'))
+        kubectl("create", "-f", "-", stdin=before.replace('"resourceVersion"', '"was"').replace('"uid"', '"wasUid"'))
 
 
 # --- Gangs -------------------------------------------------------------------------------------------------------------------------
@@ -85,9 +92,9 @@ def test_a_chain_of_gangs_is_trained_and_the_next_stage_starts_within_two_second
     assert outcome.unaccounted_s < 5
 
 
-def test_a_gang_is_bound_whole_or_not_at_all(api: Api, ledger: Ledger) -> None:
+def test_a_gang_is_bound_whole_or_not_at_all(api: Api, ledger: Ledger, kubectl: Kubectl) -> None:
     of = pipeline(gpu_profile(api.namespace), stages=(("one", None),))
-    with PlayedAgents(api, ledger), cordoned("h800-3"), Drive.of(of, ledger, api) as drive:
+    with PlayedAgents(api, ledger), cordoned(kubectl, "h800-3"), Drive.of(of, ledger, api) as drive:
         until(lambda: drive.life("one").waits_for == "capacity", "a wait for devices")
         key = drive.key("one")
         assert key is not None
@@ -133,18 +140,18 @@ def test_an_eviction_makes_a_new_attempt_that_goes_on_from_the_last_checkpoint(a
     assert second is not None and second.resume is not None and second.resume.step == 10
 
 
-def test_a_lost_node_makes_a_new_attempt(api: Api, ledger: Ledger) -> None:
+def test_a_lost_node_makes_a_new_attempt(api: Api, ledger: Ledger, kubectl: Kubectl) -> None:
     of = pipeline(gpu_profile(api.namespace), stages=(("one", None),))
     with PlayedAgents(api, ledger, {("one", 1): [("publish", 10), ("hold",)]}), Drive.of(of, ledger, api) as drive:
         drive.trains("one")
-        with lost("h800-2"):
+        with lost(kubectl, "h800-2"):
             until(lambda: drive.outcomes("one")[:1] == ["preempted"], "its end", 180)
             until(lambda: drive.life("one", 2).waits_for == "capacity", "a wait for the eighth node", 30)
         assert drive.ends(120).exit_code == 0
     assert drive.outcomes("one") == ["preempted", "completed"]
 
 
-def test_a_node_that_is_tainted_gives_its_pods_back(api: Api, ledger: Ledger) -> None:
+def test_a_node_that_is_tainted_gives_its_pods_back(api: Api, ledger: Ledger, kubectl: Kubectl) -> None:
     of = pipeline(gpu_profile(api.namespace), stages=(("one", None),))
     with PlayedAgents(api, ledger, {("one", 1): [("publish", 10), ("hold",)]}), Drive.of(of, ledger, api) as drive:
         drive.trains("one")
@@ -243,7 +250,7 @@ def test_a_webhooks_denial_ends_with_4_in_its_words_and_leaves_nothing(api: Api,
 # --- What people do to them --------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_deleted_by_somebody_is_lost_and_goes_on_when_asked(api: Api, ledger: Ledger) -> None:
+def test_a_job_deleted_by_somebody_is_lost_and_goes_on_when_asked(api: Api, ledger: Ledger, kubectl: Kubectl) -> None:
     of = pipeline(gpu_profile(api.namespace), stages=(("one", None),))
 
     def delete(job: str) -> None:
@@ -335,7 +342,7 @@ def test_another_driver_takes_over_what_trains_and_ends_it(api: Api, ledger: Led
     assert second.outcomes("one") == ["preempted", "completed"]
 
 
-def test_what_somebody_deleted_while_no_driver_looked_is_found_out(api: Api, ledger: Ledger) -> None:
+def test_what_somebody_deleted_while_no_driver_looked_is_found_out(api: Api, ledger: Ledger, kubectl: Kubectl) -> None:
     of = pipeline(gpu_profile(api.namespace), stages=(("one", None),))
     with PlayedAgents(api, ledger, {("one", 1): [("hold",)]}):
         with Drive.of(of, ledger, api) as first:

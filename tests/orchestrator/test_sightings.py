@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.ports import Life
-from orchestrator.sightings import OPERATOR_SILENT_S, OVERDUE_S, SETTLE_S, Job, Notice, Pod, read_life, when, why_it_waits
+from orchestrator.sightings import OPERATOR_SILENT_S, OVERDUE_S, SETTLE_S, Job, Notice, Pod, is_broken, read_life, when, why_it_waits
 
 NOW = 1_795_430_730.4
 OWNER = ("s3://b/x", "demo/one@in/a1")
@@ -133,6 +133,15 @@ def test_a_queue_holds_a_job_back_without_ending_it() -> None:
     assert (life.state, life.waits_for) == ("running", "capacity") and "team-a" in life.waits
     stopped = job("Suspended", "-Running", suspend=True, queue="team-a")
     assert (read_life(stopped, (), (), NOW).state, read_life(stopped, (), (), NOW).cause) == ("ended", "preempted")
+
+
+def test_a_gang_with_a_pod_in_place_of_a_lost_one_is_broken() -> None:
+    lost = replace(pod(1), gone=NOW)
+    again = replace(unscheduled(1), uid="pod-1-again")
+    assert is_broken([pod(0), lost, again], NOW)
+    assert not is_broken([pod(0), lost], NOW), "the operator will say that it failed"
+    assert not is_broken([pod(0), replace(unscheduled(1), gone=NOW), again], NOW), "it never had a node"
+    assert not is_broken([pod(0), pod(1)], NOW)
 
 
 # --- Who ended it ------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from orchestrator.config import Pipeline
 from orchestrator.errors import NotFound, Refused, Unreachable
 from orchestrator.ledger import read_intent
 from orchestrator.ports import Life, Store
-from orchestrator.sightings import Job, Pod, first_line, read_life
+from orchestrator.sightings import Job, Pod, first_line, is_broken, read_life
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ class KubeBackend:
         self._ended_by_us: set[str] = set()
         """Names of jobs that this driver deletes."""
         self._woken: dict[str, float] = {}
+        self._broken_up: set[str] = set()
+        """Uids of jobs whose gang has lost a pod."""
 
     @classmethod
     def of(cls, pipeline: Pipeline, store_url: str, on_change: Callable[[], None] = lambda: None) -> KubeBackend:
@@ -115,6 +117,8 @@ class KubeBackend:
         self._bounds[run_key] = life.bound
         if job is not None and job.gone is None and job.forgotten(pods, notices):
             self._wake(job, now)
+        if job is not None and job.gone is None and not job.finished and not job.suspended and is_broken(pods, now):
+            self._break_up(job)
         if life.state == "absent" and run_key in self._faults:
             reason, since = self._faults[run_key]
             return Life("absent", waits=reason, waits_for="fault", since=since)
@@ -169,6 +173,22 @@ class KubeBackend:
             self._api.patch("pytorchjobs", job.name, {"metadata": {"annotations": {WOKEN: f"{now:.0f}"}}}, uid=job.uid)
         except (NotFound, Conflict, Refused, Unreachable) as error:
             log.info("%s: not woken: %s", job.name, error)
+
+    def _break_up(self, job: Job) -> None:
+        """Make the rest of a broken gang leave. Nobody asked it to, so its end is the cluster's doing."""
+        if job.uid in self._broken_up:
+            return
+        log.info("%s: one of its pods was replaced; the others are asked to leave", job.name)
+        try:
+            if self._profile.queue == "kueue":
+                self._ended_by_us.add(job.name)
+                self._api.delete("pytorchjobs", job.name, uid=job.uid)
+            else:
+                self._api.patch("pytorchjobs", job.name, {"spec": {"runPolicy": {"suspend": True}}}, uid=job.uid)
+        except (NotFound, Conflict, Unreachable) as error:
+            log.info("%s: not asked: %s", job.name, error)
+            return
+        self._broken_up.add(job.uid)
 
     # --- Acting --------------------------------------------------------------------------------------------------------------------
 

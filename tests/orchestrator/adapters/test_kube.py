@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from cluster.kube_rig import allow_trainers, client
 from fake_api_server import FakeApiServer, Fault, serve
 from tiny_attempts import PROFILE, intend
 
@@ -49,6 +50,13 @@ def fake_api(server: FakeApiServer) -> Iterator[Api]:
     api = connect(server)
     yield api
     api.close()
+
+
+@pytest.fixture
+def cluster_api(cluster: Any, namespace: str) -> Iterator[Api]:
+    with client(cluster.kubeconfig, namespace) as api:
+        allow_trainers(api)
+        yield api
 
 
 @pytest.fixture
@@ -463,6 +471,25 @@ def test_a_job_that_was_met_and_left_alone_is_touched_now_and_then(faked: Rig, s
     server.put(f"{PODS}/w", {**pod("w"), "metadata": labelled("w", **{manifest.RUN: manifest.run_hash(STORE, intent.run_key)})["metadata"]})
     until(lambda: backend.observe(intent.run_key).bound is not None, "a pod")
     assert looked_at(60) == 2
+
+
+def test_a_gang_that_lost_a_pod_and_got_another_is_broken_up_once(faked: Rig, server: FakeApiServer) -> None:
+    intent = faked.intend()
+    faked.submit(intent)
+    label = {manifest.RUN: manifest.run_hash(STORE, intent.run_key)}
+    for life in (1, 2):
+        server.put(f"{PODS}/w", {**pod("w"), "metadata": labelled("w", **label)["metadata"]})
+        until(lambda life=life: len(faked.backend._picture.pods(label[manifest.RUN])) == life, "a pod")  # type: ignore[misc]
+        if life == 1:
+            assert faked.backend.observe(intent.run_key).state == "running"
+            server.remove(f"{PODS}/w")
+    for _ in range(3):
+        assert faked.backend.observe(intent.run_key).state == "running"
+    path = f"{JOBS}/{faked.name(intent)}"
+    assert requests(server, "PATCH", path) == 1 and server.objects[path]["spec"]["runPolicy"]["suspend"] is True
+    server.remove(f"{PODS}/w")
+    until(lambda: faked.backend.observe(intent.run_key).state == "ended", "its end")
+    assert faked.backend.observe(intent.run_key).cause == "preempted"
 
 
 # --- Credentials -------------------------------------------------------------------------------------------------------------------
