@@ -476,6 +476,7 @@ def test_a_job_that_was_met_and_left_alone_is_touched_now_and_then(faked: Rig, s
 def test_a_gang_that_lost_a_pod_and_got_another_is_broken_up_once(faked: Rig, server: FakeApiServer) -> None:
     intent = faked.intend()
     faked.submit(intent)
+    faked.backend.observe(intent.run_key)
     label = {manifest.RUN: manifest.run_hash(STORE, intent.run_key)}
     for life in (1, 2):
         server.put(f"{PODS}/w", {**pod("w"), "metadata": labelled("w", **label)["metadata"]})
