@@ -22,15 +22,18 @@ MARK = {"committed": "✔", "running": "●", "failed": "✘", "ready": "○", "
 COLOUR = {"committed": "green", "running": "cyan", "failed": "red", "ready": "yellow", "blocked": "dim"}
 
 
-def tree(snapshot: Snapshot, sight: Sight | None = None) -> Any:
+def tree(snapshot: Snapshot, sight: Sight | None = None, trouble: str = "") -> Any:
     """Rich tables: one line a stage with a bar, its attempts below where there is more than one; then pods, and why it waits."""
     import rich.console
+    import rich.text
 
     parts = [_stages(snapshot, sight)]
     if sight is not None and sight.pods:
         parts.append(_pods(sight))
     if sight is not None:
         parts += _waits(sight)
+    if trouble:
+        parts.append(rich.text.Text(trouble, style="red"))
     return rich.console.Group(*parts)
 
 
@@ -256,9 +259,9 @@ def bounds(evaluation: dict[str, float], name: str) -> str:
 
 
 class Follower:
-    """Shows a launch while it runs: a live tree on a terminal, a line whenever something moved elsewhere. A thread that only reads.
+    """Shows a launch while it runs: a live tree on a terminal, a line whenever something moved elsewhere. Only reads.
 
-    The ledger is read again every `interval_s`; what moves in the cluster is shown at once.
+    One thread reads the ledger every `interval_s`, another draws: what moves in a cluster is shown at once, however slow the store is.
     """
 
     def __init__(self, workspace: Workspace, prices: Prices, interval_s: float = 1.0, format: output.Format = output.Format.table):
@@ -267,20 +270,37 @@ class Follower:
 
         self.workspace, self.prices, self.interval_s, self.format = workspace, prices, interval_s, format
         self.ledger = Ledger(workspace.store, workspace.pipeline.name)
-        self.stop = False
-        self.moved = threading.Event()
         self.over = threading.Event()
         """Set once nobody drives the pipeline, and nobody is about to."""
-        self.thread = threading.Thread(target=self._run, name="display", daemon=True)
+        self._current: Snapshot | None = None
+        self._trouble = ""
+        """Why the ledger is not read anew."""
+        self._stopped, self._moved = threading.Event(), threading.Event()
+        self._threads = [threading.Thread(target=work, name=work.__name__, daemon=True) for work in (self._read, self._run)]
 
     def __enter__(self) -> Follower:
-        self.thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop = True
-        self.moved.set()
-        self.thread.join(timeout=5)
+        self._stopped.set()
+        self._moved.set()
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    def _read(self) -> None:
+        from orchestrator import snapshot
+        from orchestrator.errors import OsctlError
+
+        while not self._stopped.is_set():
+            try:
+                self._current = snapshot.take(self.workspace.pipeline, self.ledger, self.prices, time.time())
+                self._trouble = ""
+            except OsctlError as error:  # the display is no reason to stop a run; the runner has its own word on a store that is gone
+                self._trouble = str(error)
+            self._moved.set()
+            self._stopped.wait(self.interval_s)
 
     def _run(self) -> None:
         import contextlib
@@ -288,47 +308,44 @@ class Follower:
         from orchestrator.cli.live import Live
 
         screen = output.console(err=True)
-        with contextlib.ExitStack() as opened:
-            live = opened.enter_context(Live(self.workspace, self.moved.set)) if self.workspace.pipeline.cluster is not None else None
-            picture = None
-            if screen.is_terminal and self.format is output.Format.table:
-                import rich.live
+        try:
+            with contextlib.ExitStack() as opened:
+                live = opened.enter_context(Live(self.workspace, self._moved.set)) if self.workspace.pipeline.cluster is not None else None
+                picture = None
+                if screen.is_terminal and self.format is output.Format.table:
+                    import rich.live
 
-                picture = opened.enter_context(rich.live.Live(console=screen, transient=True, auto_refresh=False))
-            self._show(picture, live)
+                    picture = opened.enter_context(rich.live.Live(console=screen, transient=True, auto_refresh=False))
+                self._draw(picture, live)
+        finally:
+            self.over.set()  # whoever waits for the end is not left waiting by a display that broke
 
-    def _show(self, picture: Any, live: Live | None) -> None:
-        from orchestrator import snapshot
-        from orchestrator.errors import OsctlError
-
+    def _draw(self, picture: Any, live: Live | None) -> None:
         said: dict[str, str] = {}
-        current: Snapshot | None = None
-        read, first = 0.0, True
-        while not self.stop:
-            if time.monotonic() - read >= self.interval_s:
-                read = time.monotonic()
-                try:
-                    current = snapshot.take(self.workspace.pipeline, self.ledger, self.prices, time.time())
-                except OsctlError as error:  # the display is no reason to stop a run; the runner has its own word on a store that is gone
-                    said.setdefault("store", str(error))
-            if current is not None:
-                if picture and first:
-                    picture.update(tree(current), refresh=True)  # the ledger at once; a cluster may take its time
-                first = False
-                sight = live.look(current) if live is not None else None
-                if picture:
-                    picture.update(tree(current, sight), refresh=True)
-                elif self.format is output.Format.table:
-                    self._say(current, sight, said)
-                elif said.get("all") != (now := repr(row := whole(current, sight))):
-                    said["all"] = now
-                    output.line(row, "", self.format)
-                if current.state != "running" and (sight is None or sight.driver is None):
-                    self.over.set()
-            self.moved.wait(max(0.0, read + self.interval_s - time.monotonic()))
-            self.moved.clear()
-            if live is not None and not self.stop:
-                time.sleep(BURST_S)
+        first = True
+        while True:
+            self._moved.wait()
+            self._moved.clear()
+            if self._stopped.is_set():
+                return
+            current = self._current
+            if current is None:
+                continue
+            if picture and first:
+                picture.update(tree(current), refresh=True)  # the ledger at once; a cluster may take its time
+            first = False
+            sight = live.look(current) if live is not None else None
+            if picture:
+                picture.update(tree(current, sight, self._trouble), refresh=True)
+            elif self.format is output.Format.table:
+                self._say(current, sight, said)
+            elif said.get("all") != (now := repr(row := whole(current, sight))):
+                said["all"] = now
+                output.line(row, "", self.format)
+            if current.state != "running" and (sight is None or sight.driver is None):
+                self.over.set()
+            if live is not None:
+                self._stopped.wait(BURST_S)
 
     @staticmethod
     def _say(current: Snapshot, sight: Sight | None, said: dict[str, str]) -> None:

@@ -55,7 +55,7 @@ def logs(
     nodes = range(intent.nodes) if node is None else [node]
     reader = Reader(workspace.ledger, intent, nodes)
     lines = Lines(ranks, lambda line: output.raw(line.decode(errors="replace")))
-    timeless = False
+    timeless, silent = False, True
     while True:
         ended = workspace.ledger.outcome(intent.stage, intent.inputs, intent.attempt) is not None
         for piece in reader.new():
@@ -63,10 +63,13 @@ def logs(
                 continue
             timeless = timeless or (after is not None and piece.written is None)
             lines.feed(piece.node, piece.text())
+            silent = False
         if ended or not follow:
             break
         time.sleep(FOLLOW_S)
     lines.end()
+    if silent:
+        output.note(f"{intent.stage} attempt {intent.attempt}: nothing was written{' since then' if since else ' yet'}; see: osctl status")
     if timeless:
         output.note("pieces of an older version of osctl carry no time: they are shown whole")
 

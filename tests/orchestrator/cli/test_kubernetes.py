@@ -7,17 +7,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_recipe
 import yaml
+from deploy.rights import OF_USER
 from fake_api_server import FakeApiServer, Fault, serve
 from written_ledger import Writer
 
 from orchestrator.adapters import open_store
 from orchestrator.cli import main
+from orchestrator.cli.doctor import KUEUE_RIGHTS, RIGHTS, quantity
 from orchestrator.config import Pipeline
 from orchestrator.ledger import Ledger
 
@@ -246,3 +249,16 @@ def test_credentials_are_in_no_manifest_and_no_record(site: Site, s3: Any) -> No
     store = open_store(site.store)
     written = [json.dumps(list(site.jobs.values())), *(store.read(key).data.decode() for key in store.list(""))]
     assert not any(s3.env[name] in text for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") for text in written)
+
+
+def test_doctor_asks_for_the_rights_that_are_written() -> None:
+    """k8s/base is the source of roles; `deploy.rights` is what its tests hold it to."""
+    asked = {(group, resource): verbs for group, resource, verbs in (*RIGHTS, *KUEUE_RIGHTS)}
+    assert {key: set(verbs) for key, verbs in asked.items()} == {key: set(verbs) for key, verbs in OF_USER.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("500m", "0.5"), ("1600Gi", "1717986918400"), ("128", "128"), ("2k", "2000"), ("1e3", "1000")]
+)
+def test_quantities_are_read_as_kubernetes_reads_them(text: str, number: str) -> None:
+    assert quantity(text) == Decimal(number)

@@ -1,0 +1,76 @@
+"""What `osctl launch --backend kubernetes` costs, in CPU-seconds of the whole process, beside `kubectl create -f` of the Job that it makes.
+
+Each round is a first launch: store probed, plan and budget computed, revision written, Job created; then the driver is removed again.
+Rounds of both are interleaved; the minimum counts. Limit 1.0 CPU-s, goal 0.5. Needs the cluster of tests/cluster/up.
+
+    .venv/bin/python bench/submit.py
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+ROUNDS = 10
+OSCTL = str(Path(sys.executable).parent / "osctl")
+CACHE = Path(os.environ.get("OSCTL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "osctl") / "cluster"
+KUBECTL = str(CACHE / "bin/kubectl")
+
+
+def cpu_seconds(command: list[str], env: dict[str, str]) -> tuple[float, float]:
+    """(CPU, wall) of a process and its children."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    wall = time.monotonic() - began
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stderr}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
+
+
+def main() -> None:
+    settings = dict(line.split("=", 1) for line in (CACHE / "conf/s3.env").read_text().splitlines())
+    # As on anybody's machine: modules are compiled once. Without it each process would compile what nobody has compiled before.
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | settings
+    namespace = f"bench-{secrets.token_hex(4)}"
+    env |= {"KUBECONFIG": str(CACHE / "conf/admin.kubeconfig")}
+    kubectl = [KUBECTL, "-n", namespace]
+    subprocess.run([KUBECTL, "create", "namespace", namespace], env=env, check=True, capture_output=True)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            env |= {"PYTHONPYCACHEPREFIX": f"{folder}/compiled"}
+            profile = yaml.safe_load((Path(__file__).parents[1] / "configs/clusters/h800-64.yaml").read_text())
+            profile |= {"namespace": namespace, "s3_endpoint": settings["OSCTL_S3_ENDPOINT"], "tracking": "none"}
+            path = Path(folder, "cluster.yaml")
+            path.write_text(yaml.safe_dump(profile))
+            job = Path(folder, "job.yaml")
+            best = {"osctl launch": (9e9, 9e9), "kubectl create -f": (9e9, 9e9)}
+            for number in range(ROUNDS + 1):
+                where = ["-f", "open-sora-1.0", "--cluster", str(path), "--store", f"s3://osctl/{namespace}-{number}"]
+                rendered = subprocess.run(
+                    [OSCTL, "render", "stage1", "--driver", "-o", "yaml", *where], env=env, check=True, capture_output=True, text=True
+                )
+                job.write_text(rendered.stdout.split("---\n")[-1])
+                cost = cpu_seconds([*kubectl, "create", "-f", str(job)], env)
+                subprocess.run([*kubectl, "delete", "-f", str(job), "--wait=true"], env=env, check=True, capture_output=True)
+                spent = cpu_seconds([OSCTL, "launch", *where], env)
+                subprocess.run([*kubectl, "delete", "jobs", "--all", "--wait=true"], env=env, check=True, capture_output=True)
+                if number:  # the first compiles modules
+                    best["kubectl create -f"] = min(best["kubectl create -f"], cost)
+                    best["osctl launch"] = min(best["osctl launch"], spent)
+            for name, (cpu, wall) in best.items():
+                print(f"{name:18s} {cpu:.3f} CPU-s  {wall:.3f} s  {cpu / best['kubectl create -f'][0]:.1f}x kubectl")
+    finally:
+        subprocess.run([KUBECTL, "delete", "namespace", namespace, "--wait=false"], env=env, check=True, capture_output=True)
+
+
+if __name__ == "__main__":
+    main()
