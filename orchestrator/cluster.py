@@ -13,7 +13,6 @@ from datetime import date
 from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -49,7 +48,7 @@ Cores = Annotated[str, AfterValidator(_like(r"[0-9]+m|[0-9]+(\.[0-9]{1,3})?", "c
 """Processor cores, in quotes: "16", "0.5", "500m"."""
 Memory = Annotated[str, AfterValidator(_like(r"[0-9]+(\.[0-9]+)?([kMGT]|[KMGT]i)", "bytes with a unit such as 64Gi"))]
 """500Mi, 1600Gi."""
-Image = Annotated[str, AfterValidator(_like(r"[A-Za-z0-9]\S*", "an image's name without spaces"))]
+Image = Annotated[str, AfterValidator(_like(r"[A-Za-z0-9][^\s@]*(@\w+:[0-9a-f]+)?", "an image's name, with @ before a digest alone"))]
 """As `docker pull` takes it."""
 PINNED = re.compile(r"[^@\s]+@sha256:[0-9a-f]{64}")
 
@@ -184,7 +183,7 @@ class ClusterProfile(Frozen):
     def _consistent(self) -> Self:
         for image in (self.image, self.driver_image):
             if not PINNED.fullmatch(image) and image not in self.allow_unpinned:
-                raise ValueError(f"image {image!r} is not pinned; write name@sha256:<64 digits>, or name it under allow_unpinned")
+                raise ValueError(f"image {shown(image)} is not pinned; write name@sha256:<64 digits>, or name it under allow_unpinned")
         if (self.queue == "kueue") != (self.kueue_queue is not None):
             raise ValueError(
                 f"queue {self.queue} with kueue_queue {self.kueue_queue}; Kueue needs the name of its LocalQueue, the gang none"
@@ -200,8 +199,10 @@ class ClusterProfile(Frozen):
             if clash := next((other for other in taken if path.is_relative_to(other) or other.is_relative_to(path)), None):
                 raise ValueError(f"volumes: {volume.path} and {clash} lie in each other; mount it elsewhere")
             taken.append(path)
+        if self.s3_endpoint is not None and not self.s3_endpoint.startswith(("http://", "https://")):
+            raise ValueError("s3_endpoint is no URL; write http://host:port or https://host")
         for name in ("s3_endpoint", "tracking"):
-            if "@" in urlsplit(getattr(self, name) or "").netloc:
+            if "@" in (getattr(self, name) or ""):
                 raise ValueError(f"{name} holds credentials, and everything in a profile is written down; put them into a Secret")
         return self
 

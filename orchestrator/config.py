@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from opensora.config import FolderSource, Frozen, StageConfig
 from orchestrator.cluster import ClusterProfile, shipped_clusters
 from orchestrator.document import Document, Loc, closest, parse_value, read, shown, usage_error, validate
+from orchestrator.redact import holds_credentials, typed
 
 Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9.-]{0,38}[a-z0-9])?$")]
 """Lower-case letters, digits, `-` and `.`; from a letter; 40 characters at most, since names of cluster objects are built from it."""
@@ -192,7 +193,7 @@ def load(path: Path, *, overrides: Mapping[str, str] | None = None, env: Mapping
     names = _stage_names(document)
     stage_overrides: list[tuple[str, Loc, Any, str]] = []
     for key, text in (overrides or {}).items():
-        label = f"--set {key}={text}"
+        label = f"--set {key}={typed(text)}"
         place, target = _override_target(key, label, names)
         value = _value(place, text, label) if target is None else parse_value(text, label)
         if target is None:
@@ -209,7 +210,7 @@ def load(path: Path, *, overrides: Mapping[str, str] | None = None, env: Mapping
             _check_follows(stage, stages[stage.spec.parent], documents[stage.name])
     cluster = _cluster(file, document, path) if file.backend == "kubernetes" else None
     tracking = cluster.tracking if cluster and cluster.tracking and "tracking" not in file.model_fields_set else file.tracking
-    return Pipeline(
+    resolved = Pipeline(
         name=file.name,
         backend=file.backend,
         store=file.store if "store" in file.model_fields_set else str(home(env) / "store"),
@@ -221,6 +222,37 @@ def load(path: Path, *, overrides: Mapping[str, str] | None = None, env: Mapping
         trainer=file.trainer,
         stages=tuple(stages.values()),
     )
+    _check_nothing_secret(resolved, document, documents, env)
+    return resolved
+
+
+def _check_nothing_secret(pipeline: Pipeline, document: Document, stages: Mapping[str, Document], env: Mapping[str, str]) -> None:
+    """A pipeline is written to the ledger as it is, parts of it to MLflow and to the cluster. Raises UsageError; the value is not shown."""
+    fact = "holds credentials, and everything here is written to the ledger"
+    for loc, text in _texts(pipeline.model_dump(mode="json", exclude={"stages", "cluster"}), ()):
+        if holds_credentials(text, env):
+            how = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if loc[0] == "tracking" else "AWS_ACCESS_KEY_ID and so on"
+            raise document.error(loc, fact, f"Put them into the environment ({how}) or, in a cluster, into a Secret")
+    for loc, text in _texts(pipeline.cluster.model_dump(mode="json") if pipeline.cluster else {}, ()):
+        if holds_credentials(text, env):
+            raise document.error(("cluster",), f"{'.'.join(map(str, loc))} of the profile {fact}", "Put them into a Secret, and name that")
+    for stage in pipeline.stages:
+        for part in (stage.spec, stage.config):
+            for loc, text in _texts(part.model_dump(mode="json"), ()):
+                if holds_credentials(text, env):
+                    raise stages[stage.name].error(loc, fact, "Put them where the trainer's own libraries look for them")
+
+
+def _texts(value: Any, loc: Loc) -> Iterator[tuple[Loc, str]]:
+    """The strings in a value of JSON, with their places."""
+    if isinstance(value, str):
+        yield loc, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _texts(inner, (*loc, key))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from _texts(inner, (*loc, place))
 
 
 DEFAULT_CLUSTER = "h800-64"
@@ -311,7 +343,7 @@ def _with_environment(document: Document, env: Mapping[str, str]) -> Document:
     for name in _SCALARS:
         variable = f"OSCTL_{name.upper()}"
         if text := env.get(variable):
-            label = f"{variable}={text}"
+            label = f"{variable}={typed(text)}"
             document = document.with_value((name,), _value((name,), text, label), label)
     return document
 

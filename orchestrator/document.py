@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from orchestrator.errors import UsageError
+from orchestrator.redact import redacted, typed
 
 MAX_BYTES = 1_000_000
 """A configuration of a million bytes is a mistake (a data file, a checkpoint) and takes PyYAML minutes."""
@@ -54,7 +55,7 @@ class Document:
         return self.source
 
     def error(self, loc: Loc, fact: str, next_step: str) -> UsageError:
-        key = dotted(self.value, loc)
+        key = typed(dotted(self.value, loc))
         return usage_error(f"{self.at(loc)}: {key + ': ' if key else ''}{fact}. {next_step}")
 
     def with_value(self, loc: Loc, value: Any, label: str | None = None) -> Document:
@@ -141,8 +142,8 @@ def validate(model: type[Model], document: Document, root: str) -> Model:
 
 
 def usage_error(message: str) -> UsageError:
-    """One line, whatever was in the file: what cannot be printed is escaped."""
-    return UsageError("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message))
+    """One line, whatever was in the file: what cannot be printed is escaped, and credentials are left out."""
+    return UsageError("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in redacted(message)))
 
 
 def closest(name: str, known: Sequence[str]) -> str:
@@ -152,17 +153,17 @@ def closest(name: str, known: Sequence[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value inside a message: short, on one line."""
+    """A value inside a message: short, on one line, and not if it may be a key in the wrong place."""
     match value:
         case None:
             return "nothing"
         case dict():
-            return f"keys and values ({', '.join(map(str, list(value)[:3]))}{', …' if len(value) > 3 else ''})"
+            return typed(f"keys and values ({', '.join(map(str, list(value)[:3]))}{', …' if len(value) > 3 else ''})")
         case list():
             return f"a list of {len(value)}"
         case bool():
             return str(value).lower()
-    text = repr(value)
+    text = typed(repr(value))
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
@@ -211,7 +212,9 @@ def _compose(text: str, source: str) -> yaml.Node | None:
         raise usage_error(f"{source}:{line}: character {ord(text[error.position]):#06x} is not allowed in YAML. Remove it") from None
     except yaml.MarkedYAMLError as error:
         where = f"{source}:{error.problem_mark.line + 1}" if error.problem_mark else source
-        raise usage_error(f"{where}: not YAML: {error.problem or error.context}. Correct the line, or quote the value") from None
+        raise usage_error(
+            f"{where}: not YAML: {typed(error.problem or error.context or '')}. Correct the line, or quote the value"
+        ) from None
     except RecursionError:
         raise usage_error(f"{source}: nested more than {MAX_DEPTH} levels deep. Remove levels") from None
     return node
@@ -241,7 +244,9 @@ class _Reader:
                 return [self.value(item, (*loc, place)) for place, item in enumerate(node.value)]
             case yaml.ScalarNode(tag=tag) if tag in _SCALARS:
                 return _SCALARS[tag](node.value)
-        raise usage_error(f"{self.source}:{line}: tag {node.tag.replace('tag:yaml.org,2002:', '!!')} is not allowed. Write a plain value")
+        raise usage_error(
+            f"{self.source}:{line}: tag {typed(node.tag.replace('tag:yaml.org,2002:', '!!'))} is not allowed. Write a plain value"
+        )
 
     def _mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, Any]:
         content: dict[str, Any] = {}
@@ -253,7 +258,7 @@ class _Reader:
             if key in content:
                 first = self.lines[*loc, key]
                 raise usage_error(
-                    f"{self.source}:{line}: {'.'.join(map(str, (*loc, key)))}: given twice, first on line {first}. Remove one"
+                    f"{self.source}:{line}: {typed('.'.join(map(str, (*loc, key))))}: given twice, first on line {first}. Remove one"
                 )
             self.lines[*loc, key] = line
             content[key] = self.value(value_node, (*loc, key))
@@ -302,7 +307,7 @@ def _plain(value: Any, loc: Loc) -> Loc:
 
 def _unknown_key(model: type[BaseModel], document: Document, loc: Loc) -> UsageError:
     known = _fields_at(model, document.value, loc[:-1])
-    return document.error(loc, f"unknown key {str(loc[-1])!r}", closest(str(loc[-1]), sorted(known)))
+    return document.error(loc, f"unknown key {shown(str(loc[-1]))}", closest(str(loc[-1]), sorted(known)))
 
 
 def _fields_at(model: type[BaseModel], value: Any, loc: Loc) -> list[str]:
@@ -353,7 +358,7 @@ def _fact(kind: str, message: str, given: Any, context: Mapping[str, Any]) -> st
         case "literal_error":
             return f"expected {context['expected']}, found {shown(given)}"
         case "union_tag_invalid":
-            return f"kind: expected {' or '.join(str(context['expected_tags']).split(', '))}, found {context['tag']!r}"
+            return f"kind: expected {' or '.join(str(context['expected_tags']).split(', '))}, found {shown(context['tag'])}"
         case "union_tag_not_found":
             return f"expected keys and values with a `kind`, found {shown(given)}"
         case "string_pattern_mismatch":

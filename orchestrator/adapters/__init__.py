@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from orchestrator.errors import UsageError
 from orchestrator.ports import Store
+from orchestrator.redact import redacted
 
 
 def open_store(url: str) -> Store:
@@ -26,11 +27,12 @@ def open_store(url: str) -> Store:
         from orchestrator.adapters.s3 import S3Store
 
         return S3Store(url)
-    raise UsageError(f"store {url}: {scheme}:// is not a known kind of store; give a folder, file:///path or s3://bucket/prefix")
+    raise UsageError(f"store {redacted(url)}: {scheme}:// is not a known kind of store; give a folder, file:///path or s3://bucket/prefix")
 
 
 def _file_path(url: str) -> str:
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost") or not parts.path:
-        raise UsageError(f"store {url}: a file URL names an absolute path of this host; write file:///{parts.netloc}{parts.path}")
+        place = redacted(f"file:///{parts.netloc.rpartition('@')[2]}{parts.path}")
+        raise UsageError(f"store {redacted(url)}: a file URL names an absolute path of this host; write {place}")
     return unquote(parts.path)

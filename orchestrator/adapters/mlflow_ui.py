@@ -6,6 +6,7 @@ Owns the process and the addresses. Refuses to import mlflow (5 s): the server i
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ import psutil
 
 from orchestrator.adapters.tracking import ENVIRONMENT, tracking_url
 from orchestrator.errors import Refused, Unreachable, UsageError
+from orchestrator.redact import redacted
 
 STAGES = "tags.`osctl/kind` = 'stage' and tags.`osctl/current` = 'true'"
 """The stage runs that the pipeline as launched last stands on."""
@@ -216,5 +218,5 @@ def _ask(url: str, body: bytes | None = None) -> Any:
             return json.load(answer)
     except urllib.error.HTTPError:
         raise
-    except (OSError, ValueError) as error:
-        raise Unreachable(f"MLflow {url}: {error}. Is the server up?") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise Unreachable(redacted(f"MLflow {url}: {error}. Is the server up?")) from error

@@ -32,6 +32,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.errors import NotFound, Refused, StoreConflict, Unreachable, UsageError
 from orchestrator.ports import Object, check_key
+from orchestrator.redact import redacted
 
 Answer = TypeVar("Answer")
 
@@ -83,7 +84,7 @@ class S3Store:
         match = re.fullmatch(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>.*))?", url)
         if match is None:
             raise UsageError(
-                f"store {url}: not of the form s3://bucket/prefix; buckets have 3 to 63 lower-case letters, digits, `-` and `.`"
+                f"store {redacted(url)}: not of the form s3://bucket/prefix; buckets have 3 to 63 lower-case letters, digits, `-` and `.`"
             )
         prefix = (match["prefix"] or "").strip("/")
         self.bucket = match["bucket"]
@@ -92,7 +93,12 @@ class S3Store:
         self._env = env
         self._pause = pause
         self._patience_s = float(env.get("OSCTL_S3_PATIENCE_S", PATIENCE_S)) if patience_s is None else patience_s
-        self._client = self._connect()
+        try:
+            self._client = self._connect()
+        except ValueError as error:  # botocore quotes the endpoint, with whatever is in it
+            raise UsageError(
+                f"store {self.url}: no client can be made; is OSCTL_S3_ENDPOINT http(s)://host:port, and AWS_REGION one?"
+            ) from error
         self.endpoint = _without_user(str(self._client.meta.endpoint_url))
 
     def read(self, key: str) -> Object:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import Unreachable, UsageError
 from orchestrator.ports import ModelVersion, Point, RunStatus, TrackedRun
+from orchestrator.redact import redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,7 +64,7 @@ def tracking_url(tracking: str, home: Path) -> str:
         return f"sqlite:///{home.absolute() / 'mlflow.db'}"
     if tracking.startswith(("http://", "https://", "sqlite:", "postgresql", "mysql")):
         return tracking.rstrip("/")
-    raise UsageError(f"tracking {tracking}: is neither sqlite, none nor a URI of MLflow. Example: --tracking http://127.0.0.1:5000")
+    raise UsageError(f"tracking {redacted(tracking)}: is neither sqlite, none nor a URI of MLflow. Example: --tracking http://127.0.0.1:5000")
 
 
 class MlflowTracker:
@@ -228,7 +229,8 @@ class MlflowTracker:
             yield
         except (MlflowException, SQLAlchemyError, OSError) as error:
             fact = _first_line(error)
-            raise Unreachable(f"MLflow {self.url}: {fact}. Training does not wait for it; `osctl sync` brings it up to date") from error
+            said = f"MLflow {self.url}: {fact}. Training does not wait for it; `osctl sync` brings it up to date"
+            raise Unreachable(redacted(said)) from error
 
 
 def milliseconds(time_s: float) -> int:

@@ -30,6 +30,7 @@ from lightkube.config.kubeconfig import DEFAULT_KUBECONFIG, SERVICE_ACCOUNT, Kub
 from lightkube.core.exceptions import ConfigError
 
 from orchestrator.errors import NotFound, Refused, Unreachable, UsageError
+from orchestrator.redact import redacted
 
 Object = dict[str, Any]
 """A Kubernetes object as the API server tells it."""
@@ -135,9 +136,12 @@ class Api:
         try:
             timeout = httpx2.Timeout(READ_S, connect=CONNECT_S)
             client = Client(config, ConnectionParams(timeout=timeout))
-        except (ConfigError, OSError, AssertionError) as error:
-            raise UsageError(f"kubeconfig {config.fname or 'of this pod'}: context {config.context_name}: {error}") from error
-        return cls(client, namespace, config.cluster.server)
+        except (ConfigError, OSError, AssertionError, ValueError) as error:
+            said = redacted(f"kubeconfig {config.fname or 'of this pod'}: context {config.context_name}: {error}")
+            raise UsageError(said) from error
+        except httpx2.InvalidURL as error:  # it quotes a part of what it could not read, which may be one of a password
+            raise UsageError("kubeconfig's server, or a proxy variable such as HTTPS_PROXY, is not a URL; escape what is in it") from error
+        return cls(client, namespace, redacted(config.cluster.server))
 
     def close(self) -> None:
         self._client.close()
@@ -285,8 +289,10 @@ class Api:
             pause = PAUSE_S * 2 ** (number - 1) * random.uniform(0.5, 1.0)
             try:
                 answer = self._client.request(method, path, params=dict(query or {}), content=content, headers=headers)
-            except (ConfigError, OSError) as error:
-                raise Refused(f"{self.server}: cannot log in: {error}; look at the user of this context in the kubeconfig") from error
+            except (ConfigError, OSError, KeyError, ValueError) as error:  # the last two: a plugin's answer without a token
+                raise Refused(
+                    f"{self.server}: cannot log in: {redacted(str(error))}; look at the user of this context in the kubeconfig"
+                ) from error
             except httpx2.HTTPError as error:
                 fault: Exception = Unreachable(f"{self.server}: {what}: {_said(error)}")
                 fault.__cause__ = error
@@ -305,7 +311,8 @@ class Api:
 
     def _fault(self, what: str, answer: httpx2.Response) -> Exception:
         status = _status(answer)
-        message, code = str(status.get("message") or answer.text[:300] or answer.reason_phrase).strip(), answer.status_code
+        message = redacted(str(status.get("message") or answer.text[:300] or answer.reason_phrase).strip())
+        code = answer.status_code
         told = f"{self.server}: {what}: {message}"
         match code:
             case 404:
@@ -370,4 +377,6 @@ def _retry_after(answer: httpx2.Response) -> float:
 
 
 def _said(error: httpx2.HTTPError) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, httpx2.LocalProtocolError):  # it quotes the header that it could not write: the token
+        return "the request could not be written; is there a line break in the kubeconfig's token?"
+    return redacted(f"{type(error).__name__}: {error}") if str(error) else type(error).__name__
