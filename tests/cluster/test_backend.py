@@ -5,6 +5,7 @@ The published stage 2 takes all of them. Agents are played (`played_agent`), sin
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,12 +68,14 @@ def cordoned(kubectl: Kubectl, node: str) -> Iterator[None]:
 @contextmanager
 def lost(kubectl: Kubectl, node: str) -> Iterator[None]:
     """A node that is taken out of the cluster and comes back later."""
-    before = kubectl("get", "node", node, "-o", "json")
+    before = json.loads(kubectl("get", "node", node, "-o", "json"))
+    for field in ("uid", "resourceVersion", "creationTimestamp"):
+        del before["metadata"][field]
     kubectl("delete", "node", node)
     try:
         yield
     finally:
-        kubectl("create", "-f", "-", stdin=before.replace('"resourceVersion"', '"was"').replace('"uid"', '"wasUid"'))
+        kubectl("create", "-f", "-", stdin=json.dumps(before))
 
 
 # --- Gangs -------------------------------------------------------------------------------------------------------------------------
@@ -359,18 +362,36 @@ def test_what_somebody_deleted_while_no_driver_looked_is_found_out(api: Api, led
 # --- An operator that does not act -------------------------------------------------------------------------------------------------
 
 
-def test_a_job_that_the_operator_forgot_is_woken(api: Api, ledger: Ledger) -> None:
-    """As the real one forgets: it has met the job and made nothing. Here it is stopped from acting by a condition that we write."""
-    intent = intend(ledger, nodes=1)
-    profile = gpu_profile(api.namespace)
-    backend = KubeBackend(ledger.store, api, profile, STORE)
+def test_an_operator_that_never_takes_it_up_is_shown_and_fails_at_the_deadline(
+    api: Api, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real operator leaves alone what another controller manages."""
+    render = manifest.pytorch_job
+
+    def left_alone(*arguments: Any, **options: Any) -> manifest.Manifest:
+        job = render(*arguments, **options)
+        job["spec"]["runPolicy"]["managedBy"] = "kueue.x-k8s.io/multikueue"
+        return job
+
+    monkeypatch.setattr(manifest, "pytorch_job", left_alone)
+    of = pipeline(gpu_profile(api.namespace, start_deadline_s=25), stages=(("one", None),))
+    with Drive.of(of, ledger, api) as drive:
+        until(lambda: drive.life("one").waits_for == "fault", "the fault", 40)
+        assert drive.life("one").waits == "the training operator has not taken it up"
+        result = drive.ends()
+    assert (result.exit_code, drive.outcomes("one")) == (3, ["unstarted"])
+    assert "the training operator has not taken it up" in result.reason
+    assert api.list("pytorchjobs")[0] == []
+
+
+def test_a_healthy_job_is_not_woken(api: Api, ledger: Ledger) -> None:
+    intent = intend(ledger)
+    backend = KubeBackend(ledger.store, api, gpu_profile(api.namespace), STORE)
     try:
         backend.submit(ledger.keys.intent(intent.stage, intent.inputs, intent.attempt), intent.run_key)
         until(lambda: backend.observe(intent.run_key).bound is not None, "a node", 30)
         name = backend._name(intent.run_key)
-        job = api.get("pytorchjobs", name)
-        assert manifest.owner(job) == (STORE, intent.run_key)
-        assert "osctl/woken" not in job["metadata"]["annotations"], "a healthy job is left alone"
+        assert "osctl/woken" not in api.get("pytorchjobs", name)["metadata"]["annotations"]
         backend.kill(intent.run_key)
         with pytest.raises(NotFound):
             api.get("pytorchjobs", name)
