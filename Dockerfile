@@ -1,7 +1,7 @@
 # Two images of one project. `trainer` (the last stage, so the default): agent and trainer, what every pod of a run is. `slim`: CLI and driver, without torch.
 #   docker build -t REGISTRY/osctl-trainer --build-arg REVISION=$(git rev-parse HEAD) .
 #   docker build -t REGISTRY/osctl --target slim --build-arg REVISION=$(git rev-parse HEAD) .
-# BASE is any Debian-like image with Python >= 3.11, its venv module and ca-certificates. The default is a tag: give a digest where builds must repeat.
+# BASE is any Debian-like image with Python >= 3.11 and its venv module, and with ca-certificates. The default is a tag: give a digest where builds must repeat.
 # Certificates are the base's; package indexes come from /etc/pip.conf and /etc/uv/uv.toml, which a build may mount: nothing of them stays in the image.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
