@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,7 +36,9 @@ def take(workspace: Workspace) -> Snapshot:
 def status(
     file: options.File = None, store: options.Store = None, cluster: options.Cluster = None, output_: options.Output = output.Format.table
 ) -> None:
-    """Show each stage: state, step, loss, cost; in a cluster also its pods, and why it waits.
+    """Show each stage's state, pods and cost, and why it waits.
+
+    In a cluster with this person's own rights: what those do not show is said by the driver's last word in the ledger.
 
     Example: osctl status -f demo -o json
     """
@@ -48,6 +51,8 @@ def status(
     if workspace.pipeline.cluster is not None:
         with Live(workspace) as live:
             sight = live.look(current)
+        if sight.driver is not None:  # between two drivers nobody holds the lease, and nothing is suspended
+            current = replace(current, state="running")
     if output_ is output.Format.table:
         driver = f", driven by {current.driver}" if current.driver else ""
         output.note(f"{current.name}: {current.state}{driver}, {output.dollars(current.usd)} so far")
