@@ -75,8 +75,9 @@ def doctor(
     output_: options.Output = output.Format.table,
     only: Annotated[str | None, typer.Option("--only", metavar="WORD", help="Checks whose name holds this word alone, e.g. store.")] = None,
 ) -> None:
-    """Look at everything a launch needs: store, MLflow, and with kubernetes the cluster.
+    """Look at everything that a launch needs.
 
+    Store and MLflow; with kubernetes also images, rights, accounts, quota, nodes, operator and scheduler.
     Each line is ok, failed (with what mends it) or not checked (what this person may not see). Exit code 4 where something failed.
 
     Examples: osctl doctor          osctl doctor --cluster my-pool.yaml --store s3://bucket/runs -o json

@@ -168,7 +168,7 @@ def events(
     follow: Annotated[bool, typer.Option("--follow", help="Go on until nobody drives the pipeline any more.")] = False,
     output_: options.Output = output.Format.table,
 ) -> None:
-    """Show what drivers decided and observed, in order, with the time of each.
+    """Show what drivers decided and saw, as a timeline.
 
     With --follow, json is one object a line.
 

@@ -55,6 +55,7 @@ def launch(
     On Kubernetes it creates a driver in the cluster and returns; launching again finds the driver that is there.
 
     Examples: osctl launch          osctl launch stage2 --set stage2.steps=500          osctl launch --data ~/clips
+
     osctl launch -f open-sora-1.0 --cluster my-pool.yaml --store s3://bucket/runs
     """
     workspace = Workspace.open(file, settings=settings, store=store, tracking=tracking, data=data, backend=backend, cluster=cluster)
