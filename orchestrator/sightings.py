@@ -28,6 +28,8 @@ OVERDUE_S = 60.0
 """A pod that should have been gone for so long lies on a node whose kubelet does not answer: it counts as over."""
 STARTING = ("", "ContainerCreating", "PodInitializing")
 """Reasons of a waiting container that are no fault."""
+SAID_ELSEWHERE = ("FailedScheduling", "Failed", "BackOff")
+"""Events that repeat what a pod's own status says."""
 PULL = re.compile(r"^Back-off pulling image .*?: (ErrImagePull): (.*)$", re.DOTALL)
 
 Told = Mapping[str, Any]
@@ -323,7 +325,7 @@ def why_it_waits(job: Job, living: Sequence[Pod], notices: Sequence[Notice], now
 def _starting(pod: Pod, notices: Sequence[Notice]) -> Waiting:
     """Of a pod that has its node, and does not run yet."""
     mine = sorted((note for note in notices if note.uid == pod.uid), key=lambda note: note.time)
-    warnings = [note for note in mine if note.warning and note.reason != "FailedScheduling"]
+    warnings = [note for note in mine if note.warning and note.reason not in SAID_ELSEWHERE]
     if warnings:
         return f"{pod.short}: {warnings[-1].reason}: {first_line(warnings[-1].message)}", "fault", pod.bound or pod.created
     pulling = mine and mine[-1].reason == "Pulling"
