@@ -173,7 +173,12 @@ class Api:
     def patch(self, kind: str, name: str, body: Object, *, uid: str) -> Object:
         """Merge into the object of this uid. Raises NotFound, Conflict, Refused, Unreachable."""
         metadata = {**body.get("metadata", {}), "uid": uid}
-        return self._ask("PATCH", self._path(kind, name), {}, {**body, "metadata": metadata})
+        try:
+            return self._ask("PATCH", self._path(kind, name), {}, {**body, "metadata": metadata})
+        except Refused as error:
+            if "metadata.uid" in str(error):  # of a kind that a CRD defines, another uid is invalid (422) instead of a conflict
+                raise Conflict(str(error)) from error
+            raise
 
     def delete(self, kind: str, name: str, *, uid: str, grace_s: int | None = None) -> None:
         """Delete the object of this uid; what hangs on it follows. One that is not there is gone. Raises Conflict, Refused, Unreachable."""
