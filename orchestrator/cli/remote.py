@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from orchestrator.adapters.kube.api import Api
     from orchestrator.cli.workspace import Workspace
     from orchestrator.cluster import ClusterProfile
+    from orchestrator.ledger import Ledger
     from orchestrator.records import Lease
 
 LOOK_S = 1.0
@@ -145,6 +146,7 @@ def submit(api: Api, workspace: Workspace, targets: Sequence[str], found: Sequen
             f"launch {pipeline.name}: is driven by {holder.holder}, not in the cluster. "
             "Follow it with `osctl watch`, or stop it: osctl cancel"
         )
+    _drop_old_cancels(ledger, now)
     revision = ledger.add_revision(pipeline.model_dump(mode="json"), now)
     number = max((driver.number for driver in found), default=0) + 1
     body = manifest.driver_job(pipeline, workspace.store_url, revision, number, targets)
@@ -159,6 +161,17 @@ def submit(api: Api, workspace: Workspace, targets: Sequence[str], found: Sequen
             f"It was left alone; look at it with: kubectl -n {api.namespace} describe job {name}"
         )
     return Driver.of(there), False  # a launch at the same moment was faster, or our own first try, whose answer was lost
+
+
+def _drop_old_cancels(ledger: Ledger, now: float) -> None:
+    """A cancel that was left for a driver which never came is not for the one that is launched now: its epoch is used up.
+
+    Raises Refused where somebody holds the lease.
+    """
+    lease = ledger.lease()
+    epoch = lease.epoch if lease is not None else 0
+    if any(event.kind == "cancel" and event.epoch > epoch for event in ledger.events()):
+        ledger.acquire(now).release()
 
 
 def check_same(driver: Driver, workspace: Workspace, targets: Sequence[str] | None) -> None:

@@ -18,9 +18,11 @@ from deploy.rights import OF_USER
 from fake_api_server import FakeApiServer, Fault, serve
 from written_ledger import Writer
 
+from orchestrator import manifest
 from orchestrator.adapters import open_store
-from orchestrator.cli import main
+from orchestrator.cli import display, main, output, remote
 from orchestrator.cli.doctor import KUEUE_RIGHTS, RIGHTS, quantity
+from orchestrator.cli.workspace import Workspace
 from orchestrator.config import Pipeline
 from orchestrator.ledger import Ledger
 
@@ -195,9 +197,6 @@ def test_waiting_ends_as_the_driver_did(site: Site, exit_code: int, condition: s
     pod = {"metadata": {"name": f"{name}-x", "labels": labels}, "status": {"phase": "Failed", "containerStatuses": [{"state": ended}]}}
     site.fake.put("/api/v1/namespaces/lab/pods/one", pod)
     site.finish(name, condition)
-    from orchestrator.cli import remote
-    from orchestrator.cli.workspace import Workspace
-
     workspace = Workspace.open(None, cluster="lab.yaml")
     api = remote.connect(workspace)
     [driver] = remote.drivers(api, workspace)
@@ -224,6 +223,11 @@ def test_a_cancel_reaches_a_driver_that_is_about_to_take_over(site: Site) -> Non
     assert "will be asked" in site("cancel", "--now", "--cluster", "lab.yaml").err
     [asked] = [event for event in site.ledger.events() if event.kind == "cancel"]
     assert asked.epoch == 2 and asked.asks_to_kill and len(site.jobs) == 1
+    # That driver never comes. The next launch is not what the cancel was for.
+    site.finish(next(iter(site.jobs)), "Failed")
+    site.launch()
+    lease = site.ledger.lease()
+    assert lease is not None and lease.epoch == 2 and site.ledger.holder(time.time()) is None
 
 
 def test_the_ledger_is_shown_while_the_cluster_is_away(site: Site) -> None:
@@ -262,3 +266,39 @@ def test_doctor_asks_for_the_rights_that_are_written() -> None:
 )
 def test_quantities_are_read_as_kubernetes_reads_them(text: str, number: str) -> None:
     assert quantity(text) == Decimal(number)
+
+
+def test_what_moves_in_the_cluster_is_shown_before_the_ledger_is_read_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = site.launch()["driver"]
+    revision = site.ledger.latest_revision()
+    assert revision is not None
+    pipeline = Pipeline.model_validate(revision.pipeline)
+    writer = Writer(site.ledger, pipeline, now=time.time() - 5)
+    writer.launch()
+    intent = writer.begin("stage1")
+    shown: list[tuple[float, list[str]]] = []
+    monkeypatch.setattr(output, "line", lambda row, *_: shown.append((time.monotonic(), [pod["phase"] for pod in row["pods"]])))
+    workspace = Workspace.open(None, cluster="lab.yaml")
+    labels = {"app.kubernetes.io/managed-by": "osctl", manifest.ROLE: "trainer", manifest.PIPELINE: "tiny"}
+    labels[manifest.RUN] = manifest.run_hash(site.store, intent.run_key)
+
+    def pod(phase: str) -> float:
+        thing = {"metadata": {"name": "tiny-worker-0", "labels": labels}, "spec": {}, "status": {"phase": phase}}
+        site.fake.put("/api/v1/namespaces/lab/pods/tiny-worker-0", thing)
+        return time.monotonic()
+
+    def seen(phases: list[str]) -> float:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for moment, there in list(shown):
+                if there == phases:
+                    return moment
+            time.sleep(0.01)
+        raise AssertionError(f"{phases} was never shown: {shown}")
+
+    with display.Follower(workspace, workspace.prices, 60.0, output.Format.json):
+        seen([])
+        for phase in ("Pending", "Running"):
+            moved = pod(phase)
+            assert seen([phase]) - moved < 2.0, "0.2 s on a quiet machine; the ledger is read again after 60"
+    assert name in site.jobs
