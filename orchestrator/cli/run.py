@@ -199,7 +199,10 @@ def launch_there(
             output.note(f"{pipeline.name}: every stage that was asked for is committed. See: osctl compare{again.options()}")
             output.emit({"pipeline": pipeline.name, "driver": None, "revision": None}, output_)
             return
-        output.emit({"pipeline": pipeline.name, "driver": driver.name, "revision": driver.revision}, output_)
+        if output_ is output.Format.table:
+            output.raw(f"{driver.name}\n")  # a table of one line would cost rich's import, as much as all requests to the store
+        else:
+            output.emit({"pipeline": pipeline.name, "driver": driver.name, "revision": driver.revision}, output_)
         if not wait:
             output.note(f"next: osctl watch{again.options()} | osctl logs -f{again.options('--file')} | osctl cancel{again.options()}")
             return
