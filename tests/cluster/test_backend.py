@@ -6,6 +6,7 @@ The published stage 2 takes all of them. Agents are played (`played_agent`), sin
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,10 +72,21 @@ def lost(kubectl: Kubectl, node: str) -> Iterator[None]:
     before = json.loads(kubectl("get", "node", node, "-o", "json"))
     for field in ("uid", "resourceVersion", "creationTimestamp"):
         del before["metadata"][field]
-    kubectl("delete", "node", node)
+    back = threading.Event()
+
+    def stay_away() -> None:
+        """Another test session that begins meanwhile brings missing nodes back."""
+        while not back.is_set():
+            kubectl("delete", "node", node, "--ignore-not-found")
+            back.wait(3)
+
+    keeper = threading.Thread(target=stay_away, daemon=True)
+    keeper.start()
     try:
         yield
     finally:
+        back.set()
+        keeper.join()
         kubectl("create", "-f", "-", stdin=json.dumps(before))
 
 
