@@ -37,7 +37,7 @@ _SHAPES = re.compile(
     r"|\beyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]+)?"
     rf"|(?<=Bearer )[^\s'\"]{{{SHORTEST},}}|(?<=Basic )[A-Za-z0-9+/=]{{{SHORTEST},}}"
 )
-_LOGIN = re.compile(r"(?<![^\s'\"=])[^\s/:@'\"]+:[^\s@'\"]+@(?!sha256:)")
+_LOGIN = re.compile(r"(?<![^\s'\"=])[^\s/:@'\"]+:(?!//)[^\s@'\"]+@(?!sha256:)")
 """user:password@ where the scheme before it was forgotten."""
 _WORD = re.compile(r"[A-Za-z0-9+/_=-]{20,}")
 

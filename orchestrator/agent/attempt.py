@@ -351,7 +351,7 @@ class Attempt:
 
     def _ship_output(self, *, final: bool) -> None:
         left = LOG_BYTES - self._logged
-        while left > 0 and (data := self.run.new_output(min(LOG_PIECE_BYTES, left))):
+        while left > 0 and (data := self.run.new_output(min(LOG_PIECE_BYTES, left), final=final)):
             left -= len(data)
             self._ship(data)
         if final:

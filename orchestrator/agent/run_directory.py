@@ -2,7 +2,8 @@
 
 Owns the reading of `metrics.jsonl`, heartbeats, `result.json`, checkpoints, samples, flight records and the log, and the writing of
 `stage.yaml`, `drain` and, where the trainer could not, `result.json`. Every reader takes half-written and damaged content in its stride:
-a trainer may die in the middle of anything.
+a trainer may die in the middle of anything. What is read is masked: credentials of the environment, which the trainer has too, leave
+this machine in no word of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ class Heartbeat:
 
 
 class RunDirectory:
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, mask: Callable[[bytes], bytes] = lambda data: data) -> None:
+        """`mask`: hides secrets in what the trainer says."""
+        self.path, self._mask = path, mask
         self.parent = path / "parent"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
@@ -60,7 +62,7 @@ class RunDirectory:
         data = _read_from(self.path / "metrics.jsonl", self._metrics_read)
         whole = data[: data.rfind(b"\n") + 1]
         self._metrics_read += len(whole)
-        return [line for line in map(_metrics_line, whole.splitlines()) if line is not None]
+        return [line for line in map(_metrics_line, self._mask(whole).splitlines()) if line is not None]
 
     def heartbeats(self) -> list[Heartbeat]:
         """The latest of each rank, by rank."""
@@ -76,7 +78,7 @@ class RunDirectory:
     def result(self) -> dict[str, Any] | None:
         """None while the file is absent, blank (its space is taken at start) or half-written."""
         try:
-            content = json.loads((self.path / "result.json").read_bytes().strip(b" \n\0") or b"null")
+            content = json.loads(self._mask((self.path / "result.json").read_bytes().strip(b" \n\0")) or b"null")
         except (FileNotFoundError, ValueError):
             return None
         return content if isinstance(content, dict) else None
@@ -125,22 +127,32 @@ class RunDirectory:
         """What the communication library wrote of collectives that did not end, and did not change since `before`, by name."""
         return _settled(self.path / FLIGHT_RECORDER, before)
 
-    def new_output(self, limit: int) -> bytes:
-        """At most `limit` bytes of the trainer's output since the last call."""
+    def new_output(self, limit: int, *, final: bool = False) -> bytes:
+        """At most `limit` bytes of the trainer's output since the last call: whole lines, since a secret that is cut in two is not seen.
+
+        A line that is longer than the limit comes in pieces, and with `final` the last one without its end.
+        """
         data = _read_from(self.log, self._log_read, limit)
+        if len(data) == limit or not final:
+            data = data[: max(data.rfind(b"\n"), data.rfind(b"\r")) + 1] or (data if len(data) == limit else b"")
         self._log_read += len(data)
-        return data
+        return self._mask(data)
 
     def rest_of_output(self) -> tuple[int, bytes]:
         """How much output `new_output` has not handed out and will not any more, and the end of it."""
         size = self.log.stat().st_size if self.log.exists() else 0
         unread, self._log_read = size - self._log_read, size
-        return unread, self.output_tail()[-unread:] if unread else b""
+        return unread, self._mask(self._tail()[-unread:]) if unread else b""
 
     def output_tail(self) -> bytes:
         """The end of the trainer's output."""
+        return self._mask(self._tail())
+
+    def _tail(self) -> bytes:
+        """From the beginning of a line, where there is one."""
         size = self.log.stat().st_size if self.log.exists() else 0
-        return _read_from(self.log, max(0, size - TAIL_BYTES))
+        data = _read_from(self.log, max(0, size - TAIL_BYTES))
+        return data[data.find(b"\n") + 1 :] if size > TAIL_BYTES and b"\n" in data[:-1] else data
 
 
 def _settled(folder: Path, before: float) -> list[Path]:

@@ -22,6 +22,7 @@ from orchestrator.errors import NotFound, OsctlError, Refused, Unreachable
 from orchestrator.ledger import Ledger, read_intent
 from orchestrator.processes import Process
 from orchestrator.records import Intent
+from orchestrator.redact import masker
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ def begin(
         log.error("error: %s", error)
         return None
     trainer = TrainerProcess(run_dir, lock)
-    return Attempt(ledger, intent, RunDirectory(run_dir), trainer, events, node=node, bound=bound, patience=patience), trainer
+    run = RunDirectory(run_dir, masker(os.environ))
+    return Attempt(ledger, intent, run, trainer, events, node=node, bound=bound, patience=patience), trainer
 
 
 def check_right(ledger: Ledger, intent: Intent, *, outlives_driver: bool) -> None:

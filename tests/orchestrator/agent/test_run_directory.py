@@ -92,6 +92,20 @@ def test_of_too_long_an_output_the_end_is_kept(tmp_path: Path) -> None:
     assert run.rest_of_output() == (0, b"")
 
 
+def test_output_comes_in_whole_lines_so_that_no_secret_is_cut_in_two(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, lambda data: data.replace(b"hunter2", b"*"))
+    run.log.write_bytes(b"one\nhun")
+    assert (run.new_output(100), run.new_output(100)) == (b"one\n", b"")
+    with run.log.open("ab") as log:
+        log.write(b"ter2\n12 hunter2")
+    assert run.new_output(10) == b"*\n"
+    assert run.new_output(100) == b""
+    assert run.new_output(100, final=True) == b"12 *"
+    with run.log.open("ab") as log:
+        log.write(b"x" * 65_530 + b"hunter2\nlast")
+    assert run.output_tail() == b"last"
+
+
 def test_samples_are_taken_once_they_have_settled(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     for name, changed in (("a.mp4", 10), ("b.mp4", 30), ("c.partial", 10)):
