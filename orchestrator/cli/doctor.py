@@ -42,6 +42,8 @@ RIGHTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 """What a person needs: the Role `osctl-user` of k8s/base, but for Kueue's part."""
 KUEUE_RIGHTS = (("kueue.x-k8s.io", "workloads", ("get", "list")), ("kueue.x-k8s.io", "localqueues", ("get", "list")))
 
+PATIENCE_S = "10"
+"""How long an object store may take. A launch is more patient."""
 HTTP_S = 5.0
 """How long an MLflow server may take."""
 INSTALL_OPERATOR = "install the training operator (docs/cluster.md)"
@@ -82,6 +84,7 @@ def doctor(
 
     Examples: osctl doctor          osctl doctor --cluster my-pool.yaml --store s3://bucket/runs -o json
     """
+    os.environ.setdefault("OSCTL_S3_PATIENCE_S", PATIENCE_S)
     named = cluster or os.environ.get("OSCTL_CLUSTER") or None
     workspace = Workspace.open(file, settings=settings, store=store, tracking=tracking, cluster=named)
     checks = [check for check in examine(workspace) if only is None or only in check.name]
@@ -91,8 +94,10 @@ def doctor(
         output.emit([vars(check) for check in checks], output_)
     failed = [check for check in checks if check.verdict == "failed"]
     if failed:
-        count = f"{len(failed)} of {len(checks)} checks failed"
-        raise Refused(f"doctor {workspace.pipeline.name}: {count}, first: {failed[0].name}: {failed[0].fact}. {failed[0].fix}".rstrip(". "))
+        names = ", ".join(check.name for check in failed)
+        raise Refused(
+            f"doctor {workspace.pipeline.name}: {len(failed)} of {len(checks)} checks failed: {names}. Each line says what mends it"
+        )
 
 
 def examine(workspace: Workspace) -> Iterator[Check]:
