@@ -226,13 +226,19 @@ def load(path: Path, *, overrides: Mapping[str, str] | None = None, env: Mapping
     return resolved
 
 
+_INSTEAD = {
+    "store": "Put them into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in a cluster into the profile's s3_secret",
+    "tracking": "Put them into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+}
+"""Where credentials belong that people put into a URL."""
+
+
 def _check_nothing_secret(pipeline: Pipeline, document: Document, stages: Mapping[str, Document], env: Mapping[str, str]) -> None:
     """A pipeline is written to the ledger as it is, parts of it to MLflow and to the cluster. Raises UsageError; the value is not shown."""
     fact = "holds credentials, and everything here is written to the ledger"
     for loc, text in _texts(pipeline.model_dump(mode="json", exclude={"stages", "cluster"}), ()):
         if holds_credentials(text, env):
-            how = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if loc[0] == "tracking" else "AWS_ACCESS_KEY_ID and so on"
-            raise document.error(loc, fact, f"Put them into the environment ({how}) or, in a cluster, into a Secret")
+            raise document.error(loc, fact, _INSTEAD.get(str(loc[0]), "Put them where the program that needs them looks by itself"))
     for loc, text in _texts(pipeline.cluster.model_dump(mode="json") if pipeline.cluster else {}, ()):
         if holds_credentials(text, env):
             raise document.error(("cluster",), f"{'.'.join(map(str, loc))} of the profile {fact}", "Put them into a Secret, and name that")
@@ -240,7 +246,7 @@ def _check_nothing_secret(pipeline: Pipeline, document: Document, stages: Mappin
         for part in (stage.spec, stage.config):
             for loc, text in _texts(part.model_dump(mode="json"), ()):
                 if holds_credentials(text, env):
-                    raise stages[stage.name].error(loc, fact, "Put them where the trainer's own libraries look for them")
+                    raise stages[stage.name].error(loc, fact, "Put them where the trainer's libraries look by themselves")
 
 
 def _texts(value: Any, loc: Loc) -> Iterator[tuple[Loc, str]]:
