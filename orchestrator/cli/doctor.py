@@ -372,17 +372,26 @@ def _nodes(api: Api, profile: ClusterProfile, stage: Stage, job: Mapping[str, An
     wanted = pods(job)
     requests = wanted[0]["spec"]["containers"][0]["resources"]["requests"]
     nodes, _ = api.list("nodes", ",".join(f"{key}={value}" for key, value in profile.node_selector.items()))
-    fitting, reasons = [], []
+    room, fitting, reasons = 0, 0, []
     for node in nodes:
         why = _unfit(node, profile, requests)
         if why is None:
-            fitting.append(node["metadata"]["name"])
+            fitting += 1
+            room += _pods_beside(node["status"]["allocatable"], requests)
         else:
             reasons.append(f"{node['metadata']['name']}: {why}")
-    if len(fitting) < len(wanted):
+    if room < len(wanted):
         several = f"; {reasons[0]}" + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else "") if reasons else ""
-        raise Refused(f"{stage.name} needs {len(wanted)} nodes, {len(fitting)} of {len(nodes)} that match the selector are fit{several}")
-    return f"{len(fitting)} fit nodes for {stage.name}, which needs {len(wanted)}; who holds them now is not looked at"
+        raise Refused(
+            f"{stage.name} needs {len(wanted)} pods at once, {fitting} of {len(nodes)} nodes that match the selector are fit, "
+            f"with room for {room}{several}"
+        )
+    return f"room for {room} pods on {fitting} fit nodes, {stage.name} needs {len(wanted)}; who holds them now is not looked at"
+
+
+def _pods_beside(allocatable: Mapping[str, str], requests: Mapping[str, str]) -> int:
+    """How many pods an empty node takes. A pod with all of a node's devices is alone there; small ones share it."""
+    return min(int(quantity(allocatable[name]) // quantity(value)) for name, value in requests.items() if quantity(value) > 0)
 
 
 def _unfit(node: Mapping[str, Any], profile: ClusterProfile, requests: Mapping[str, str]) -> str | None:

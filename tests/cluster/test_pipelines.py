@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -181,3 +182,23 @@ def test_the_job_of_a_profile_is_what_render_printed(site: Site, tmp_path: Path)
         sent["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["command"]
         == (shown["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]["command"])
     )
+
+
+def test_what_the_readme_says_of_kubernetes_is_what_happens(site: Site, tmp_path: Path) -> None:
+    section = (Path(__file__).parents[2] / "README.md").read_text().split("### On Kubernetes")[1].split("\n### ")[0]
+    commands = re.findall(r"`(osctl [^`]+)`", "\n".join(line for line in section.splitlines() if line.startswith("| `osctl")))
+    osctl = site.osctl(tmp_path / "readme", stages=1)
+    osctl("launch", "--wait", timeout=300)
+    assert commands
+    for command in commands:
+        # --wait has been typed; what follows finds everything done, and nothing to cancel or to compare with
+        expected = {"osctl diff stage1": (0, 4)}.get(command, (0,))
+        done = subprocess.run(
+            ["osctl", *command.split()[1:]],
+            cwd=osctl.folder,
+            env=osctl.environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode in expected and "Traceback" not in done.stderr, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"

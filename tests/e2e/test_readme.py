@@ -1,4 +1,6 @@
-"""Every command that the README's table names is executed, word by word, on a small recipe. `.ci/run` executes the two set-up commands."""
+"""Every command that the README's table names is executed, word by word, on a small recipe. `.ci/run` executes the two set-up commands,
+tests/cluster/test_pipelines.py those of the section on Kubernetes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from tiny_recipe import OSCTL, Osctl, write
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 TABLE = README.split("## What one types")[1].split("\n## ")[0]
-COMMANDS = re.findall(r"`(osctl [^`]+)`", "\n".join(line for line in TABLE.splitlines() if line.startswith("|")))
+
+
+def named(text: str) -> list[str]:
+    return re.findall(r"`(osctl [^`]+)`", "\n".join(line for line in text.splitlines() if line.startswith("|")))
+
+
+COMMANDS = named(TABLE.split("### On Kubernetes")[0])
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,7 @@ def osctl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Osctl]:
 def test_the_readme_names_every_command(osctl: Osctl) -> None:
     listing = osctl("--help").stdout.split("Commands:")[1]
     names = {line.split()[0] for line in listing.splitlines() if line.startswith("  ") and not line.startswith("   ")}
-    assert {command.split()[1] for command in COMMANDS} == names
+    assert {command.split()[1] for command in named(TABLE)} == names
 
 
 def place(command: str) -> int:
