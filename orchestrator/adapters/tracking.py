@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import Unreachable, UsageError
 from orchestrator.ports import ModelVersion, Point, RunStatus, TrackedRun
-from orchestrator.redact import redacted
+from orchestrator.redact import holds_credentials, redacted
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -59,12 +59,17 @@ def open_tracker(tracking: str, home: Path, artifacts: Path | None = None) -> Ml
 
 
 def tracking_url(tracking: str, home: Path) -> str:
-    """MLflow's own URI of `sqlite` or of a server. Raises UsageError for what it would turn into ./mlruns."""
+    """MLflow's own URI of `sqlite` or of a server. Raises UsageError for what it would turn into ./mlruns, and for credentials."""
+    if holds_credentials(tracking, os.environ):
+        hint = "put them into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        raise UsageError(f"tracking {redacted(tracking)}: holds credentials, which would be in logs and in names of processes; {hint}")
     if tracking == "sqlite":
         return f"sqlite:///{home.absolute() / 'mlflow.db'}"
     if tracking.startswith(("http://", "https://", "sqlite:", "postgresql", "mysql")):
         return tracking.rstrip("/")
-    raise UsageError(f"tracking {redacted(tracking)}: is neither sqlite, none nor a URI of MLflow. Example: --tracking http://127.0.0.1:5000")
+    raise UsageError(
+        f"tracking {redacted(tracking)}: is neither sqlite, none nor a URI of MLflow. Example: --tracking http://127.0.0.1:5000"
+    )
 
 
 class MlflowTracker:

@@ -23,7 +23,9 @@ import yaml
 from fake_api_server import Fault, serve
 from planted import Planted
 
+from orchestrator.adapters.tracking import MlflowTracker
 from orchestrator.cli import main
+from orchestrator.errors import Unreachable
 from orchestrator.redact import holds_credentials, masker, redacted, typed
 
 Run = Callable[..., str]
@@ -190,6 +192,33 @@ def test_a_store_that_quotes_keys_is_not_quoted(osctl: Run, planted: Planted, pa
     monkeypatch.setenv("HTTP_PROXY", f"http://me:{planted('proxy')}@127.0.0.1:9")
     said["proxy"] = osctl("status", "--store", "s3://bucket/x", expect=5)
     assert planted.found_in(said) == []
+
+
+def test_an_mlflow_that_quotes_credentials_is_not_quoted(planted: Planted, parrot: str, monkeypatch: Any) -> None:
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, planted(name))
+    said = {}
+    with pytest.raises(Unreachable) as quoted:
+        MlflowTracker(f"http://{parrot}").runs("tiny", {})
+    said["login"] = str(quoted.value)
+    assert "403" in said["login"] or "AccessDenied" in said["login"]
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.delenv(name)
+    for case, ending in (("token", ""), ("token with a line break", "\nx")):
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", planted(case, ending=ending))
+        with pytest.raises(Unreachable) as quoted:
+            MlflowTracker(f"http://{parrot}").runs("tiny", {})
+        said[case] = str(quoted.value)
+    assert planted.found_in(said) == []
+
+
+def test_credentials_for_a_sync_are_refused_before_a_process_is_called_by_them(osctl: Run, planted: Planted) -> None:
+    trainer = [sys.executable, "-c", "raise SystemExit(1)"]
+    change("osctl.yaml", trainer=trainer, stages=[{**yaml.safe_load(Path("osctl.yaml").read_text())["stages"][0], "max_attempts": 1}])
+    osctl("launch", "-q", expect=3)
+    said = {"sync": osctl("sync", "--tracking", f"http://me:{planted('tracking')}@127.0.0.1:9")}
+    assert planted.found_in(said) == []
+    assert "holds credentials" in said["sync"]
 
 
 def kubeconfig(server: str, **user: Any) -> str:
