@@ -161,7 +161,10 @@ def pytorch_job(intent: Intent, profile: ClusterProfile, store_url: str, *, excl
 
 def _run_policy(intent: Intent, profile: ClusterProfile) -> Manifest:
     """An attempt is one life: nothing in it is restarted, and its driver decides what comes next."""
-    gang = {"schedulingPolicy": {"minAvailable": intent.nodes}} if profile.queue == "gang" else {}
+    # minResources is written out as nothing, or the operator fills it in: Coscheduling then counts the whole cluster before each try
+    # and, once it found too little ("resource gap"), is woken by new pods alone, never by a node that became free. A gang would then wait
+    # for up to five minutes beside free nodes (seen with scheduler-plugins 0.34.7).
+    gang = {"schedulingPolicy": {"minAvailable": intent.nodes, "minResources": {}}} if profile.queue == "gang" else {}
     return {
         "cleanPodPolicy": "Running",  # ends the other nodes when one failed; those that are over keep their logs
         "backoffLimit": 0,

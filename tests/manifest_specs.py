@@ -80,6 +80,7 @@ tolerations = st.one_of(
     st.builds(Toleration, key=keys, operator=st.just("Equal"), value=labels),
 )
 site_words = st.one_of(st.none(), words)
+address_words = words.map(lambda word: word.replace("@", "-"))  # with an `@` it would be refused as credentials
 
 
 @st.composite
@@ -114,7 +115,7 @@ def profiles(draw: st.DrawFn) -> ClusterProfile:
         scheduler=draw(st.none() | dns),
         queue=queue,
         kueue_queue=draw(dns) if queue == "kueue" else None,
-        s3_endpoint=draw(st.none() | words.map(lambda word: f"http://s3.local/{word}")),
+        s3_endpoint=draw(st.none() | address_words.map(lambda word: f"http://s3.local/{word}")),
         s3_region=draw(words),
         s3_secret=draw(st.none() | dns),
         volumes=tuple(

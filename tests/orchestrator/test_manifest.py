@@ -160,7 +160,7 @@ def it_waits_for_all_nodes_or_for_kueue(spec: Spec, job: dict[str, Any]) -> None
         assert "schedulingPolicy" not in policy, "two gangs would wait for each other"
     else:
         assert (policy["suspend"], kueue) == (False, None)
-        assert policy["schedulingPolicy"] == {"minAvailable": spec.intent.nodes}
+        assert policy["schedulingPolicy"] == {"minAvailable": spec.intent.nodes, "minResources": {}}
 
 
 LAWS: list[Callable[[Spec, dict[str, Any]], None]] = [
@@ -227,7 +227,7 @@ def test_nodes_find_each_other_and_one_node_needs_nobody(profile: ClusterProfile
     assert "nProcPerNode" not in policy, "deprecated, and forbidden beside nprocPerNode"
     assert several["spec"]["nprocPerNode"] == "8"
     assert "elasticPolicy" not in alone["spec"], "with it the operator would set PET_RDZV_ENDPOINT"
-    assert alone["spec"]["runPolicy"]["schedulingPolicy"] == {"minAvailable": 1}
+    assert alone["spec"]["runPolicy"]["schedulingPolicy"] == {"minAvailable": 1, "minResources": {}}
 
 
 def test_the_hook_asks_for_a_save_and_leaves_time_to_hurry(profile: ClusterProfile) -> None:
