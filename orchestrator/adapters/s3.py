@@ -425,5 +425,5 @@ def _base64(digest: bytes) -> str:
 
 
 def _without_user(endpoint: str) -> str:
-    parts = urlsplit(endpoint)
+    parts = urlsplit(redacted(endpoint))
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

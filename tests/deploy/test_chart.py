@@ -213,6 +213,13 @@ REFUSED = {
     "another MLflow without its address": (
         {"profile": {"tracking": "https://mlflow.example.com"}, "mlflow": {"enabled": False}}, "network.tracking.cidrs",
     ),
+    "keys in the endpoint": ({"profile": {"s3_endpoint": "http://AKIA:hunter2@s3.example.com"}}, "profile.s3_endpoint: holds credentials"),
+    "a password for MLflow": (
+        {"profile": {"tracking": "http://me:hunter2@mlflow.example.com"}, "mlflow": {"enabled": False}},
+        "profile.tracking: holds credentials",
+    ),
+    "keys in the store's URL": ({"store": "s3://AKIA:hunter2@osctl/runs"}, "store: holds credentials"),
+    "keys in MLflow's store": ({"mlflow": {"artifacts": "s3://AKIA:hunter2@mlflow"}}, "mlflow.artifacts: holds credentials"),
     "a price that is no number": ({"profile": {"price": {"usd_per_hour": "two", "source": "us", "date": "2026-11-01"}}}, "usd_per_hour"),
 }  # fmt: skip
 
@@ -223,6 +230,7 @@ def test_refused(helm: Path, name: str) -> None:
     rendered = helm_template(helm, merged(ci("base"), changes))
     assert rendered.returncode, f"{name}: was rendered"
     assert said in rendered.stderr
+    assert "hunter2" not in rendered.stderr
 
 
 def test_an_image_by_its_tag_is_taken_where_it_is_allowed_by_name(helm: Path) -> None:
