@@ -159,6 +159,7 @@ def sync(file: options.File = None, store: options.Store = None, tracking: optio
     import subprocess
     import sys
 
+    from orchestrator.adapters.tracking import tracking_url
     from orchestrator.errors import UsageError
 
     workspace = launched(Workspace.at(file, store=store))
@@ -167,6 +168,7 @@ def sync(file: options.File = None, store: options.Store = None, tracking: optio
         raise UsageError(
             f"sync {workspace.pipeline.name}: tracking is none. Name an MLflow with --tracking sqlite or --tracking http://host:port"
         )
+    tracking_url(uri, home())  # what is wrong with it is said before a process has it in its name
     started = time.monotonic()
     done = subprocess.run(
         [

@@ -7,6 +7,7 @@ as a dry run, and the one object that the store's probe writes stays the same.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import os
 import re
@@ -24,6 +25,7 @@ import typer
 from orchestrator.cli import options, output
 from orchestrator.cli.workspace import Workspace
 from orchestrator.errors import NotFound, OsctlError, Refused, Unreachable, UsageError
+from orchestrator.redact import redacted
 
 if TYPE_CHECKING:
     from orchestrator.adapters.kube.api import Api
@@ -218,11 +220,11 @@ def _mlflow(pipeline: Pipeline, api: Api | None) -> str:
             return f"{uri} answers: {answer.read(20).decode(errors='replace').strip()}"
     except urllib.error.HTTPError as error:
         raise Refused(f"{uri}: /health answers {error.code} {error.reason}") from error
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:  # URLError and a timeout are OSErrors
         reason = getattr(error, "reason", error)
         if isinstance(reason, socket.gaierror):
             raise NotChecked(f"{host} has no address here; a name of the cluster has one only inside of it") from error
-        raise Unreachable(f"{uri}: {reason}") from error
+        raise Unreachable(redacted(f"{uri}: {reason}")) from error
 
 
 # --- What the cluster has --------------------------------------------------------------------------------------------------------------

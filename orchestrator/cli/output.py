@@ -66,11 +66,13 @@ def console(*, err: bool = False) -> Any:
 
 def note(text: str) -> None:
     """Something about the result, for people: stderr."""
-    print(text, file=sys.stderr, flush=True)
+    from orchestrator.redact import redacted
+
+    print(redacted(text), file=sys.stderr, flush=True)
 
 
 def error(text: str) -> None:
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    note(f"error: {text}")
 
 
 def raw(text: str) -> None:

@@ -112,5 +112,7 @@ def store_url(configured: str) -> str:
 def split(setting: str) -> tuple[str, str]:
     key, equals, value = setting.partition("=")
     if not equals or not key:
-        raise UsageError(f"--set {setting}: is not KEY=VALUE. Example: --set stage2.steps=500")
+        from orchestrator.redact import typed
+
+        raise UsageError(f"--set {typed(setting)}: is not KEY=VALUE. Example: --set stage2.steps=500")
     return key.strip(), value

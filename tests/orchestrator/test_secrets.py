@@ -121,7 +121,7 @@ def test_a_value_that_looks_like_a_key_is_not_repeated_when_it_is_wrong(osctl: R
     Path("colon.yaml").write_text(f"token {planted('no colon')}\n")
     said["no colon"] = osctl("plan", "-f", "colon.yaml")
     assert planted.found_in(said) == []
-    assert "stage1.steps: expected a whole number, found" in said["--set"]
+    assert "steps: expected a whole number, found" in said["--set"]
 
 
 def test_a_profile_that_holds_a_secret_is_refused_and_it_is_not_shown(osctl: Run, planted: Planted) -> None:
@@ -219,6 +219,18 @@ def test_credentials_for_a_sync_are_refused_before_a_process_is_called_by_them(o
     said = {"sync": osctl("sync", "--tracking", f"http://me:{planted('tracking')}@127.0.0.1:9")}
     assert planted.found_in(said) == []
     assert "holds credentials" in said["sync"]
+
+
+def test_doctor_and_mlflow_behind_a_proxy_that_is_no_url_do_not_quote_it(osctl: Run, planted: Planted, monkeypatch: Any) -> None:
+    for variable in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(variable, f"http://me:{planted(variable)}/ab@127.0.0.1:9")
+    said = {
+        "mlflow": osctl("mlflow", "--tracking", "http://mlflow.example:5000", expect=5),
+    }
+    monkeypatch.setenv("OSCTL_TRACKING", "http://mlflow.example:5000")
+    said["doctor, tracking"] = osctl("doctor", "-o", "json", expect=4)
+    assert "mlflow.example" in said["doctor, tracking"]
+    assert planted.found_in(said) == []
 
 
 def kubeconfig(server: str, **user: Any) -> str:
