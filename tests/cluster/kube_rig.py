@@ -31,7 +31,7 @@ STORE = "s3://osctl-test/runs"
 STAGES = (("one", None), ("two", "one"))
 
 
-def until(holds: Callable[[], bool], what: str, patience_s: float = 20.0) -> None:
+def until(holds: Callable[[], bool], what: str, patience_s: float = 60.0) -> None:
     deadline = time.monotonic() + patience_s
     while not holds():
         assert time.monotonic() < deadline, f"{what}: not within {patience_s} s"
