@@ -264,6 +264,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         env = environment(folder / "compiled")
+        os.environ.clear()
         os.environ.update(env)
         with namespace() as ns:
             for watcher, seconds in late(ns, folder, env).items():
