@@ -159,7 +159,7 @@ def applied(site: Site, arrivals: Arrivals, folder: Path, env: dict[str, str]) -
     made = arrivals.of("pytorchjobs", folder.name, "stage1")
     agent, torchrun = processes(site, folder.name, "stage1")
     CLUSTER.kubectl("-n", site.namespace, "delete", "-f", str(folder / "job.yaml"))
-    CLUSTER.kubectl("-n", site.namespace, "wait", "--for=delete", "pods", "-l", "osctl/role=trainer", "--timeout=60s")  # they hold the CPU
+    CLUSTER.kubectl("-n", site.namespace, "delete", "pods", "-l", "osctl/role=trainer", "--grace-period=1")  # it holds the CPU
     return {
         "submit": made - began, "kubernetes: job to agent": agent - made, "agent": torchrun - agent, "job to torchrun": torchrun - made,
         "launch to torchrun": torchrun - began,
