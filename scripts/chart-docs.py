@@ -36,9 +36,9 @@ the names of Secrets. Names are fixed (`osctl-mlflow`, `osctl-driver`, ...), so 
     helm install osctl helm/osctl -n osctl -f my-values.yaml
     helm test osctl -n osctl                # MLflow answers, the store holds its conditional writes
 
-Tried with Helm 4.1.4 on Kubernetes 1.34.1 (`tests/cluster/test_deploy.py`: install, test, upgrade, rollback, uninstall). `ci/*.yaml` are complete values
-of sites. Where `kubectl apply -k` of an overlay in `k8s/overlays` made accounts, roles and policies,
-install with `base.create: false`. The network policies are checked for structure only: no cluster of the tests enforces them.
+Tried with Helm 4.1.4 on Kubernetes 1.34.1 (`tests/cluster/test_deploy.py`: install, test, upgrade, rollback, uninstall). `ci/*.yaml` are
+complete values of sites. Where `kubectl apply -k` of an overlay in `k8s/overlays` made accounts, roles and policies, install with
+`base.create: false`. The network policies are checked for structure only: no cluster of the tests enforces them.
 
 MLflow has no login: whoever reaches its port may read and change everything in it. The policy lets in the driver alone, people come by
 `kubectl port-forward`; put a proxy with a login before it if you publish it.
