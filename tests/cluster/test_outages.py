@@ -39,7 +39,9 @@ def ledger(tmp_path: Path) -> Ledger:
 def no_operator(cluster: Any) -> Iterator[None]:
     """Without it, its webhook does not answer either."""
     cluster.kubectl(*OPERATOR, "0")
-    cluster.kubectl("-n", "kubeflow", "wait", "--for=delete", "pod", "-l", "control-plane=kubeflow-training-operator", timeout_s=90)
+    cluster.kubectl(
+        "-n", "kubeflow", "wait", "--for=delete", "pod", "-l", "control-plane=kubeflow-training-operator", "--timeout=90s", timeout_s=100
+    )
     try:
         yield
     finally:
@@ -74,7 +76,7 @@ def test_an_api_server_that_is_away_for_a_minute_stops_nothing_and_starts_nothin
 
 
 def test_an_api_server_that_comes_back_while_a_job_is_made_makes_it_once(cluster: Any, api: Api, ledger: Ledger) -> None:
-    of = pipeline(gpu_profile(api.namespace), stages=(("one", None),))
+    of = pipeline(gpu_profile(api.namespace, start_deadline_s=300), stages=(("one", None),))
     cluster.stop("kube-apiserver")
     try:
         with Drive.of(of, ledger, api) as drive:
@@ -82,7 +84,7 @@ def test_an_api_server_that_comes_back_while_a_job_is_made_makes_it_once(cluster
             time.sleep(5)
             cluster.start()
             with PlayedAgents(api, ledger):
-                assert drive.ends(150).exit_code == 0, "an operator that forgot the job is woken"
+                assert drive.ends(240).exit_code == 0, "an operator that forgot the job is woken"
     finally:
         cluster.start()
     assert drive.outcomes("one") == ["completed"]

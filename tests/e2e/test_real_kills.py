@@ -116,6 +116,6 @@ def test_a_second_launcher_is_told_who_drives(unbroken: dict[str, str], tmp_path
     refused = osctl("launch", "stage1", expect=4)
     assert str(first.pid) in refused.stderr
     osctl("cancel")
-    assert first.wait(PATIENCE_S) == 130
+    assert first.wait(PATIENCE_S) in (130, 0), "0: stage1 was committed before it heard of it"
     osctl("resume", "-q")
     assert osctl.digests() == unbroken, "resume goes on with what was launched: the whole pipeline"

@@ -228,7 +228,7 @@ def test_doctor_and_mlflow_behind_a_proxy_that_is_no_url_do_not_quote_it(osctl: 
         "mlflow": osctl("mlflow", "--tracking", "http://mlflow.example:5000", expect=5),
     }
     monkeypatch.setenv("OSCTL_TRACKING", "http://mlflow.example:5000")
-    said["doctor, tracking"] = osctl("doctor", "-o", "json", expect=4)
+    said["doctor, tracking"] = osctl("doctor", "-o", "json", expect=0)  # what has no address here may have one in the cluster: not checked
     assert "mlflow.example" in said["doctor, tracking"]
     assert planted.found_in(said) == []
 
