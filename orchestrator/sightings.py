@@ -104,6 +104,12 @@ class Pod:
     """Why a container cannot be started."""
     ready: bool = False
 
+    def shown(self, now: float) -> tuple[str, str]:
+        """(phase, why it is not what it should be), for people: as Kubernetes calls it, or Leaving (asked to end), or Gone (deleted)."""
+        phase = "Gone" if self.gone is not None else "Leaving" if self.due is not None and not self.over(now) else self.phase
+        exit_code = f"exit code {self.failed[1]}" if self.failed else ""
+        return phase, "out of memory" if self.oom_killed else self.preempted or exit_code or self.stuck or self.unscheduled
+
     @classmethod
     def read(cls, pod: Told, seen: float, run_label: str, index_label: str) -> Pod:
         metadata, spec, status = pod["metadata"], pod.get("spec") or {}, pod.get("status") or {}

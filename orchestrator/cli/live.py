@@ -176,9 +176,7 @@ class Live:
 
 
 def _row(stage: str, attempt: int, pod: Pod, now: float) -> PodRow:
-    phase = "Gone" if pod.gone is not None else "Leaving" if pod.due is not None and not pod.over(now) else pod.phase
-    exit_code = f"exit code {pod.failed[1]}" if pod.failed else ""
-    reason = "out of memory" if pod.oom_killed else pod.preempted or exit_code or pod.stuck or pod.unscheduled
+    phase, reason = pod.shown(now)
     return PodRow(stage, attempt, pod.index, pod.name, pod.node, phase, reason)
 
 

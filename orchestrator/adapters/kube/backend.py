@@ -315,7 +315,5 @@ def _finished(job: Object) -> bool:
 
 
 def _view(pod: Pod, now: float) -> PodView:
-    phase = "Gone" if pod.gone is not None else "Leaving" if pod.due is not None and not pod.over(now) else pod.phase
-    exit_code = f"exit code {pod.failed[1]}" if pod.failed else ""
-    reason = "out of memory" if pod.oom_killed else pod.preempted or exit_code or pod.stuck or pod.unscheduled
+    phase, reason = pod.shown(now)
     return PodView(pod.name, pod.index, phase, pod.node, reason, pod.bound)
