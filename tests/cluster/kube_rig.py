@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from orchestrator.errors import OsctlError
 from orchestrator.ledger import Ledger
 from orchestrator.ports import Life
 from orchestrator.records import Event
-from orchestrator.runner import Result, Runner
+from orchestrator.runner import Detached, Result, Runner
 
 REPOSITORY = Path(__file__).parents[2]
 STORE = "s3://osctl-test/runs"
@@ -115,7 +115,8 @@ class Drive:
 
     def _run(self) -> None:
         try:
-            self.result = self.runner.run()
+            with suppress(Detached):  # a driver that was asked to leave has no result
+                self.result = self.runner.run()
         except OsctlError as error:
             self.fault = error
 
