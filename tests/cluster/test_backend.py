@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster.kube_rig import STORE, Drive, allow_trainers, client, folder_ledger, gpu_profile, pipeline, until
+from cluster.kube_rig import STORE, Drive, folder_ledger, gpu_profile, pipeline, until
 from cluster.played_agent import PlayedAgents
 from tiny_attempts import intend
 
@@ -31,20 +31,8 @@ Kubectl = Callable[..., str]
 
 
 @pytest.fixture
-def api(cluster: Any, namespace: str) -> Iterator[Api]:
-    with client(cluster.kubeconfig, namespace) as api:
-        allow_trainers(api)
-        yield api
-
-
-@pytest.fixture
 def kubectl(cluster: Any) -> Kubectl:
     return cluster.kubectl  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    return folder_ledger(tmp_path)
 
 
 def pods(api: Api, job: str) -> list[dict[str, Any]]:

@@ -240,17 +240,32 @@ def test_nobody_becomes_somebody_else(cluster: Cluster, based: str) -> None:
 # --- Objects --------------------------------------------------------------------------------------------------------------------------
 
 
+def taken(cluster: Cluster, objects: list[Manifest], *options: str) -> int:
+    """How many of them the API server says it would apply. AssertionError with its words where it refuses one."""
+    words = ("apply", "--server-side", "--dry-run=server", *options, "-f", "-")
+    return cluster.kubectl(*words, stdin=yaml.safe_dump_all(objects)).count("serverside-applied (server dry run)")
+
+
 @pytest.mark.parametrize("overlay", ["h800-64", "test"])
 def test_the_api_server_takes_every_overlay(cluster: Cluster, based: str, overlay: str) -> None:
     objects = [moved(manifest, based) for manifest in of_overlay(cluster, overlay) if manifest["kind"] != "Namespace"]
-    cluster.kubectl("apply", "--server-side", "--force-conflicts", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump_all(objects))
+    assert taken(cluster, objects, "--force-conflicts") == len(objects) > 0
 
 
 @pytest.mark.parametrize("example", sorted(path.stem for path in (REPOSITORY / "k8s/examples").iterdir()))
 def test_the_api_server_takes_every_example(cluster: Cluster, based: str, example: str) -> None:
-    objects = yaml.safe_load_all((REPOSITORY / "k8s/examples" / f"{example}.yaml").read_text())
-    given = yaml.safe_dump_all([moved(manifest, based) for manifest in objects])
-    cluster.kubectl("apply", "--server-side", "--dry-run=server", "-f", "-", stdin=given)
+    text = (REPOSITORY / "k8s/examples" / f"{example}.yaml").read_text()
+    objects = [moved(manifest, based) for manifest in yaml.safe_load_all(text)]
+    assert taken(cluster, objects) == len(objects) > 0
+
+
+def test_the_api_server_refuses_an_example_with_a_field_too_many(cluster: Cluster, based: str) -> None:
+    """What the tests above rest on."""
+    (path, *_) = sorted((REPOSITORY / "k8s/examples").iterdir())
+    job = moved(next(yaml.safe_load_all(path.read_text())), based)
+    job["spec"]["runPolicy"]["cleanPodPolicies"] = "Running"
+    with pytest.raises(AssertionError, match="cleanPodPolicies"):
+        taken(cluster, [job])
 
 
 def test_the_namespace_refuses_a_pod_that_is_not_restricted(cluster: Cluster, based: str) -> None:

@@ -1,6 +1,6 @@
 """Servers that are taken away from everybody for a while: the API server for a minute, the operator until the deadline.
 
-No other test may use the cluster meanwhile: run this file by itself.
+No other test may use the cluster meanwhile: in one run all tests of the cluster have one worker (tests/conftest.py); start no second run.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster.kube_rig import Drive, allow_trainers, client, folder_ledger, gpu_profile, pipeline, until
+from cluster.kube_rig import Drive, gpu_profile, pipeline, until
 from cluster.played_agent import PlayedAgents
 
 from orchestrator.adapters.kube.api import Api
@@ -21,18 +20,6 @@ from orchestrator.ledger import Ledger
 
 pytestmark = pytest.mark.cluster
 OPERATOR = ("-n", "kubeflow", "scale", "deployment/training-operator", "--replicas")
-
-
-@pytest.fixture
-def api(cluster: Any, namespace: str) -> Iterator[Api]:
-    with client(cluster.kubeconfig, namespace) as api:
-        allow_trainers(api)
-        yield api
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    return folder_ledger(tmp_path)
 
 
 @contextmanager

@@ -190,7 +190,11 @@ def test_a_hostile_word_stays_a_word_everywhere(word: str, profile: ClusterProfi
         profile.model_copy(update={"nccl_ib_hca": word, "s3_region": word, "s3_endpoint": word}),
         f"s3://{word}/x" if "@" not in word else word,
     )
-    text_stays_text(spec, rendered(spec))
+    job = rendered(spec)
+    text_stays_text(spec, job)
+    (read,) = yaml.safe_load_all(manifest.dump([job]))
+    assert expanded(environment(read)["NCCL_IB_HCA"], {"HOME": "/oops"}) == word
+    assert read["metadata"]["annotations"][manifest.STORE] == spec.store_url
 
 
 # --- The shape of an attempt ----------------------------------------------------------------------------------------------------------

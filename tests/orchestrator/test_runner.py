@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from tiny_attempts import CONFIG, STEPS
 
 from opensora.config import StageConfig
 from orchestrator.adapters.folder import FolderStore
@@ -21,23 +22,9 @@ from orchestrator.ports import Life, Store
 from orchestrator.records import EXIT_CODES, ExitClass, Intent, JournalPiece, Report, inputs_digest
 from orchestrator.runner import Detached, Result, Runner, code_version, held_time
 
-STEPS = 40
-
 
 def config(seed: int = 1) -> StageConfig:
-    return StageConfig.model_validate(
-        {
-            "objective": {"kind": "flow"},
-            "sampling": {"method": "euler"},
-            "data": {"source": {"kind": "digits", "clips": 4}, "frames": 1, "height": 16, "width": 16},
-            "autoencoder": {"kind": "patch"},
-            "text": {"kind": "words"},
-            "steps": STEPS,
-            "batch_size": 1,
-            "checkpoint": {"every_steps": 10},
-            "seed": seed,
-        }
-    )
+    return CONFIG.model_copy(update={"seed": seed})
 
 
 def pipeline(*parents: tuple[str, str | None], seeds: dict[str, int] | None = None) -> Pipeline:
