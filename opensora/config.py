@@ -113,19 +113,37 @@ class ManifestSource(Frozen):
 Source = Annotated[DigitsSource | FolderSource | ManifestSource, Field(discriminator="kind")]
 
 
+class Bucket(Frozen):
+    """One size of clips, and how many of them make a batch."""
+
+    frames: PositiveInt
+    """T: 1 is an image."""
+    height: PositiveInt
+    """Pixels."""
+    width: PositiveInt
+    """Pixels."""
+    batch_size: PositiveInt
+    """Clips of this size per data-parallel rank and step."""
+
+
 class DataConfig(Frozen):
-    """The clips of a stage, and the size in which the model sees them."""
+    """The clips of a stage, and the sizes in which the model sees them."""
 
     source: Source
     """Where the clips come from."""
     frames: PositiveInt
-    """T: frames of a clip that the model sees. 1 trains on images."""
+    """T: frames of a clip. 1 trains on images."""
     frame_interval: PositiveInt = 1
     """Every how many source frames one is taken."""
     height: PositiveInt
     """Pixels."""
     width: PositiveInt
     """Pixels."""
+    buckets: tuple[Bucket, ...] = ()
+    """Sizes to train on where there are several: each clip goes to the one that fits it best. frames x height x width above is then
+    what is drawn from the model, and what `space_scale` is meant for. None: that size alone, with the stage's batch_size."""
+    horizontal_flip: bool = False
+    """Mirror clips at random, once an epoch. Clips whose caption names a side or a turn (left, clockwise) never are."""
 
 
 class PatchAutoencoder(Frozen):
@@ -144,10 +162,14 @@ class KLAutoencoder(Frozen):
     """Local directory or hub id."""
     factor: PositiveInt = 8
     """Pixels per latent row and column."""
-    scale: PositiveFloat = 0.18215
-    """Latents are multiplied by this (Rombach et al. 2022: unit variance on their data)."""
+    scale: PositiveFloat | None = None
+    """Latents are multiplied by this; none: `scaling_factor` of its own config.json (0.18215 for Stable Diffusion's)."""
+    posterior: Literal["sample", "mode"] = "sample"
+    """Which point of the encoder's distribution is a clip's latent. Drawn once, from the clip's index, when the clip is cached."""
     micro_batch: PositiveInt | None = None
     """Frames encoded at once; none: all."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type that it computes in."""
 
 
 Autoencoder = Annotated[PatchAutoencoder | KLAutoencoder, Field(discriminator="kind")]
@@ -165,6 +187,8 @@ class T5Encoder(Frozen):
     kind: Literal["t5"]
     path: str
     """Local directory or hub id."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Type that it computes in. T5 overflows in fp16."""
 
 
 TextEncoder = Annotated[WordEncoder | T5Encoder, Field(discriminator="kind")]
@@ -196,6 +220,54 @@ class CheckpointConfig(Frozen):
     """A checkpoint each so many steps, and one at the end."""
     keep_last: PositiveInt = 2
     """Checkpoints kept in the run directory; published ones are kept by the store's own rules."""
+    keep_every: PositiveInt | None = None
+    """Of the older ones, those whose step is a multiple of this are kept too; none: none of them."""
+    background: bool = True
+    """Copy to memory, then write while training goes on. Off: training stands still, and the copy's memory is saved."""
+
+
+class Activations(Frozen):
+    """What the forward pass keeps for the backward pass: less memory for more time. `osctl plan` shows what each choice needs."""
+
+    recompute: Literal["none", "selective", "full", "auto"] = "none"
+    """none: keep all. selective: keep the results of matrix products and attention, recompute what is cheap. full: keep what lies between
+    groups of blocks. auto: the fastest that fits the device, on CUDA."""
+    every: PositiveInt = 1
+    """full: blocks of a group. More keep fewer boundaries and need more memory while a group is recomputed."""
+    offload: bool = False
+    """full: boundaries wait in host memory."""
+    mlp_chunks: PositiveInt = 1
+    """Parts of the tokens that the MLP goes through one after the other, each recomputed in the backward pass; 1: all at once."""
+
+    @model_validator(mode="after")
+    def _only_of_full(self) -> Activations:
+        if self.recompute != "full" and (self.every > 1 or self.offload):
+            raise ValueError(f"every and offload belong to recompute full, this is {self.recompute}")
+        return self
+
+
+class Parallel(Frozen):
+    """How the ranks share the work."""
+
+    strategy: Literal["ddp", "fsdp", "colossalai"] = "ddp"
+    """ddp: every rank holds everything. fsdp: weights, gradients and optimizer are divided (torch's FSDP2). colossalai: its Booster."""
+    sequence: PositiveInt = 1
+    """Ranks that share each clip: a rank holds a part of the frames, or of the spatial tokens, and they exchange twice a block (DSP,
+    Zhao et al., arXiv:2403.10266). Must divide the number of ranks."""
+    shard: PositiveInt | None = None
+    """fsdp: ranks that divide one copy of the weights; the others hold further copies (HSDP). Must divide their number; none: all."""
+    plugin: Literal["torch_ddp", "low_level_zero", "gemini", "hybrid_parallel"] = "torch_ddp"
+    """colossalai: the Booster plugin. All but torch_ddp need CUDA."""
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> Parallel:
+        if self.shard is not None and self.strategy != "fsdp":
+            raise ValueError(f"shard belongs to strategy fsdp, this is {self.strategy}")
+        if self.plugin != "torch_ddp" and self.strategy != "colossalai":
+            raise ValueError(f"plugin belongs to strategy colossalai, this is {self.strategy}")
+        if self.sequence > 1 and self.strategy == "colossalai":
+            raise ValueError(f"sequence {self.sequence} goes with ddp or fsdp, not with colossalai")
+        return self
 
 
 class ParentConfig(Frozen):
@@ -252,13 +324,19 @@ class StageConfig(Frozen):
     steps: NonNegativeInt
     """Optimizer steps. 0: an import, nothing is trained."""
     batch_size: PositiveInt
-    """Clips per device and step."""
+    """Clips per data-parallel rank and step; with `data.buckets` each bucket has its own, and this one is not used."""
     freeze: Literal["none", "temporal"] = "none"
     """temporal: the temporal attention stays at its zero effect (stage 1 on images)."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Autocast type on CUDA. A CPU always computes in fp32."""
-    grad_checkpoint: bool = False
-    """Recompute each block's activations in the backward pass."""
+    activations: Activations = Activations()
+    """What is kept for the backward pass."""
+    parallel: Parallel = Parallel()
+    """How the ranks share the work."""
+    compile: bool = True
+    """Compile each block on CUDA (torch.compile). A CPU gains nothing from it and never compiles."""
+    loss_spike: Annotated[float, Field(gt=1)] | None = 10.0
+    """The stage ends (class spike) when the loss stays above so many times the median of 100 steps for 3 steps in a row; none: never."""
     seed: NonNegativeInt = 42
     """Base seed. Noise and times are drawn from (seed, data-parallel rank, step), so ranks differ and a resume repeats nothing."""
     checkpoint: CheckpointConfig
@@ -279,31 +357,51 @@ class StageConfig(Frozen):
         flow = self.objective.kind == "flow"
         if flow != (self.sampling.method == "euler"):
             raise ValueError(f"sampling method {self.sampling.method} does not belong to objective {self.objective.kind}")
-        _, rows, columns = self.model.patch
-        for name, pixels, patch in (("height", self.data.height, rows), ("width", self.data.width, columns)):
-            step = self.autoencoder.factor * patch
-            if pixels % step:
-                raise ValueError(
-                    f"data.{name} {pixels} is not a multiple of {step} (autoencoder factor {self.autoencoder.factor} x patch {patch})"
-                )
-        if self.data.frames % self.model.patch[0]:
-            raise ValueError(f"data.frames {self.data.frames} is not a multiple of patch frames {self.model.patch[0]}")
-        if self.freeze == "temporal" and self.data.frames != 1:
-            raise ValueError(f"freeze temporal trains on single images, data.frames is {self.data.frames}")
+        frames, rows, columns = self.model.patch
+        places: list[tuple[str, DataConfig | Bucket]] = [("data", self.data)]
+        places += [(f"data.buckets.{number}", bucket) for number, bucket in enumerate(self.data.buckets)]
+        factor = self.autoencoder.factor
+        for place, size in places:
+            for name, pixels, patch in (("height", size.height, rows), ("width", size.width, columns)):
+                if pixels % (factor * patch):
+                    raise ValueError(
+                        f"{place}.{name} {pixels} is not a multiple of {factor * patch} (autoencoder factor {factor} x patch {patch})"
+                    )
+            if size.frames % frames:
+                raise ValueError(f"{place}.frames {size.frames} is not a multiple of patch frames {frames}")
+            if self.freeze == "temporal" and size.frames != 1:
+                raise ValueError(f"freeze temporal trains on single images, {place}.frames is {size.frames}")
+        sizes = [(bucket.frames, bucket.height, bucket.width) for bucket in self.data.buckets]
+        for number, size_of in enumerate(sizes):
+            if size_of in sizes[:number]:
+                raise ValueError(f"data.buckets.{number}: {'x'.join(map(str, size_of))} is there already; one batch_size a size")
         return self
 
     @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The sizes that the stage trains on: `data.buckets`, or the one size of `data`."""
+        data = self.data
+        return data.buckets or (Bucket(frames=data.frames, height=data.height, width=data.width, batch_size=self.batch_size),)
+
+    def latent_shape_of(self, size: Bucket | DataConfig) -> tuple[int, int, int, int]:
+        """(C, T, H, W) of the latents of a clip of this size."""
+        return self.model.latent_channels, size.frames, size.height // self.autoencoder.factor, size.width // self.autoencoder.factor
+
+    def tokens_of(self, size: Bucket | DataConfig) -> tuple[int, int]:
+        """(T, S) of a clip of this size: latent frames and spatial tokens a frame, after patching."""
+        _, frames, rows, columns = self.latent_shape_of(size)
+        pt, ph, pw = self.model.patch
+        return frames // pt, (rows // ph) * (columns // pw)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(C, T, H, W) of one clip's latents."""
-        factor = self.autoencoder.factor
-        return self.model.latent_channels, self.data.frames, self.data.height // factor, self.data.width // factor
+        """(C, T, H, W) of the latents of a clip of `data`'s size."""
+        return self.latent_shape_of(self.data)
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """(T, S): latent frames and spatial tokens a frame, after patching."""
-        _, frames, rows, columns = self.latent_shape
-        pt, ph, pw = self.model.patch
-        return frames // pt, (rows // ph) * (columns // pw)
+        """(T, S) of a clip of `data`'s size."""
+        return self.tokens_of(self.data)
 
     @property
     def out_channels(self) -> int:

@@ -4,7 +4,9 @@
     ├── ConfigError     config   the stage cannot be run as written
     ├── ParentError     parent   the weights that the stage starts from do not fit it
     │   └── WeightsRefused
+    ├── DataError       data     a clip's encoded form was whole and is no longer
     ├── NotFinite       nan      a loss or a gradient is not finite
+    ├── LossSpike       spike    the loss left its range and stays there
     ├── OutOfMemory     oom      the device has no memory left
     └── DiskFull        disk     the run directory cannot be written
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-Kind = Literal["config", "parent", "nan", "oom", "disk", "code"]
+Kind = Literal["config", "parent", "data", "nan", "spike", "oom", "disk", "code"]
 
 
 class TrainerError(Exception):
@@ -34,8 +36,16 @@ class WeightsRefused(ParentError):
     """Keys or shapes of a state dict are not those of the model."""
 
 
+class DataError(TrainerError):
+    kind = "data"
+
+
 class NotFinite(TrainerError):
     kind = "nan"
+
+
+class LossSpike(TrainerError):
+    kind = "spike"
 
 
 class OutOfMemory(TrainerError):
