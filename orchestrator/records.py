@@ -16,13 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 from opensora.config import StageConfig
 
 ExitClass = Literal[
-    "completed", "drained", "config", "parent", "nan", "oom", "hang", "store", "disk", "code", "signal", "lost",
+    "completed", "drained", "config", "parent", "data", "nan", "spike", "oom", "hang", "store", "disk", "code", "signal", "lost",
     "peer", "preempted", "oom_killed", "unstarted", "refused",
 ]  # fmt: skip
 
 EXIT_CODES: dict[ExitClass, int] = {
     "completed": 0, "code": 1, "config": 64, "parent": 65, "nan": 66, "oom": 67, "hang": 68, "store": 69, "disk": 70, "peer": 71,
-    "drained": 143,
+    "data": 72, "spike": 73, "drained": 143,
 }  # fmt: skip
 """Exit codes of the agent. A signal n ends it with 128 + n. The others have none: the driver says them of what it saw from outside."""
 

@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 
 RESULT_BYTES = 16_384
-SAID = ("config", "parent", "nan", "oom", "disk", "code")
+SAID = ("config", "parent", "data", "nan", "spike", "oom", "disk", "code")
 """Failures that result.json reports.
 
 The others: exit (silently), segv, kill, hang, half (killed while it saves), drainless (ignores drain), odd (a loss of NaN),

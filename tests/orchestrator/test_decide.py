@@ -138,7 +138,7 @@ def test_every_class_has_a_rule() -> None:
     assert set(RULES) == set(get_args(ExitClass))
 
 
-@pytest.mark.parametrize("class_", ["config", "parent", "nan", "oom", "disk"])
+@pytest.mark.parametrize("class_", ["config", "parent", "nan", "spike", "oom", "disk"])
 def test_a_permanent_end_stops_at_once(class_: ExitClass) -> None:
     (action,) = decide(ONE, see(attempt(1, class_, published=20)), NOW)
     assert isinstance(action, Finish)
@@ -146,7 +146,7 @@ def test_a_permanent_end_stops_at_once(class_: ExitClass) -> None:
     assert class_ in action.reason and "attempt 1" in action.reason
 
 
-@pytest.mark.parametrize("class_", ["hang", "store", "code", "signal", "lost"])
+@pytest.mark.parametrize("class_", ["hang", "store", "code", "data", "signal", "lost"])
 def test_a_passing_end_is_tried_again_at_once(class_: ExitClass) -> None:
     assert decide(ONE, see(attempt(1, class_), checkpoints=(checkpoint(10),)), NOW) == [
         StartAttempt("one", "in", 2, checkpoint(10), f"one: attempt 1 ended with {class_}: why")
@@ -184,9 +184,17 @@ def test_code_that_fails_twice_at_the_same_step_stops_even_with_progress() -> No
     assert isinstance(decide(ONE, see(*moved), NOW)[0], StartAttempt)
 
 
-def test_code_is_retried_once_without_progress() -> None:
-    (action,) = decide(ONE, see(attempt(1, "code", failed_at=3), attempt(2, "code", failed_at=5)), NOW)
+@pytest.mark.parametrize("class_", ["code", "data"])
+def test_what_is_retried_once_stops_at_the_second_end_without_progress(class_: ExitClass) -> None:
+    (action,) = decide(ONE, see(attempt(1, class_, failed_at=3), attempt(2, class_, failed_at=5)), NOW)
     assert isinstance(action, Finish) and action.exit_code == 3
+    moved = attempt(1, class_, published=10, failed_at=13), attempt(2, class_, resumed=10, published=20, failed_at=25)
+    assert isinstance(decide(ONE, see(*moved), NOW)[0], StartAttempt)
+
+
+@pytest.mark.parametrize(("class_", "advice"), [("oom", "activations.recompute"), ("spike", "loss_spike"), ("data", "cache")])
+def test_advice_names_what_a_person_can_change(class_: ExitClass, advice: str) -> None:
+    assert advice in judge([attempt(1, class_, failed_at=3), attempt(2, class_, failed_at=3)], max_attempts=5).reason
 
 
 @pytest.mark.parametrize("class_", ["hang", "store", "signal", "lost"])

@@ -99,7 +99,9 @@ def test_a_drained_attempt_leaves_with_143_and_its_successor_ends_with_the_same_
 @pytest.mark.parametrize(
     ("failure", "class_", "code", "reason"),
     [
+        ("data@7", "data", 72, "data as asked, before step 7"),
         ("nan@7", "nan", 66, "nan as asked, before step 7"),
+        ("spike@7", "spike", 73, "spike as asked, before step 7"),
         ("oom@7", "oom", 67, "oom as asked, before step 7"),
         ("disk@7", "disk", 70, "disk as asked, before step 7"),
         ("config@1", "config", 64, "config as asked, before step 1"),

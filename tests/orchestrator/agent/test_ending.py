@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from opensora.errors import Kind
 from orchestrator.agent.ending import Ending, ending_of
 from orchestrator.records import EXIT_CODES, ExitClass
 
@@ -92,7 +93,9 @@ def result(status: str, **more: Any) -> dict[str, Any]:
         (result("drained"), "drained", 143),
         (result("failed", **{"class": "config"}), "config", 64),
         (result("failed", **{"class": "parent"}), "parent", 65),
+        (result("failed", **{"class": "data"}), "data", 72),
         (result("failed", **{"class": "nan"}), "nan", 66),
+        (result("failed", **{"class": "spike"}), "spike", 73),
         (result("failed", **{"class": "oom"}), "oom", 67),
         (result("failed", **{"class": "disk"}), "disk", 70),
         (result("failed", **{"class": "code"}), "code", 1),
@@ -138,6 +141,13 @@ def test_every_class_has_its_own_exit_code_and_only_drained_has_143() -> None:
     assert len(set(codes)) == len(codes)
     assert [class_ for class_ in EXIT_CODES if Ending(class_, "").exit_code == 143] == ["drained"]
     assert Ending("lost", "").exit_code == Ending("signal", "").exit_code == 137
+
+
+def test_every_kind_of_end_that_the_trainer_reports_is_heard_as_what_it_is() -> None:
+    kinds = get_args(Kind)
+    endings = [ending_of(result("failed", **{"class": kind}), EXITED_1, "", 6) for kind in kinds]
+    assert [ending.class_ for ending in endings] == list(kinds)
+    assert len({ending.exit_code for ending in endings}) == len(kinds)
 
 
 def test_readings_that_are_no_numbers_are_left_out() -> None:
