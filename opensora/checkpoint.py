@@ -3,30 +3,33 @@
 A checkpoint is a directory `step-00000100` of safetensors, `stage.yaml` and `CHECKPOINT.json`. It is built under a hidden name,
 flushed to the disk and renamed, so one that has its name is whole: a crash or a full disk leaves the earlier ones as they were.
 It is a text-to-video model by itself: weights, moving average, optimizer, autoencoder and text encoder.
-On several nodes each writes its share of the files into a directory of its own: only together they are a checkpoint.
-Nothing is pickled. Digests are the agent's; here sizes, names and shapes are compared.
+
+Each of the three parts is one file, or one for each rank that wrote: `model-00001-of-00004.safetensors` holds rows of dimension 0 of
+every tensor, and its header says which ones. Whoever reads asks for rows of a tensor, and need not know how many ranks wrote it.
+On several nodes each writes its ranks' files into a directory of its own: only together they are a checkpoint.
+
+Owns the record, the names of files, what they hold and reading them; `opensora.saver` writes. Nothing is pickled. Digests are the
+agent's; here sizes, names, shapes and rows are compared.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from yaml import YAMLError
 
-from opensora.config import Autoencoder, DataConfig, Frozen, ModelConfig, Objective, StageConfig, TextEncoder, read_stage, write_stage
-from opensora.encoders import copy_encoders
-from opensora.errors import DiskFull, ParentError
+from opensora.config import Autoencoder, DataConfig, Frozen, ModelConfig, Objective, StageConfig, TextEncoder, read_stage
+from opensora.errors import ParentError
 
 RECORD = "CHECKPOINT.json"
 TENSORS = ("model", "ema", "optimizer")
@@ -47,7 +50,9 @@ class Record(Frozen):
     seed: NonNegativeInt
     world_size: PositiveInt
     clips_seen: NonNegativeInt
-    """Position in the stream of clips: over all ranks, since the start of the stage."""
+    """Clips taken over all ranks, since the start of the stage: the sum of `seen`."""
+    seen: tuple[NonNegativeInt, ...]
+    """Position in the stream of clips: how many were taken of each of the stage's sizes (`StageConfig.buckets`)."""
     files: dict[str, NonNegativeInt]
     """Bytes of every other file."""
     model: ModelConfig
@@ -60,10 +65,71 @@ class Record(Frozen):
     reset: tuple[str, ...]
     """What it made anew."""
 
+    @model_validator(mode="after")
+    def _adds_up(self) -> Record:
+        if sum(self.seen) != self.clips_seen:
+            raise ValueError(f"clips_seen is {self.clips_seen}, the sum of seen is {sum(self.seen)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank writes of one tensor: all of it, or rows of dimension 0."""
+
+    tensor: Tensor
+    """The rows, on any device."""
+    start: int = 0
+    """First row in the whole tensor."""
+    rows: int | None = None
+    """Rows of the whole tensor; none: `tensor` is the whole."""
+
+    def __post_init__(self) -> None:
+        if self.rows is not None and not 0 <= self.start <= self.start + len(self.tensor) <= self.rows:
+            raise ValueError(f"rows {self.start} to {self.start + len(self.tensor)} of {self.rows}")
+
 
 def directory(folder: Path, step: int) -> Path:
     """Where the checkpoint of `step` lies under `checkpoints/`."""
     return folder / f"step-{step:08d}"
+
+
+def share(tensors: Mapping[str, Tensor], shard: int, shards: int) -> dict[str, Piece]:
+    """What writer `shard` of `shards` writes where each of them holds all tensors: rows as torch.chunk divides them, each once."""
+    if shards == 1:
+        return {name: Piece(tensor) for name, tensor in tensors.items()}
+    pieces = {}
+    for name, tensor in tensors.items():
+        if tensor.dim():
+            each = -(-len(tensor) // shards)
+            start = min(shard * each, len(tensor))
+            pieces[name] = Piece(tensor[start : start + each], start, len(tensor))
+        elif shard == 0:
+            pieces[name] = Piece(tensor)
+    return pieces
+
+
+def file_name(part: str, shard: int = 0, shards: int = 1) -> str:
+    """Name of the file that writer `shard` (from 0) of `shards` makes of one of TENSORS."""
+    return f"{part}.safetensors" if shards == 1 else f"{part}-{shard + 1:05d}-of-{shards:05d}.safetensors"
+
+
+def files_of(part: str, names: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's files that make up one of TENSORS, in order.
+
+    Raises:
+        ValueError: one is missing, or there are too many. It begins with the name of a file.
+    """
+    pattern = re.compile(rf"{part}(?:-(\d{{5}})-of-(\d{{5}}))?\.safetensors")
+    found = sorted(name for name in names if pattern.fullmatch(name))
+    match = pattern.fullmatch(found[-1]) if found else None
+    shards = int(match[2] or 1) if match else 1
+    expected = [file_name(part, shard, shards) for shard in range(shards)]
+    for name in expected:
+        if name not in found:
+            raise ValueError(f"{name} is missing" + (f", {found[-1]} is there" if found else ""))
+    if len(found) > shards:
+        raise ValueError(f"{(set(found) - set(expected)).pop()} is there beside {found[-1]}")
+    return found
 
 
 def save(
@@ -80,62 +146,18 @@ def save(
     node: int = 0,
     nodes: int = 1,
 ) -> Path:
-    """Write one checkpoint, whole or not at all; then forget those that `stage.checkpoint.keep_last` no longer covers.
-
-    Args:
-        tensors: of each of TENSORS by name.
-        encoders: directory that holds autoencoder.safetensors and text.safetensors.
-        node: of `nodes` that share the work: this one writes its files only.
+    """Write one checkpoint, whole or not at all, and return when it is there.
 
     Raises:
-        DiskFull: the disk is full; what was written is removed.
+        DiskFull, NotFinite: as `Saver.save`.
     """
-    target = directory(folder, step)
-    with _building(target) as partial:
-        for name in TENSORS[node::nodes]:
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors[name].items()}, partial / f"{name}.safetensors")
-        if node == 0:
-            copy_encoders(encoders, partial)
-            write_stage(stage, partial / "stage.yaml")
-        record = Record(
-            schema=1,
-            step=step,
-            steps=stage.steps,
-            complete=step == stage.steps,
-            seed=stage.seed,
-            world_size=world_size,
-            clips_seen=clips_seen,
-            files={path.name: path.stat().st_size for path in sorted(partial.iterdir())},
-            model=stage.model,
-            objective=stage.objective,
-            data=stage.data,
-            autoencoder=stage.autoencoder,
-            text=stage.text,
-            carried=carried,
-            reset=reset,
-        )
-        (partial / RECORD).write_text(json.dumps(record.model_dump(mode="json", by_alias=True), indent=1) + "\n")
-    _prune(folder, stage.checkpoint.keep_last)
-    return target
+    from opensora.saver import Saver
 
-
-@contextmanager
-def _building(target: Path) -> Iterator[Path]:
-    """A hidden directory that becomes `target` when the block ends well, and vanishes when it does not."""
-    partial = target.parent / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for path in (*partial.iterdir(), partial):
-            _flush(path)
-        partial.rename(target)
-        _flush(target.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if is_disk_full(error):
-            raise DiskFull(f"checkpoint {target}: {error}; earlier checkpoints are intact, make room and launch again") from error
-        raise
+    saver = Saver(folder, stage, shard=node, shards=nodes, here=(node,), device=torch.device("cpu"))
+    pieces = {name: share(tensors[name], node, nodes) for name in TENSORS}
+    saver.save(pieces, encoders, step=step, world_size=world_size, seen=(clips_seen,), carried=carried, reset=reset, node=node)
+    saver.wait()
+    return directory(folder, step)
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -145,22 +167,14 @@ def is_disk_full(error: Exception) -> bool:
     return isinstance(error, SafetensorError) and any(f"(os error {number})" in str(error) for number in FULL)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _prune(folder: Path, keep_last: int) -> None:
-    for old in finished(folder)[:-keep_last]:
-        shutil.rmtree(old)
-
-
 def finished(folder: Path) -> list[Path]:
     """The whole checkpoints of a run directory, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / RECORD).is_file())
+    return sorted((path for path in folder.glob("step-*") if (path / RECORD).is_file()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def latest(folder: Path) -> Path | None:
@@ -192,27 +206,166 @@ def read(path: Path) -> tuple[Record, StageConfig]:
         or record.complete != (record.step == stage.steps)
     ):
         raise _broken(path, f"{RECORD} and stage.yaml do not describe the same stage")
+    for part in TENSORS:
+        _files_of(path, part, record)
     return record, stage
+
+
+def _files_of(path: Path, part: str, record: Record) -> list[str]:
+    try:
+        return files_of(part, record.files)
+    except ValueError as error:
+        raise _broken(path, str(error)) from error
 
 
 def _broken(path: Path, fact: str) -> ParentError:
     return ParentError(f"checkpoint {path}: {fact}; take it from the store again")
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# Reading tensors
+# ------------------------------------------------------------------------------------------------------------------
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""What safetensors calls the types that a checkpoint may hold."""
+TYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows `start` to `stop` of a tensor, in one file."""
+
+    start: int
+    stop: int
+    file: str
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A tensor, and where its rows are, in order."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: list[_Rows]
+
+
+class Reader:
+    """Tensors of a checkpoint, whatever number of ranks wrote them. Files are mapped: only what is asked for is read."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ParentError, as `read`."""
+        self.path = path
+        self.record, self.stage = read(path)
+        self._parts: dict[str, dict[str, _Whole]] = {}
+        self._mapped: dict[str, Any] = {}
+
+    def names(self, part: str) -> dict[str, tuple[int, ...]]:
+        """Full shape of every tensor of one of TENSORS.
+
+        Raises:
+            ParentError: a file is no whole safetensors file, or rows are missing.
+        """
+        return {name: whole.shape for name, whole in self._part(part).items()}
+
+    def tensor(self, part: str, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor, or rows of its dimension 0, on the CPU. Where one file has it all, it stays mapped and nothing is copied.
+
+        Raises:
+            ParentError: as `names`.
+            KeyError: there is no such tensor.
+        """
+        whole = self._part(part)[name]
+        if not whole.shape:
+            return self._map(whole.rows[0].file).get_tensor(name)  # type: ignore[no-any-return]
+        start, stop, _ = (rows or slice(None)).indices(whole.shape[0])
+        stop = max(start, stop)
+        pieces = [piece for piece in whole.rows if max(piece.start, start) < min(piece.stop, stop)]
+        found = []
+        for piece in pieces:
+            view = self._map(piece.file).get_slice(name)
+            found.append(view[max(start, piece.start) - piece.start : min(stop, piece.stop) - piece.start])
+        if len(found) == 1:
+            return found[0]  # type: ignore[no-any-return]
+        return torch.cat(found) if found else torch.empty((stop - start, *whole.shape[1:]), dtype=whole.dtype)
+
+    def part(self, part: str) -> dict[str, Tensor]:
+        """Every tensor of one of TENSORS. Raises as `names`."""
+        return {name: self.tensor(part, name) for name in self._part(part)}
+
+    def _part(self, part: str) -> dict[str, _Whole]:
+        if part not in self._parts:
+            found: dict[str, list[tuple[_Rows, tuple[int, ...], str, int | None]]] = {}
+            for file in _files_of(self.path, part, self.record):
+                for name, *piece in self._pieces(file):
+                    found.setdefault(name, []).append(tuple(piece))  # type: ignore[arg-type]
+            self._parts[part] = {name: self._whole(name, pieces) for name, pieces in found.items()}
+        return self._parts[part]
+
+    def _map(self, file: str) -> Any:  # safetensors has no types
+        if file not in self._mapped:
+            try:
+                self._mapped[file] = safe_open(self.path / file, "pt")
+            except (SafetensorError, OSError) as error:
+                raise _broken(self.path, f"{file}: {error}") from error
+        return self._mapped[file]
+
+    def _pieces(self, file: str) -> Iterator[tuple[str, _Rows, tuple[int, ...], str, int | None]]:
+        """Of each tensor in a file: name, rows there, shape there, type, rows of the whole tensor (none: it is whole)."""
+        mapped = self._map(file)
+        try:
+            sliced = json.loads((mapped.metadata() or {}).get("about", "{}")).get("rows", {})
+            for name in mapped.keys():  # noqa: SIM118 - no mapping
+                view = mapped.get_slice(name)
+                shape, dtype = tuple(view.get_shape()), view.get_dtype()
+                start, rows = sliced.get(name, (0, None))
+                yield name, _Rows(start, start + (shape[0] if shape else 1), file), shape, dtype, rows
+        except (ValueError, TypeError, AttributeError, SafetensorError) as error:
+            raise _broken(self.path, f"{file}: its header cannot be read: {error}") from error
+
+    def _whole(self, name: str, pieces: list[tuple[_Rows, tuple[int, ...], str, int | None]]) -> _Whole:
+        """Put the rows of a tensor together, and see that each is there once."""
+        first, shape, dtype, rows = pieces[0]
+        if rows is None:
+            if len(pieces) > 1:
+                raise _broken(self.path, f"{pieces[1][0].file}: {name} is whole in {first.file} too")
+            return _Whole(shape, TYPES[dtype], [first])
+        end, held = 0, []
+        for piece, its_shape, its_dtype, its_rows in sorted(pieces, key=lambda one: (one[0].start, one[0].stop)):
+            if (its_shape[1:], its_dtype, its_rows) != (shape[1:], dtype, rows):
+                raise _broken(self.path, f"{piece.file}: {name} is {its_dtype} {its_shape} of {its_rows} rows, unlike in {first.file}")
+            if piece.start != piece.stop:
+                if piece.start != end:
+                    raise _broken(self.path, f"{piece.file}: {name} begins at row {piece.start}, the row before it is {end - 1}")
+                end = piece.stop
+                held.append(piece)
+        if end != rows:
+            raise _broken(self.path, f"{pieces[-1][0].file}: {name} ends at row {end} of {rows}")
+        return _Whole((rows, *shape[1:]), TYPES[dtype], held)
+
+
+def open_(path: Path) -> Reader:
+    """A checkpoint to read from.
+
+    Raises:
+        ParentError: as `read`.
+    """
+    return Reader(path)
+
+
 def load(path: Path, name: str) -> dict[str, Tensor]:
     """The tensors of one of TENSORS, on the CPU.
 
     Raises:
-        ParentError: the file is not whole or not safetensors.
+        ParentError: the checkpoint is not whole.
     """
-    try:
-        return load_file(path / f"{name}.safetensors")
-    except (SafetensorError, FileNotFoundError) as error:
-        raise _broken(path, f"{name}.safetensors: {error}") from error
+    return open_(path).part(name)
 
 
-def compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], subject: str) -> None:
-    """Accept `found` in place of `expected` only where every name and shape is the same.
+def compare(expected: Mapping[str, Tensor | tuple[int, ...]], found: Mapping[str, Tensor | tuple[int, ...]], subject: str) -> None:
+    """Accept `found` in place of `expected` (tensors or their shapes) only where every name and shape is the same.
 
     Raises:
         ParentError: with the first names that differ.
@@ -222,14 +375,18 @@ def compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], subject
         if names:
             facts.append(f"{len(names)} tensors {what} ({_some(sorted(names))})")
     shapes = [
-        f"{name} {tuple(found[name].shape)} for {tuple(value.shape)}"
+        f"{name} {_shape(found[name])} for {_shape(value)}"
         for name, value in expected.items()
-        if name in found and found[name].shape != value.shape
+        if name in found and _shape(found[name]) != _shape(value)
     ]
     if shapes:
         facts.append(f"{len(shapes)} shapes differ ({_some(shapes)})")
     if facts:
         raise ParentError(f"{subject}: {'; '.join(facts)}; start from a checkpoint of this architecture")
+
+
+def _shape(value: Tensor | tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) else value
 
 
 def _some(names: list[str]) -> str:

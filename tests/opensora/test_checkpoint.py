@@ -33,19 +33,22 @@ def write(folder: Path, stage: StageConfig, encoders: Path, step: int, numbers: 
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 8])
-def test_nodes_write_each_file_once_and_together_the_files_of_one(nodes: int, tiny_stage: Stages, tmp_path: Path, encoders: Path) -> None:
-    stage, alone = tiny_stage(), {}
-    for path in write(tmp_path / "alone", stage, encoders, 4).iterdir():
-        alone[path.name] = path.read_bytes()
-    found: dict[str, bytes] = {}
+def test_nodes_write_each_file_once_and_together_a_checkpoint(nodes: int, tiny_stage: Stages, tmp_path: Path, encoders: Path) -> None:
+    stage = tiny_stage()
+    whole, sizes = tmp_path / "together", {}
+    whole.mkdir()
     for node in range(nodes):
         path = write(tmp_path / f"node{node}", stage, encoders, 4, node=node, nodes=nodes)
         files = {file.name: file.read_bytes() for file in path.iterdir()}
         record = json.loads(files.pop(checkpoint.RECORD))
         assert record["files"] == {name: len(data) for name, data in files.items()}
-        assert not files.keys() & found.keys()
-        found |= files
-    assert found | {checkpoint.RECORD: alone[checkpoint.RECORD]} == alone
+        assert not files.keys() & sizes.keys()
+        sizes |= record["files"]
+        for name, data in files.items():
+            (whole / name).write_bytes(data)
+    (whole / checkpoint.RECORD).write_text(json.dumps(record | {"files": sizes}))
+    assert len(sizes) == 3 * nodes + 3
+    assert all(torch.equal(checkpoint.load(whole, part)["w"], torch.full((4,), 4.0)) for part in checkpoint.TENSORS)
 
 
 def test_what_was_saved_is_read(tiny_stage: Stages, tmp_path: Path, encoders: Path) -> None:
