@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -183,7 +184,7 @@ class Manifest(Record):
     """Digest of the parent stage's manifest."""
     files: dict[str, FileRef]
     weights_digest: str
-    """sha256 over the sha256s of model.safetensors and ema.safetensors."""
+    """sha256 over the sha256s of the files of model and ema, in this order and each by name."""
 
 
 class Outcome(Record):
@@ -277,9 +278,15 @@ def inputs_digest(config: StageConfig, devices: int, parent_committed: str | Non
 
 
 def weights_digest(files: dict[str, FileRef]) -> str:
-    """Equal runs have equal ones, whatever happened on the way. Files that are not there count as empty."""
-    names = ("model.safetensors", "ema.safetensors")
-    return sha256("".join(files[name].sha256 if name in files else "-" for name in names).encode())
+    """Equal runs have equal ones, whatever happened on the way; each of both is one file, or one for each rank that wrote.
+
+    A part that is not there counts as empty. Other numbers of ranks give other digests of equal weights.
+    """
+    found = []
+    for part in ("model", "ema"):
+        names = sorted(name for name in files if re.fullmatch(rf"{part}(-\d{{5}}-of-\d{{5}})?\.safetensors", name))
+        found += [files[name].sha256 for name in names] or ["-"]
+    return sha256("".join(found).encode())
 
 
 class Keys:
