@@ -1,25 +1,44 @@
 """State dicts from elsewhere into an STDiT: recognised by key names and shapes, loaded whole or refused.
 
-Owns the names. Formats: ours, and Open-Sora 1.0's. Position tables in a file are never read, they are recomputed for the
-size of the model. Only safetensors are opened: a pickle is code.
+Owns the names of other projects, and of each format what a file of it may lack and what of it is not read. Nothing is recognised by
+a file's name, nothing stays at a random value unsaid (`Report.missing`), and a pickle is read for its tensors alone: one that calls
+anything is refused. Position tables in a file are never read, they are recomputed for the size of the model.
+
+Files are mapped, not read: beside the model itself loading takes the memory of its largest tensor.
+
+What names and shapes cannot say is not noticed: a model with another number of heads has the same weights. Where a `config.json` lies
+beside the file its heads are compared.
+
+References: Open-Sora 1.0 (hpcaitech, tag v1.0.0) · PixArt-α (Chen et al., arXiv:2310.00426) · diffusers' PixArtTransformer2DModel.
 """
 
 from __future__ import annotations
 
+import json
+import pickle
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file as read_safetensors
+from safetensors.torch import load_file as map_safetensors
 from torch import Tensor
 
+from opensora import checkpoint
+from opensora.config import ModelConfig
 from opensora.errors import WeightsRefused
 from opensora.model import STDiT
 
-Format = Literal["opensora", "open-sora-1.0"]
+Format = Literal["opensora", "osctl export", "open-sora-1.0", "pixart", "pixart-diffusers"]
+
+PATCHES = "patch_embedder.proj.weight"
+TEMPORAL = r"\.temporal_attention\."
+NAMED = 10  # names that a message lists
 
 OPEN_SORA_1: dict[str, str] = {
     "patch_embedder.proj": "x_embedder.proj",
@@ -35,12 +54,91 @@ OPEN_SORA_1: dict[str, str] = {
     "cross_attention": "cross_attn",
     "modulation": "scale_shift_table",
 }
-"""Our name of a module or tensor -> Open-Sora 1.0's. What is not here has the same name in both."""
+"""Our name of a module or tensor -> Open-Sora 1.0's. What is not here has the same name in both. PixArt-α's are these too."""
 
-RECOMPUTED: dict[Format, frozenset[str]] = {"opensora": frozenset(), "open-sora-1.0": frozenset({"pos_embed", "pos_embed_temporal"})}
-"""Keys that a file of the format may hold and that are not read."""
+DIFFUSERS: dict[str, str] = {
+    "patch_embedder.proj": "pos_embed.proj",
+    "time_embedder.fc1": "adaln_single.emb.timestep_embedder.linear_1",
+    "time_embedder.fc2": "adaln_single.emb.timestep_embedder.linear_2",
+    "time_block": "adaln_single.linear",
+    "caption_embedder.fc1": "caption_projection.linear_1",
+    "caption_embedder.fc2": "caption_projection.linear_2",
+    "blocks": "transformer_blocks",
+    "spatial_attention.qkv": "attn1.to_q attn1.to_k attn1.to_v",
+    "spatial_attention.proj": "attn1.to_out.0",
+    "cross_attention.query": "attn2.to_q",
+    "cross_attention.key_value": "attn2.to_k attn2.to_v",
+    "cross_attention.proj": "attn2.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "modulation": "scale_shift_table",
+    "final_layer.modulation": "scale_shift_table",
+    "final_layer.linear": "proj_out",
+}
+"""Our name -> that of PixArt-α in diffusers. Several: our rows are theirs one after the other."""
 
-_OURS = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in OPEN_SORA_1))
+
+@dataclass(frozen=True)
+class Layout:
+    """How a format writes the model down."""
+
+    format: Format
+    names: Mapping[str, str]
+    """Our name of a module or tensor -> theirs."""
+    patch_dimensions: Literal[2, 4, 5]
+    """Of the patch embedding's weight: a linear map, or a strided convolution in the plane or in space-time."""
+    prefix: str = ""
+    """Before every key."""
+    absent: str = r"(?!)"
+    """Expression for our keys that the format does not have. Nothing else may be missing."""
+    dropped: frozenset[str] = frozenset()
+    """Keys that a file may hold and that are not read, since the model computes them. Nothing else may be left over."""
+    conditions: str = r"(?!)"
+    """Expression for keys of inputs that an STDiT does not have: without them the weights would mean something else."""
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self.names, key=len, reverse=True)
+        return re.compile("|".join(rf"\b{re.escape(name)}\b" for name in longest_first) or r"(?!)")
+
+    def keys(self, ours: str) -> tuple[str, ...]:
+        """Their names of one of our keys: none where the format does not have it, several where our rows are those of several."""
+        if re.search(self.absent, ours):
+            return ()
+        parts = max((len(self.names[found].split()) for found in self._pattern.findall(ours)), default=1)
+
+        def name(part: int) -> str:
+            def theirs(found: re.Match[str]) -> str:
+                choices = self.names[found.group()].split()
+                return choices[part % len(choices)]
+
+            return self._pattern.sub(theirs, ours)
+
+        return tuple(self.prefix + name(part) for part in range(parts))
+
+
+LAYOUTS = (
+    Layout("opensora", {}, 2),
+    Layout("osctl export", {}, 2, prefix="network."),
+    Layout("open-sora-1.0", OPEN_SORA_1, 5, dropped=frozenset({"pos_embed", "pos_embed_temporal"})),
+    Layout(
+        "pixart",
+        OPEN_SORA_1,
+        4,
+        absent=TEMPORAL,
+        dropped=frozenset({"pos_embed"}),
+        conditions=r"^(csize|ar)_embedder\.",
+    ),
+    Layout(
+        "pixart-diffusers",
+        DIFFUSERS,
+        4,
+        absent=rf"{TEMPORAL}|^null_caption$",  # diffusers encodes the empty text in its place
+        dropped=frozenset({"pos_embed.pos_embed"}),
+        conditions=r"^adaln_single\.emb\.(resolution|aspect_ratio)_embedder\.",
+    ),
+)
+"""All formats, and what each may lack and hold beyond."""
 
 
 @dataclass(frozen=True)
@@ -48,75 +146,120 @@ class Report:
     """What `load` did."""
 
     format: Format
-    mapped: dict[str, str]
-    """Our key -> the key it was taken from: every parameter and buffer of the model."""
+    mapped: dict[str, tuple[str, ...]]
+    """Our key -> the keys it was taken from."""
     recomputed: tuple[str, ...]
     """Keys of the file that were left alone because the model computes them."""
+    missing: tuple[str, ...]
+    """Our keys that the format does not have: they keep their initial values. Temporal attention among them has no effect (that is
+    checked); the null caption of an import from diffusers is as random as it was made."""
 
 
-def open_sora_1_key(key: str) -> str:
-    """Open-Sora 1.0's name of one of our keys."""
-    return _OURS.sub(lambda match: OPEN_SORA_1[match.group()], key)
+def load(source: Path | str | Mapping[str, Any], model: STDiT) -> Report:
+    """Copy foreign weights, or our own, into the model.
 
-
-def load(state_dict: Mapping[str, Tensor], model: STDiT) -> Report:
-    """Copy a whole state dict into the model.
+    Args:
+        source: a file, a folder (a pipeline of diffusers, its `transformer`, a checkpoint of ours, or files of one state dict) or a
+            state dict, alone or as `state_dict_ema` (preferred) or `state_dict` of a larger one.
 
     Raises:
-        WeightsRefused: a key is missing or unknown, or a shape differs; nothing was copied.
+        WeightsRefused: it cannot be read, a key is missing or unknown, a shape differs, or temporal layers would stay that are not at
+            zero effect; nothing was copied.
     """
+    if isinstance(source, Mapping):
+        tensors = _state_dict(source, "weights")
+    else:
+        path = _inside(Path(source))
+        tensors = read(path)
+        _compare_heads(path, model)
     own = model.state_dict()
-    formats: dict[Format, dict[str, str]] = {
-        "opensora": {key: key for key in own},
-        "open-sora-1.0": {key: open_sora_1_key(key) for key in own},
-    }
-    # the format is the one that explains most of the keys; what it leaves unexplained is then named
-    name = max(formats, key=lambda candidate: len(set(formats[candidate].values()) & state_dict.keys()))
-    mapped = formats[name]
-    recomputed = tuple(sorted(RECOMPUTED[name] & state_dict.keys()))
+    layout = max(LAYOUTS, key=lambda layout: _likeness(layout, tensors, own))
+    mapped = {ours: theirs for ours in own if (theirs := layout.keys(ours))}
+    absent = tuple(ours for ours in own if ours not in mapped)
+    recomputed = tuple(sorted(layout.dropped & tensors.keys()))
 
-    missing = [theirs for theirs in mapped.values() if theirs not in state_dict]
-    unknown = sorted(state_dict.keys() - set(mapped.values()) - RECOMPUTED[name])
+    conditions = sorted(key for key in tensors if re.search(layout.conditions, key))
+    if conditions:
+        raise WeightsRefused(
+            f"weights: {len(conditions)} keys take in the picture's size and shape{_some(conditions)}: PixArt-α 1024-MS computes another "
+            "function than this model. Use PixArt-α 512x512 or 256x256"
+        )
+    expected = [key for keys in mapped.values() for key in keys]
+    missing = [key for key in expected if key not in tensors]
+    unknown = sorted(tensors.keys() - set(expected) - layout.dropped)
     if missing or unknown:
         raise WeightsRefused(
-            f"weights: {len(missing)} of {len(mapped)} keys are missing{_some(missing)} and {len(unknown)} are unknown{_some(unknown)} "
-            f"(read as {name}). Give a state dict of this model or of Open-Sora 1.0"
+            f"weights: {len(missing)} of {len(expected)} keys are missing{_some(missing)} and {len(unknown)} are unknown{_some(unknown)} "
+            f"(read as {layout.format}). Give a state dict of this model, of Open-Sora 1.0 or of PixArt-α"
         )
-    tensors = {ours: _patches_as_rows(ours, state_dict[theirs], own[ours]) for ours, theirs in mapped.items()}
+    parts = {
+        ours: tuple(zip(_places(own[ours], ours, layout, model.config, len(keys)), keys, strict=True)) for ours, keys in mapped.items()
+    }
     differ = [
-        f"{mapped[key]} {tuple(tensor.shape)} for {tuple(own[key].shape)}"
-        for key, tensor in tensors.items()
-        if tensor.shape != own[key].shape
+        f"{key} {tuple(tensors[key].shape)} for {tuple(place.shape)}"
+        for places in parts.values()
+        for place, key in places
+        if tensors[key].shape != place.shape
     ]
     if differ:
         raise WeightsRefused(
             f"weights: {len(differ)} shapes differ from the model's{_some(differ)}. Use the model that the weights were made with"
         )
-    model.load_state_dict(tensors)
-    return Report(name, mapped, recomputed)
+    kinds = [f"{key} {tensors[key].dtype}" for key in expected if not tensors[key].is_floating_point()]
+    if kinds:
+        raise WeightsRefused(
+            f"weights: {len(kinds)} tensors are no floating-point numbers{_some(kinds)}. Use weights that are not quantised"
+        )
+    _refuse_temporal_effect(own, absent)
+
+    with torch.no_grad():
+        for places in parts.values():
+            for place, key in places:
+                place.copy_(tensors[key])
+    if model.temporal_frozen:  # what was skipped for its zeros may have an effect now
+        model.freeze_temporal()
+    return Report(layout.format, mapped, recomputed, absent)
+
+
+def _likeness(layout: Layout, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[int, bool]:
+    """How much of the keys a format explains. An image model has no name that its video model has not: there the patches decide."""
+    (patches,) = layout.keys(PATCHES)
+    explained = {key for ours in own for key in layout.keys(ours)}
+    return len(explained & tensors.keys()), patches in tensors and tensors[patches].ndim == layout.patch_dimensions
+
+
+def _places(own: Tensor, ours: str, layout: Layout, config: ModelConfig, parts: int) -> tuple[Tensor, ...]:
+    """Views of our tensor in the shapes of theirs."""
+    if ours == PATCHES and layout.patch_dimensions > 2:
+        kernels: Tensor = own.unflatten(1, (config.latent_channels, *config.patch))  # type: ignore[no-untyped-call]  # (D, C, pt, ph, pw)
+        return (kernels.squeeze(2) if layout.patch_dimensions == 4 else kernels,)
+    return own.chunk(parts)
+
+
+def _refuse_temporal_effect(own: Mapping[str, Tensor], absent: Iterable[str]) -> None:
+    """Layers that a file lacks must do nothing: their output layers are zero, as `STDiT.initialise` leaves them."""
+    active = [key for key in absent if re.search(rf"{TEMPORAL}proj\.", key) and own[key].any()]
+    if active:
+        raise WeightsRefused(
+            f"weights: they have no temporal attention, and {len(active)} output layers of the model's are not zero{_some(active)}, so "
+            "frames would disturb each other. Load image weights into a fresh model"
+        )
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a directory: its `model.safetensors`, else all its shards.
+    """The tensors of a file or of a folder of shards, mapped: their bytes are read when they are used.
+
+    Of a checkpoint of ours: its moving average.
 
     Raises:
-        WeightsRefused: there is no such file, or it is not safetensors.
+        WeightsRefused: there is no such file, it is broken, or it is a pickle that holds more than tensors.
     """
-    if path.is_dir():
-        whole = path / "model.safetensors"
-        files = [whole] if whole.is_file() else sorted(path.glob("*.safetensors"))
-    else:
-        files = [path]
-    if not files:
-        raise WeightsRefused(f"weights {path}: a directory without .safetensors files. Pickled weights (.pt, .pth, .bin) are not opened")
+    path = _inside(path)
+    if (path / checkpoint.RECORD).is_file():
+        return checkpoint.open_(path).part("ema")
     tensors: dict[str, Tensor] = {}
-    for file in files:
-        if file.suffix != ".safetensors":
-            raise WeightsRefused(f"weights {file}: {file.suffix or 'no suffix'} where .safetensors is read. Convert pickled weights first")
-        try:
-            content = read_safetensors(file)
-        except (SafetensorError, OSError) as error:
-            raise WeightsRefused(f"weights {file}: not readable as safetensors ({error}). Copy the file again") from error
+    for file in _files(path):
+        content = _read_file(file)
         twice = sorted(content.keys() & tensors.keys())
         if twice:
             raise WeightsRefused(
@@ -126,17 +269,78 @@ def read(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_file(path: Path, model: STDiT) -> Report:
-    """`load` from a file or directory. Raises WeightsRefused."""
-    return load(read(path), model)
+def _inside(path: Path) -> Path:
+    """The folder of the denoiser, where `path` is a whole pipeline."""
+    return path / "transformer" if (path / "model_index.json").is_file() else path
 
 
-def _patches_as_rows(key: str, tensor: Tensor, own: Tensor) -> Tensor:
-    """Upstream embeds patches by a strided 3D convolution: the same numbers, flattened over (C, pt, ph, pw)."""
-    if key == "patch_embedder.proj.weight" and tensor.ndim == 5:
-        return tensor.flatten(1)
-    return tensor
+def _files(path: Path) -> list[Path]:
+    """Of a folder: its one whole file, the shards that its index names, or all its shards."""
+    if not path.is_dir():
+        return [path]
+    for whole in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
+        if (path / whole).is_file():
+            return [path / whole]
+    for index in sorted(path.glob("*.safetensors.index.json")):
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise WeightsRefused(f"weights {index}: no index of shards ({error!r}). Copy the file again") from error
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors")) or sorted(file for kind in ("pt", "pth", "bin") for file in path.glob(f"*.{kind}"))
+    if not files:
+        raise WeightsRefused(f"weights {path}: a folder without weights (.safetensors, .pth, .pt or .bin). Name the one that has them")
+    return files
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    """safetensors or a pickle of torch, as its first bytes say."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(9)
+        if start[8:] == b"{":  # safetensors: eight bytes of length, then JSON
+            return map_safetensors(file)
+        # mapped where torch can: the format before torch 1.6 has to be read
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        calls = re.search(r"GLOBAL (\S+)", str(error))
+        fact = f"holds more than tensors: {calls.group(1)}" if calls else "neither safetensors nor a whole pickle of torch"
+        raise WeightsRefused(f"weights {file}: {fact}. Not opened; get the weights as safetensors") from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise WeightsRefused(
+            f"weights {file}: cannot be read ({(str(error) or type(error).__name__).splitlines()[0]}). Copy the file again"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise WeightsRefused(f"weights {file}: a {type(content).__name__} where a state dict was expected. Save the model's state_dict()")
+    return _state_dict(content, f"weights {file}")
+
+
+def _state_dict(content: Mapping[Any, Any], subject: str) -> dict[str, Tensor]:
+    """The tensors by name, taken out of what a training script saved around them."""
+    for wrapping in ("state_dict_ema", "state_dict"):
+        if isinstance(content.get(wrapping), Mapping):
+            content = content[wrapping]
+            break
+    others = sorted(f"{key} {type(value).__name__}" for key, value in content.items() if not isinstance(value, Tensor))
+    if others:
+        raise WeightsRefused(f"{subject}: {len(others)} entries are no tensors{_some(others)}. Give a model's state dict")
+    return {str(key): tensor for key, tensor in content.items()}
+
+
+def _compare_heads(path: Path, model: STDiT) -> None:
+    """Heads have no trace in the weights: `config.json` beside them is asked where there is one."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.is_file():
+        return
+    try:
+        told = json.loads(file.read_bytes())
+        heads = told.get("num_attention_heads", told.get("heads"))
+    except (ValueError, AttributeError) as error:
+        raise WeightsRefused(f"weights {file}: no JSON object ({error}). Copy the file again") from error
+    if heads is not None and heads != model.config.heads:
+        raise WeightsRefused(f"weights {file}: {heads} attention heads, the model has {model.config.heads}. Set model.heads to {heads}")
 
 
 def _some(names: list[str]) -> str:
-    return f" ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else ""
+    """The first names, for a message."""
+    return f" ({', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''})" if names else ""
