@@ -38,14 +38,22 @@ def stage(number: int, **changes: Any) -> dict[str, Any]:
     return content | changes
 
 
-def write(folder: Path, *, devices: int = 2, stages: int = 3, changes: Mapping[str, Any] | None = None, **pipeline: Any) -> Path:
-    """Write osctl.yaml and its stage files; the folder."""
+def write(
+    folder: Path,
+    *,
+    devices: int = 2,
+    stages: int = 3,
+    changes: Mapping[str, Any] | None = None,
+    spec: Mapping[str, Any] | None = None,
+    **pipeline: Any,
+) -> Path:
+    """Write osctl.yaml and its stage files; the folder. `spec`: what osctl.yaml says of each stage besides."""
     folder.mkdir(parents=True, exist_ok=True)
     specs = []
     for number in range(1, stages + 1):
         (folder / f"stage{number}.yaml").write_text(yaml.safe_dump(stage(number, **(changes or {}))))
-        spec: dict[str, Any] = {"name": f"stage{number}", "config": f"stage{number}.yaml", "resources": {"devices_per_node": devices}}
-        specs.append(spec | ({"parent": f"stage{number - 1}"} if number > 1 else {}))
+        stated: dict[str, Any] = {"name": f"stage{number}", "config": f"stage{number}.yaml", "resources": {"devices_per_node": devices}}
+        specs.append(stated | ({"parent": f"stage{number - 1}"} if number > 1 else {}) | dict(spec or {}))
     content = {"name": "tiny", "flush_s": 0.5, "tracking": "none", **pipeline, "stages": specs}
     (folder / "osctl.yaml").write_text(yaml.safe_dump(content))
     return folder

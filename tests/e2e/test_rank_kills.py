@@ -1,0 +1,202 @@
+"""One of four ranks is killed, asked to leave, crashed or stopped at a random step: the run ends with the bits of an undisturbed one.
+
+Real launches: driver, agent, elastic agent and four ranks of the real trainer over gloo. The driver goes on by itself, since none of
+these ends is anybody's wish.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_recipe import Osctl, write
+
+from orchestrator.adapters.folder import FolderStore
+from orchestrator.ledger import Ledger
+
+RANKS, STEPS, EVERY, BATCH = 4, 60, 7, 2
+SEED = 20261124
+PATIENCE_S = 240.0
+HANG_S = 25.0
+"""Longer than a start on a machine that runs other tests beside this one: who has not spoken yet counts as silent."""
+
+STRATEGIES: dict[str, dict[str, Any]] = {"ddp": {}}
+"""By name, what a stage says to have its work shared so."""
+
+SIGNALS = (signal.SIGSTOP, signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV)
+ENDS = {
+    signal.SIGKILL: {"signal": "SIGKILL", "peer": "a rank"},
+    signal.SIGSEGV: {"signal": "SIGSEGV", "peer": "a rank"},
+    signal.SIGTERM: {"preempted": "saved"},
+    signal.SIGSTOP: {"hang": "no heartbeat"},
+}
+"""Class and a word of the reason of the attempt's outcome. A rank that is asked to leave saves with all others; nobody of ours asked.
+Of several failures an elastic agent that forks names one alone, which may be a rank that lost its peer."""
+
+FORKED = (sys.executable, str(Path(__file__).parent.parent / "forked_torchrun.py"), "{run_dir}", "{devices}")
+
+
+@dataclass(frozen=True)
+class Kill:
+    strategy: str
+    signal: signal.Signals
+    step: int
+    rank: int
+
+
+def draw(count: int, seed: int) -> list[Kill]:
+    """Random moments; signals and strategies in turn, so that few kills meet all of them."""
+    choose, strategies = random.Random(seed), list(STRATEGIES)
+    return [
+        Kill(strategies[i % len(strategies)], SIGNALS[i % len(SIGNALS)], choose.randint(1, STEPS * 2 // 3), choose.randrange(RANKS))
+        for i in range(count)
+    ]
+
+
+class Run:
+    """A pipeline of one stage in a folder of its own."""
+
+    def __init__(self, folder: Path, strategy: str, trainer: Sequence[str]) -> None:
+        changes = {
+            "steps": STEPS,
+            "batch_size": BATCH,
+            # More clips than the whole run takes: a clip that is met again was trained on twice.
+            "data": {"source": {"kind": "digits", "clips": STEPS * BATCH * RANKS}, "frames": 2, "height": 16, "width": 16},
+            "freeze": "none",
+            "checkpoint": {"every_steps": EVERY, "keep_last": 2},
+            "prompts": [],
+            **STRATEGIES[strategy],
+        }
+        write(folder, devices=RANKS, stages=1, changes=changes, trainer=list(trainer), spec={"hang_timeout_s": HANG_S})
+        self.osctl = Osctl(folder)
+        self.ledger = Ledger(FolderStore(folder / ".osctl/store"), "tiny")
+
+    def launch(self) -> Run:
+        self.osctl("launch", "-q", timeout=PATIENCE_S)
+        return self
+
+    def launch_and(self, kill: Kill) -> Run:
+        """Launch; signal one rank of the first attempt after the step. The launch must come to its end by itself."""
+        launcher = self.osctl.start("launch", "-q")
+        try:
+            os.kill(self._pid_after(kill, launcher), kill.signal)
+            assert launcher.wait(PATIENCE_S) == 0, (kill, (self.osctl.folder / "launch.log").read_text())
+        finally:
+            launcher.kill()
+            launcher.wait()
+        return self
+
+    def _pid_after(self, kill: Kill, launcher: subprocess.Popen[bytes]) -> int:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline and launcher.poll() is None:
+            for path in self.osctl.folder.glob(f".osctl/runs/*_a1/heartbeat-{kill.rank}.json"):
+                with suppress(FileNotFoundError, json.JSONDecodeError):
+                    beat = json.loads(path.read_text())
+                    if beat["step"] >= kill.step:
+                        return int(beat["pid"])
+            time.sleep(0.002)
+        raise AssertionError(f"{kill}: rank {kill.rank} was not met at step {kill.step}")
+
+    # what is in the ledger
+
+    @property
+    def inputs(self) -> str:
+        (inputs,) = self.ledger.inputs_of("stage1")
+        return inputs
+
+    @property
+    def weights(self) -> str:
+        committed = self.ledger.committed("stage1", self.inputs)
+        assert committed is not None
+        return committed.weights_digest
+
+    @property
+    def clips_seen(self) -> int:
+        """As the committed checkpoint tells it."""
+        committed = self.ledger.committed("stage1", self.inputs)
+        assert committed is not None
+        record = self.osctl.folder / ".osctl/store" / Path(committed.manifest).parent / "CHECKPOINT.json"
+        return int(json.loads(record.read_text())["clips_seen"])
+
+    def steps(self) -> list[list[dict[str, Any]]]:
+        """Lines of metrics by attempt, as its journal has them."""
+        return [
+            [line for piece in self.ledger.journal("stage1", self.inputs, attempt) for line in piece.metrics if "step" in line]
+            for attempt in self.ledger.attempts("stage1", self.inputs)
+        ]
+
+    def starts(self) -> list[int]:
+        """The step that each attempt went on from."""
+        intents = [self.ledger.intent("stage1", self.inputs, attempt) for attempt in self.ledger.attempts("stage1", self.inputs)]
+        return [intent.resume.step if intent and intent.resume else 0 for intent in intents]
+
+    def kept(self) -> list[dict[str, Any]]:
+        """Lines of the steps that the result is made of: of each attempt those up to where the next one went on."""
+        ends = [*self.starts()[1:], STEPS]
+        return [line for lines, end in zip(self.steps(), ends, strict=True) for line in lines if line["step"] <= end]
+
+    def repeated(self) -> list[list[dict[str, Any]]]:
+        """Lines by attempt of the steps that a later one had to do again."""
+        ends = [*self.starts()[1:], STEPS]
+        return [[line for line in lines if line["step"] > end] for lines, end in zip(self.steps(), ends, strict=True)]
+
+
+def check(kill: Kill, run: Run, undisturbed: Run) -> None:
+    """The law."""
+    assert run.weights == undisturbed.weights, kill
+    # Each step once, on the clips and the noise of the undisturbed run: else its loss would be another.
+    kept, whole = run.kept(), undisturbed.kept()
+    assert [line["step"] for line in kept] == list(range(1, STEPS + 1)), kill
+    assert [line["loss"] for line in kept] == [line["loss"] for line in whole], kill
+    assert sum(line["clips"] for line in kept) == run.clips_seen == undisturbed.clips_seen, kill
+    # What was done twice is in the books as lost, and all of it.
+    bills = run.osctl.json("cost", "--by-attempt")  # refuses to print a bill that does not balance
+    for bill, lines in zip(bills, run.repeated(), strict=True):
+        lost, spent = bill["device_seconds"]["lost"], RANKS * sum(line["step_s"] for line in lines)
+        assert lost >= 0.5 * spent and (lost > 0) >= bool(lines), (kill, lost, spent)
+    # The first attempt ended by what was done to it, the second by itself.
+    (first, second) = (run.ledger.outcome("stage1", run.inputs, attempt) for attempt in run.ledger.attempts("stage1", run.inputs))
+    assert first is not None and second is not None and second.class_ == "completed", kill
+    assert ENDS[kill.signal].get(first.class_, "another class") in first.reason, (kill, first)
+    assert all(before <= after for before, after in pairwise(run.starts())), kill
+    if kill.signal is signal.SIGTERM:
+        assert run.repeated() == [[], []] and run.starts()[1] >= kill.step, f"{kill}: who is asked to leave loses nothing"
+    else:
+        assert kill.step - EVERY <= run.starts()[1], f"{kill}: a checkpoint was lost"
+
+
+def survive(folder: Path, kills: Sequence[Kill], trainer: Sequence[str] = (), workers: int = 3) -> None:
+    """All kills, each in a run of its own, three at a time: who waits leaves the machine to the others."""
+    with ThreadPoolExecutor(workers) as pool:
+        runs = [pool.submit(Run(folder / f"{i}", kill.strategy, trainer).launch_and, kill) for i, kill in enumerate(kills)]
+        whole = {name: pool.submit(Run(folder / name, name, trainer).launch) for name in {kill.strategy for kill in kills}}
+        for kill, run in zip(kills, runs, strict=True):
+            check(kill, run.result(), whole[kill.strategy].result())
+
+
+def test_five_times_one_of_four_ranks_ends_and_the_weights_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:
+    kills = draw(5, SEED)
+    assert {kill.signal for kill in kills} == set(SIGNALS) and {kill.strategy for kill in kills} == set(STRATEGIES)
+    survive(tmp_path, kills, FORKED)
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(7200)
+def test_fifty_times_under_plain_torchrun(tmp_path: Path) -> None:
+    kills = draw(50, SEED + 1)
+    began = time.monotonic()
+    survive(tmp_path, kills)
+    print(f"seed {SEED + 1}: {len(kills)} kills, 0 failures, {time.monotonic() - began:.0f} s")
