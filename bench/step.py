@@ -1,0 +1,211 @@
+"""A training step on one thread of a CPU, fp32: forward, backward and AdamW. As a share of sgemm, and beside diffusers' Latte.
+
+sgemm is torch.mm of 2048 x 2048 matrices in the same process. Latte (LatteTransformer3DModel: spatial and temporal blocks in turn, each with
+an MLP of its own) has the same width, heads, tokens and captions, and as many blocks as make the same FLOPs; torch's FlopCounterMode
+counts both, and a difference above 2% is refused. Both are updated by the same AdamW and see the same latents, times and captions.
+Floors 80% of sgemm and 1.05x Latte, goals 90% and 1.2x. `--calibration FILE` also writes the points that `osctl plan` reads.
+
+    OMP_NUM_THREADS=1 .venv/bin/python bench/step.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from harness import Measured, Row
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from opensora.config import ModelConfig, OptimizerConfig
+from opensora.flops import BACKWARD, forward_flops
+from opensora.model import STDiT
+from opensora.optimizer import AdamW
+
+PEAK_TFLOPS = 0.1  # of `cpu-core` in configs/prices.yaml: what `mfu` of a calibration point is a share of
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of model and clip."""
+
+    width: int
+    heads: int
+    depth: int
+    pairs: int
+    """Of Latte's blocks, spatial and temporal."""
+    frames: int
+    side: int
+    """Tokens along rows and columns."""
+    captions: int
+    batch: int = 1
+
+    @property
+    def tokens(self) -> int:
+        return self.side**2
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(
+            depth=self.depth, width=self.width, heads=self.heads, caption_width=self.width, caption_tokens=self.captions, caption_dropout=0
+        )
+
+
+FULL = Size(width=384, heads=6, depth=3, pairs=2, frames=16, side=8, captions=32)
+WIDE = Size(width=768, heads=12, depth=3, pairs=2, frames=16, side=8, captions=32)
+QUICK = Size(width=192, heads=3, depth=3, pairs=2, frames=8, side=4, captions=8)
+DEMO = Size(width=128, heads=4, depth=4, pairs=0, frames=8, side=2, captions=6, batch=16)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    noisy: Tensor  # (B, C, T, H, W)
+    time: Tensor  # (B,)
+    captions: Tensor  # (B, L, D)
+    target: Tensor  # (B, 2C, T, H, W)
+
+
+def inputs(size: Size) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    shape = (size.frames, 2 * size.side, 2 * size.side)
+    return Inputs(
+        torch.randn(size.batch, 4, *shape, generator=generator),
+        torch.randint(0, 1000, (size.batch,), generator=generator),
+        torch.randn(size.batch, size.captions, size.width, generator=generator),
+        torch.randn(size.batch, 8, *shape, generator=generator),
+    )
+
+
+def training_step(network: nn.Module, call: Callable[[], Tensor], target: Tensor) -> Callable[[], None]:
+    """Forward, backward, update."""
+    weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    optimizer = AdamW(weights, OptimizerConfig())
+
+    def step() -> None:
+        for weight in weights.values():
+            weight.grad = None
+        loss = (call() - target).square().mean()
+        loss.backward()
+        gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights.values()]
+        optimizer.step(gradients, 1e-4)
+
+    return step
+
+
+def ours(size: Size) -> Callable[[], None]:
+    model, given = STDiT(size.model, (size.frames, 2 * size.side, 2 * size.side), 8), inputs(size)
+    return training_step(model, lambda: model(given.noisy, given.time, given.captions), given.target)
+
+
+def latte(size: Size) -> Callable[[], None]:
+    from diffusers import LatteTransformer3DModel
+
+    model = LatteTransformer3DModel(
+        num_attention_heads=size.heads,
+        attention_head_dim=size.width // size.heads,
+        in_channels=4,
+        out_channels=8,
+        num_layers=size.pairs,
+        cross_attention_dim=size.width,
+        attention_bias=True,
+        sample_size=2 * size.side,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        caption_channels=size.width,
+        video_length=size.frames,
+    ).train()
+    given = inputs(size)
+
+    def call() -> Tensor:
+        out: Tensor = model(given.noisy, timestep=given.time, encoder_hidden_states=given.captions, return_dict=False)[0]
+        return out
+
+    return training_step(model, call, given.target)
+
+
+def counted(step: Callable[[], None]) -> int:
+    """FLOPs of one call, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
+def square(side: int) -> Callable[[], object]:
+    a, b = torch.randn(side, side), torch.randn(side, side)
+    return lambda: a @ b
+
+
+def compare(size: Size, rounds: int, side: int) -> dict[str, float]:
+    """GFLOP/s of sgemm, ours and Latte's, and the FLOPs of both, from one interleaved run."""
+    ways = {"ours": ours(size), "latte": latte(size)}
+    flops = {name: counted(step) for name, step in ways.items()}
+    apart = flops["latte"] / flops["ours"] - 1
+    if abs(apart) > 0.02:
+        raise SystemExit(f"bench/step: Latte's FLOPs are {apart:+.1%} of ours, at most 2% is equal work; choose other depths")
+    seconds = harness.interleaved(ways | {"sgemm": square(side)}, rounds)
+    done = flops | {"sgemm": 2 * side**3}
+    speeds = {f"{name}_gflops": done[name] / took / 1e9 for name, took in seconds.items()}
+    return speeds | {f"{name}_s": took for name, took in seconds.items()} | {f"{name}_flops": float(count) for name, count in flops.items()}
+
+
+def measure(quick: bool) -> Measured:
+    torch.set_num_threads(1)
+    rounds, side = (1, 256) if quick else (8, 2048)
+    sizes = {"quick": QUICK} if quick else {"width 384": FULL, "width 768": WIDE}
+    rows: list[Row] = []
+    raw: dict[str, Any] = {"rounds": rounds, "sgemm_side": side, "libraries": harness.libraries("torch", "diffusers")}
+    for name, size in sizes.items():
+        raw[name] = found = compare(size, rounds if size is not WIDE else rounds // 2, side)
+        rows += [
+            Row(f"CPU step, {name}: share of sgemm", found["ours_gflops"] / found["sgemm_gflops"], "x", 0.8, 0.9),
+            Row(f"CPU step, {name}: against Latte at equal FLOPs", found["ours_gflops"] / found["latte_gflops"], "x", 1.05, 1.2),
+        ]
+    return rows, raw
+
+
+def calibrate(path: Path, quick: bool) -> None:
+    """The points of one CPU core, for `osctl plan`. CPU-seconds of a process of one thread: its wall time on an idle core."""
+    torch.set_num_threads(1)
+    points = []
+    for size in (QUICK,) if quick else (DEMO, FULL, WIDE):
+        seconds = harness.interleaved({"ours": ours(size)}, 1 if quick else 8)["ours"]
+        forward = forward_flops(size.model, 8, size.frames, size.tokens, captions=size.captions)
+        tflops = forward * (1 + BACKWARD) * size.batch / seconds / 1e12
+        points.append({
+            "model": size.model.model_dump(mode="json"), "out_channels": 8, "frames": size.frames, "tokens": size.tokens,
+            "captions": size.captions, "batch": size.batch, "dtype": "fp32", "step_s": seconds, "tflops": tflops, "mfu": tflops / PEAK_TFLOPS,
+        })  # fmt: skip
+    content = {
+        "schema": 1,
+        "device": "cpu-core",
+        "machine": f"{harness.machine()}, torch {torch.__version__}, one thread",
+        "date": datetime.date.today().isoformat(),
+        "command": "bench/step.py --calibration FILE",
+        "points": points,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--calibration", type=Path)
+    chosen, rest = parser.parse_known_args()
+    if chosen.calibration is not None:
+        calibrate(chosen.calibration, "--quick" in rest)
+    else:
+        harness.run("step", measure, rest)
+
+
+if __name__ == "__main__":
+    main()
