@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class EMA:
     """shadow <- decay * shadow + (1 - decay) * weights, after each optimizer step."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+        """Starts at `weights`: plain tensors that are updated in place, whole ones or this rank's rows."""
         self.decay = decay
-        self.shadow: dict[str, Tensor] = {name: weight.detach().float().clone() for name, weight in model.named_parameters()}
-        self._weights = [weight.detach() for weight in model.parameters()]  # shares memory with the model, which is updated in place
+        self.shadow: dict[str, Tensor] = {name: weight.detach().float().clone() for name, weight in weights.items()}
+        self._weights = [weight.detach() for weight in weights.values()]  # share their memory
 
     def decay_at(self, step: int) -> float:
         """Decay of step 0, 1, ...: young averages forget their random start faster (as in TensorFlow's ExponentialMovingAverage)."""

@@ -9,6 +9,9 @@ PixArt-α (Chen et al., arXiv:2310.00426: adaLN-single, cross-attention).
 
 Legend: B batch · T latent frames · S spatial tokens of a frame · D width · N heads · L text tokens · C latent channels.
 Frames, rows and columns count latents in `input_size` and tokens (latents over patch) everywhere else.
+
+Under autocast the residual stream has the type of the matrix products: vectors that are added to it or multiplied with it are cast,
+else type promotion would make all of it fp32, twice the memory traffic of what lies between the products.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from opensora.config import ModelConfig
+from opensora.activations import in_chunks, run_blocks
+from opensora.config import Activations, ModelConfig
+from opensora.sequence import Cut, Sequence
 
 # ------------------------------------------------------------------------------------------------------------------
 # Position tables: pure functions in fp64
@@ -164,25 +168,33 @@ class STDiTBlock(nn.Module):
         self.cross_attention = CrossAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = MLP(width, int(width * mlp_ratio), width)
+        self.mlp_chunks = 1
         self.modulation = nn.Parameter(torch.empty(6, width))
         self.skip_temporal = False
 
-    def forward(self, x: Tensor, captions: Tensor, keep: Tensor | None, time6: Tensor, position: Tensor | None) -> Tensor:
-        """x (B, T, S, D), captions (B, L, D), time6 (B, 6, D), position (T, 1, D) for the temporal attention only."""
+    def forward(
+        self, x: Tensor, captions: Tensor, keep: Tensor | None, time6: Tensor, position: Tensor | None, cut: Cut | None = None
+    ) -> Tensor:
+        """x (B, T, S, D), captions (B, L, D), time6 (B, 6, D), position (T, 1, D) for the temporal attention only.
+
+        `cut`: the clip lies on several ranks; x is then this rank's frames of it.
+        """
         batch, frames = x.shape[:2]
-        modulation = (self.modulation + time6)[:, :, None, None].unbind(1)  # 6 x (B, 1, 1, D)
+        modulation = (self.modulation + time6).to(x.dtype)[:, :, None, None].unbind(1)  # 6 x (B, 1, 1, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
 
         spatial = self.spatial_attention(modulate(self.norm1(x), shift_msa, scale_msa).flatten(0, 1))  # (B·T, S, D)
         x = x + gate_msa * spatial.unflatten(0, (batch, frames))
 
         if not self.skip_temporal:
+            x = x if cut is None else cut.to_tokens(x)
             stream = x if position is None else x + position
             temporal = self.temporal_attention(rearrange(stream, "B T S D -> (B S) T D"))
             x = x + gate_msa * rearrange(temporal, "(B S) T D -> B T S D", B=batch)
+            x = x if cut is None else cut.to_frames(x)
 
         x = x + self.cross_attention(x.flatten(1, 2), captions, keep).unflatten(1, (frames, -1))
-        out: Tensor = x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        out: Tensor = x + gate_mlp * in_chunks(self.mlp, modulate(self.norm2(x), shift_mlp, scale_mlp), self.mlp_chunks)
         return out
 
 
@@ -197,7 +209,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, T, S, D), time (B, D) -> (B, T, S, pt·ph·pw·C_out)."""
-        shift, scale = (self.modulation + time[:, None])[:, :, None, None].unbind(1)  # 2 x (B, 1, 1, D)
+        shift, scale = (self.modulation + time[:, None]).to(x.dtype)[:, :, None, None].unbind(1)  # 2 x (B, 1, 1, D)
         out: Tensor = self.linear(modulate(self.norm(x), shift, scale))
         return out
 
@@ -208,21 +220,19 @@ class FinalLayer(nn.Module):
 
 
 class STDiT(nn.Module):
-    """The whole network, for latents of one size. The weights fit every size; the position tables are made for this one.
+    """The whole network, for latents of any size: position tables are functions of it, and never saved.
 
     Args:
         config: depth, width and the like; the defaults are XL/2, 760 million parameters (724 x 2^20, hence the report's 724M).
-        input_size: latent frames, rows and columns (T, H, W).
+        input_size: latent frames, rows and columns (T, H, W) of the size that `config.space_scale` is meant for. Clips of another
+            area get positions spread over the same range.
         out_channels: channels of the prediction, of which the first `latent_channels` are guided.
-        grad_checkpoint: recompute each block in the backward pass.
         generator: draws the initial weights; none: torch's global one.
 
     Raises:
         ValueError: the latents do not divide into patches, or the width has no whole sine-cosine halves.
     """
 
-    spatial_position: Tensor
-    temporal_position: Tensor
     null_caption: Tensor
 
     def __init__(
@@ -231,17 +241,16 @@ class STDiT(nn.Module):
         input_size: tuple[int, int, int],
         out_channels: int,
         *,
-        grad_checkpoint: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        for name, size, patch in zip(("frames", "rows", "columns"), input_size, config.patch, strict=True):
-            if size <= 0 or size % patch:
-                raise ValueError(f"latent {name} {size} do not divide into patches of {patch}")
         if config.width % 4:
             raise ValueError(f"width {config.width} is not a multiple of 4: rows and columns each need sines and cosines")
         self.config, self.input_size, self.out_channels = config, input_size, out_channels
-        self.grad_checkpoint = grad_checkpoint
+        self.grid_of(input_size)
+        self.activations = Activations()
+        self.sequence: Sequence | None = None
+        self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
         width = config.width
 
         self.patch_embedder = PatchEmbedder(config.latent_channels, config.patch, width)
@@ -251,23 +260,36 @@ class STDiT(nn.Module):
         # raw caption vectors, not trained: upstream inherits them from PixArt-α as a buffer
         self.register_buffer("null_caption", torch.empty(config.caption_tokens, config.caption_width))
         blocks = [STDiTBlock(width, config.heads, config.mlp_ratio) for _ in range(config.depth)]
-        self.blocks = cast(list[STDiTBlock], nn.ModuleList(blocks))  # a ModuleList forgets what it holds
+        self.blocks = cast("list[STDiTBlock]", nn.ModuleList(blocks))  # a ModuleList forgets what it holds
         self.final_layer = FinalLayer(width, math.prod(config.patch) * out_channels)
-
-        # never saved: a stage of another size makes its own
-        frames, rows, columns = self.grid
-        self.register_buffer("spatial_position", spatial_table(rows, columns, width, config.space_scale).float(), persistent=False)
-        self.register_buffer("temporal_position", temporal_table(frames, width, config.time_scale).float()[:, None], persistent=False)
 
         self.temporal_frozen = False
         self.register_load_state_dict_post_hook(_refresh_skip)  # type: ignore[no-untyped-call]
         self.initialise(generator)
 
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Tokens along frames, rows and columns."""
-        frames, rows, columns = (size // patch for size, patch in zip(self.input_size, self.config.patch, strict=True))
+    def grid_of(self, latent_size: tuple[int, ...]) -> tuple[int, int, int]:
+        """Tokens along frames, rows and columns of latents (T, H, W).
+
+        Raises:
+            ValueError: the latents do not divide into patches.
+        """
+        for name, size, patch in zip(("frames", "rows", "columns"), latent_size, self.config.patch, strict=True):
+            if size <= 0 or size % patch:
+                raise ValueError(f"latent {name} {size} do not divide into patches of {patch}")
+        frames, rows, columns = (size // patch for size, patch in zip(latent_size, self.config.patch, strict=True))
         return frames, rows, columns
+
+    def position_tables(self, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Spatial (S, D) and temporal (T, 1, D) positions of a clip of so many tokens; made once for each size."""
+        key = (grid, device, dtype)
+        if key not in self._tables:
+            (frames, rows, columns), config = grid, self.config
+            _, own_rows, own_columns = self.grid_of(self.input_size)
+            space_scale = config.space_scale * math.sqrt(rows * columns / (own_rows * own_columns))
+            spatial = spatial_table(rows, columns, config.width, space_scale).to(device, dtype)
+            temporal = temporal_table(frames, config.width, config.time_scale)[:, None].to(device, dtype)
+            self._tables[key] = spatial, temporal
+        return self._tables[key]
 
     def forward(self, x: Tensor, time: Tensor, captions: Tensor, mask: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
         """The prediction for noisy latents, in fp32.
@@ -283,13 +305,21 @@ class STDiT(nn.Module):
             (B, C_out, T, H, W).
 
         Raises:
-            ValueError: shapes that are not this model's.
+            ValueError: shapes that do not fit this model.
         """
         self._check(x, captions, mask)
+        frames, rows, columns = grid = self.grid_of(tuple(x.shape[2:]))
+        cut, patch_frames = None, self.config.patch[0]
+        if self.sequence is not None:
+            cut = self.sequence.cut(frames, rows * columns)
+            x = self.sequence.own_frames(x.unflatten(2, (frames, patch_frames)), 2, frames).flatten(2, 3)
+
         dtype = self.patch_embedder.proj.weight.dtype
-        tokens = self.patch_embedder(x.to(dtype)) + self.spatial_position  # (B, T, S, D)
+        tokens = self.patch_embedder(x.to(dtype))  # (B, T, S, D)
+        spatial, temporal = self.position_tables(grid, tokens.device, tokens.dtype)
+        tokens = tokens + spatial
         if self.config.temporal_position == "residual":
-            tokens = tokens + self.temporal_position
+            tokens = tokens + (temporal if self.sequence is None else self.sequence.own_frames(temporal, 0, frames))
 
         embedded = self.time_embedder(time)  # (B, D)
         time6 = self.time_block(F.silu(embedded)).unflatten(-1, (6, -1))  # (B, 6, D)
@@ -299,22 +329,28 @@ class STDiT(nn.Module):
         text = self.caption_embedder(captions.to(dtype))  # (B, L, D)
         keep = None if mask is None else mask.bool()[:, None, None]  # (B, 1, 1, L)
 
-        position = self.temporal_position if self.config.temporal_position == "attention" else None
-        for block in self.blocks:
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, text, keep, time6, position, use_reentrant=False, preserve_rng_state=False)
-            else:
-                tokens = block(tokens, text, keep, time6, position)
-            position = None  # block 0 alone is told
+        position = temporal if self.config.temporal_position == "attention" else None
 
-        return self.unpatchify(self.final_layer(tokens, embedded)).float()
+        def through(index: int, block: nn.Module, x: Tensor) -> Tensor:
+            out: Tensor = block(x, text, keep, time6, position if index == 0 else None, cut)  # block 0 alone is told the position
+            return out
 
-    def unpatchify(self, patches: Tensor) -> Tensor:
+        tokens = run_blocks(self.blocks, tokens, through, self.activations)
+        patches = self.final_layer(tokens, embedded)  # (B, T, S, pt·ph·pw·C_out)
+        return self.unpatchify(patches if cut is None else cut.collect(patches), rows, columns).float()
+
+    def unpatchify(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """(B, T, S, pt·ph·pw·C_out), channel fastest -> (B, C_out, T, H, W)."""
-        (_, rows, columns), (pt, ph, pw) = self.grid, self.config.patch
+        pt, ph, pw = self.config.patch
         return rearrange(
             patches, "B T (H W) (pt ph pw C) -> B C (T pt) (H ph) (W pw)", H=rows, W=columns, pt=pt, ph=ph, pw=pw, C=self.out_channels
         )
+
+    def keep(self, activations: Activations) -> None:
+        """What of each forward pass stays for the backward one; `auto` must have been decided."""
+        self.activations = activations
+        for block in self.blocks:
+            block.mlp_chunks = activations.mlp_chunks
 
     def freeze_temporal(self) -> None:
         """Stop training the temporal attention. While its output layers are zero its blocks are not even computed."""
@@ -349,9 +385,8 @@ class STDiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def _check(self, x: Tensor, captions: Tensor, mask: Tensor | None) -> None:
-        expected = (self.config.latent_channels, *self.input_size)
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(f"latents of (C, T, H, W) {tuple(x.shape[1:])} do not fit a model made for {expected}")
+        if x.ndim != 5 or x.shape[1] != self.config.latent_channels:
+            raise ValueError(f"latents of (B, C, T, H, W) {tuple(x.shape)} do not fit a model of {self.config.latent_channels} channels")
         most, width = self.null_caption.shape
         if captions.ndim != 3 or captions.shape[2] != width or captions.shape[1] > most:
             raise ValueError(

@@ -8,10 +8,10 @@ wants names: a stage may train other parameters than the one before.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensora.config import OptimizerConfig
 
@@ -31,25 +31,23 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 class AdamW:
-    """Updates `parameters` in place from their `.grad`. Moments are fp32, zero at the start."""
+    """Updates `weights` in place: plain tensors, whole ones or this rank's rows. Moments are fp32, zero at the start."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], config: OptimizerConfig) -> None:
         self.config = config
-        self._parameters = dict(parameters)
-        weights = self._parameters.values()
-        self._weights = [weight.detach() for weight in weights]  # share their memory
+        self._names = tuple(weights)
+        self._weights = [weight.detach() for weight in weights.values()]  # share their memory
         self._exp_avg = [torch.zeros_like(weight) for weight in self._weights]
         self._exp_avg_sq = [torch.zeros_like(weight) for weight in self._weights]
         self._steps = [torch.zeros((), device=weight.device) for weight in self._weights]
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One update with this learning rate. Every parameter has a gradient."""
-        gradients = [weight.grad for weight in self._parameters.values()]
+    def step(self, gradients: Sequence[Tensor], lr: float, found_inf: Tensor | None = None) -> None:
+        """One update with this learning rate, a gradient for each weight; none at all where `found_inf`, fp32 of one element, is not 0."""
         torch._foreach_add_(self._steps, 1)
         torch._fused_adamw_(
             self._weights,
-            gradients,  # type: ignore[arg-type]  # a missing gradient is refused by the kernel
+            list(gradients),
             self._exp_avg,
             self._exp_avg_sq,
             [],
@@ -61,12 +59,13 @@ class AdamW:
             eps=self.config.eps,
             amsgrad=False,
             maximize=False,
+            found_inf=found_inf,
         )
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts as `<moment>/<parameter>`, for example `exp_avg/final_layer.linear.bias`. Shares their memory."""
         named: dict[str, Tensor] = {}
-        for index, name in enumerate(self._parameters):
+        for index, name in enumerate(self._names):
             for key, values in self._state():
                 named[f"{key}/{name}"] = values[index]
         return named

@@ -1,130 +1,360 @@
-"""Ranks: how the processes of one training job meet, agree and die.
+"""How the ranks of a job divide a training step: one small interface, and the strategies behind it.
 
-Owns the process group (gloo on a CPU, NCCL on CUDA), the device of a rank and its threads. The nodes of a job share nothing but
-that group: each has a run directory of its own, and its first rank writes there for all of the node. Every rank holds the whole model;
-all that a step needs from the others travels in one all-reduce of one flat buffer. DDP was not taken for that: it re-orders its
-buckets after the first step, so on three or more ranks a resumed run would add the same gradients in another order than the
-unbroken one. Sharding (FSDP, sequence parallelism) is not here yet: a model must fit on each device.
+    ddp         every rank holds all weights; gradients are added up while the backward pass still runs
+    fsdp        weights, gradients, optimizer and moving average are divided over the ranks (torch's FSDP2), fp32 masters; with
+                `shard`, copies of a divided model (HSDP)
+    colossalai  ColossalAI's Booster (`opensora.colossal`)
+
+and, under ddp and fsdp, `sequence` ranks that share each clip (`opensora.sequence`).
+
+Owns the gradients: from a loss to an update, and what of the state each rank writes into a checkpoint. Refuses to know what a loss is.
+Everything from `backward` to `step` stays on the device: nothing here waits for it.
+
+torch's DistributedDataParallel was not taken: it re-orders its buckets after the first step, so on three or more ranks a resumed run would
+add the same gradients in another order than the unbroken one. The buckets here are the same in every step.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+import math
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
+from opensora.checkpoint import Piece, Reader, share
+from opensora.config import StageConfig
+from opensora.ema import EMA
 from opensora.errors import ConfigError
+from opensora.model import STDiT
+from opensora.optimizer import AdamW
+from opensora.ranks import PeerLost, Ranks
+from opensora.sequence import Sequence
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-PEER_LOST = 75
-"""Exit code of a rank that ended because another one was gone: whoever looks for the cause has to look elsewhere."""
-LONGEST_TEXT = 4096
-"""Bytes that `Ranks.share` carries: a path's limit on Linux."""
+BUCKET_BYTES = 64 << 20
+"""Gradients that travel together. On NVLink and 400 Gb/s links an all-reduce of this size runs at full bandwidth."""
+
+Pieces = dict[str, dict[str, Piece]]
+"""By part of a checkpoint (model, ema, optimizer) and tensor."""
 
 
-class PeerLost(Exception):
-    """Another rank went away in the middle of an exchange. The cause is there, not here: whoever gets this reports nothing."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among its peers. A job of one process needs no process group."""
-
-    rank: int
-    world: int
-    device: torch.device
-    node: int = 0
-    nodes: int = 1
+class Strategy(Protocol):
+    """What a training step needs of its ranks. Every method is called by all of them."""
 
     @property
-    def is_first(self) -> bool:
-        return self.rank == 0
+    def model(self) -> nn.Module:
+        """What a step calls."""
 
-    @property
-    def is_first_here(self) -> bool:
-        """Whether this is the first rank of its node."""
-        return self.rank == self.node * (self.world // self.nodes)
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of this rank's loss; those of the step before are gone."""
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add `tensor` over all ranks, in place; the same bits on every rank.
+    def finite(self) -> Tensor:
+        """0-dim bool on the device: whether the gradients that this rank can see are finite."""
 
-        Raises:
-            PeerLost: a rank is gone.
-        """
-        if self.world > 1:
-            try:
-                dist.all_reduce(tensor)
-            except RuntimeError as error:  # gloo and NCCL both say it this way; an all-reduce of a plain tensor has no other failure
-                raise PeerLost(str(error)) from error
-        return tensor
+    def reduce(self, flags: Tensor) -> Tensor:
+        """Average the gradients over the ranks. `flags`, fp32 (n,), comes back summed over all of them. Raises PeerLost."""
 
-    def barrier(self) -> None:
-        """Return when every rank got here. Raises PeerLost."""
-        self.sum_(torch.zeros(1, device=self.device))
+    def norm(self) -> Tensor:
+        """0-dim fp32 on the device: of the whole averaged gradient. After `reduce`."""
 
-    def share(self, text: str) -> str:
-        """The text of a node's first rank, on every rank of that node. Raises PeerLost."""
-        content = torch.zeros(self.nodes, LONGEST_TEXT, dtype=torch.uint8)
-        if self.is_first_here:
-            content[self.node, : len(text.encode())] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        return bytes(self.sum_(content.to(self.device))[self.node].tolist()).rstrip(b"\0").decode()
+    def step(self, lr: float, scale: Tensor, step: int) -> None:
+        """Update weights with `scale` times the gradients, then their moving average. Where the norm is not finite, do not move weights."""
 
-    def hand_out(self, data: bytes) -> bytes:
-        """The first rank's bytes, on every rank of every node; what the others bring is not looked at. Raises PeerLost."""
-        size = int(self.sum_(torch.tensor([len(data) if self.is_first else 0], device=self.device)))
-        content = torch.zeros(size, dtype=torch.uint8)
-        if self.is_first and data:
-            content[:] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return self.sum_(content.to(self.device)).cpu().numpy().tobytes()
+    def writer(self, rank: int) -> int:
+        """A rank's number among those who write a checkpoint: in the order of the rows that they write."""
+
+    def pieces(self) -> Pieces:
+        """What this rank writes of a checkpoint; the ranks together write each row of each tensor once."""
+
+    def load(self, reader: Reader, *, ema: bool, optimizer: bool) -> None:
+        """Take moving average and moments from a checkpoint, made by any strategy on any number of ranks."""
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The moving average as a whole state dict, on every rank."""
 
 
-@contextmanager
-def join() -> Iterator[Ranks]:
-    """Meet the other ranks of the launcher (torchrun's environment), or be the only one.
+def build(model: STDiT, stage: StageConfig, ranks: Ranks) -> Strategy:
+    """The stage's strategy around a model that has its weights already and lies on the rank's device.
 
     Raises:
-        ConfigError: a rank has no device of its own, or the nodes have different numbers of ranks.
+        ConfigError: the ranks cannot be divided as asked.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    node, nodes = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    if world % nodes:
-        raise ConfigError(f"{world} ranks on {nodes} nodes: each node must have as many as the others; start the same number on each")
-    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if world == 1 and "MASTER_ADDR" not in os.environ:
-        yield Ranks(rank, world, device, node, nodes)
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, timeout=timedelta(minutes=10))
-    yield Ranks(rank, world, device, node, nodes)
-    dist.destroy_process_group()  # only after a good end: with a peer gone this would wait for it
+    parallel = stage.parallel
+    if parallel.sequence > 1:
+        model.sequence = share_clips(ranks, parallel.sequence)
+    if parallel.strategy == "colossalai":
+        from opensora.colossal import Colossal  # colossalai takes 15 s to import
+
+        return Colossal(model, stage, ranks)
+    if parallel.strategy == "fsdp":
+        return Sharded(model, stage, ranks)
+    return Replicated(model, stage, ranks)
 
 
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"rank {local_rank} of this node has no device: {torch.cuda.device_count()} CUDA devices are visible; start one rank per device"
+def data_ranks(ranks: Ranks, sequence: int) -> tuple[int, int]:
+    """This rank's number among those with clips of their own, and how many such there are: neighbours share a clip.
+
+    Raises:
+        ConfigError: the ranks do not divide.
+    """
+    if ranks.world % sequence:
+        raise ConfigError(f"parallel.sequence {sequence} does not divide {ranks.world} ranks; use a divisor, or another number of devices")
+    return ranks.rank // sequence, ranks.world // sequence
+
+
+def share_clips(ranks: Ranks, count: int) -> Sequence:
+    """The group of neighbouring ranks that share this rank's clips. Raises ConfigError."""
+    data_ranks(ranks, count)
+    groups = [dist.new_group(list(range(first, first + count))) for first in range(0, ranks.world, count)]  # every rank makes all of them
+    return Sequence(cast(dist.ProcessGroup, groups[ranks.rank // count]), ranks.rank % count, count)
+
+
+class Replicated:
+    """ddp: every rank has all weights. Gradients lie in one flat buffer, filled from the last layer to the first.
+
+    The buffer is cut into buckets; each is added up over the ranks as soon as the backward pass has filled it. What is left at the end
+    travels with the flags: a small model needs one all-reduce a step.
+    """
+
+    def __init__(self, model: STDiT, stage: StageConfig, ranks: Ranks) -> None:
+        self.model, self._ranks = model, ranks
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.optimizer = AdamW(trained, stage.optimizer)
+        self.ema = EMA(dict(model.named_parameters()), stage.ema_decay)
+        backwards = list(reversed(trained.values()))
+        self._gradients = torch.zeros(sum(weight.numel() for weight in backwards), device=ranks.device)
+        for weight, part in zip(backwards, torch.split(self._gradients, [weight.numel() for weight in backwards]), strict=True):
+            weight.grad = part.view_as(weight)
+        self._in_order = [cast(Tensor, weight.grad) for weight in trained.values()]
+        self._buckets = _cut(backwards, self._gradients)
+        self._waiting: list[set[int]] = []
+        self._sent: list[Any] = []
+        self._sound: list[Tensor] = []
+        self._norm = torch.zeros((), device=ranks.device)
+        if ranks.world > 1 and len(self._buckets) > 1:
+            for number, (weights, _) in enumerate(self._buckets[:-1]):
+                for weight in weights:
+                    weight.register_post_accumulate_grad_hook(partial(self._filled, number))  # type: ignore[no-untyped-call]
+
+    def backward(self, loss: Tensor) -> None:
+        self._gradients.zero_()
+        self._waiting = [{id(weight) for weight in weights} for weights, _ in self._buckets]
+        self._sent, self._sound = [], []
+        loss.backward()  # type: ignore[no-untyped-call]
+        for number in range(len(self._sent), len(self._buckets)):  # those whose weights took no part in this loss, and the last
+            self._look(number)
+
+    def finite(self) -> Tensor:
+        return torch.stack(self._sound).sum().isfinite()
+
+    def reduce(self, flags: Tensor) -> Tensor:
+        if self._ranks.world == 1:
+            self._norm = self._gradients.norm()
+            return flags
+        for number in range(len(self._sent), len(self._buckets) - 1):
+            self._send(number)
+        last = self._buckets[-1][1]
+        together = self._ranks.sum_(
+            torch.cat([last, flags])
+        )  # flags are a few numbers: a copy of one bucket is cheaper than a second exchange
+        last.copy_(together[: len(last)])
+        for handle in self._sent:
+            _wait(handle)
+        self._gradients /= self._ranks.world
+        self._norm = self._gradients.norm()
+        return together[len(last) :]
+
+    def norm(self) -> Tensor:
+        return self._norm
+
+    def step(self, lr: float, scale: Tensor, step: int) -> None:
+        self._gradients *= scale
+        self.optimizer.step(self._in_order, lr, _not_finite(self._norm))
+        self.ema.update(step)
+
+    def writer(self, rank: int) -> int:
+        return rank
+
+    def pieces(self) -> Pieces:
+        parts = {"model": self.model.state_dict(), "ema": self.averaged(), "optimizer": self.optimizer.state()}
+        return {part: share(tensors, self._ranks.rank, self._ranks.world) for part, tensors in parts.items()}
+
+    def load(self, reader: Reader, *, ema: bool, optimizer: bool) -> None:
+        if ema:
+            self.ema.load({name: reader.tensor("ema", name) for name in self.ema.shadow})
+        if optimizer:
+            saved = reader.names("optimizer")
+            self.optimizer.load({name: reader.tensor("optimizer", name) for name in self.optimizer.state() if name in saved})
+
+    def averaged(self) -> dict[str, Tensor]:
+        return self.model.state_dict() | self.ema.shadow
+
+    def _filled(self, number: int, weight: Tensor) -> None:
+        """Called by the backward pass when a weight's gradient is there. Buckets leave in their order, on every rank the same."""
+        self._waiting[number].discard(id(weight))
+        while len(self._sent) < len(self._buckets) - 1 and not self._waiting[len(self._sent)]:
+            self._look(len(self._sent))
+            self._send(len(self._sent))
+
+    def _look(self, number: int) -> None:
+        self._sound.append(self._buckets[number][1].sum())  # finite only if all of them are; before it becomes everybody's
+
+    def _send(self, number: int) -> None:
+        try:
+            self._sent.append(dist.all_reduce(self._buckets[number][1], async_op=True))
+        except RuntimeError as error:
+            raise PeerLost(str(error)) from error
+
+
+def _cut(backwards: list[nn.Parameter], gradients: Tensor) -> list[tuple[list[nn.Parameter], Tensor]]:
+    """The flat gradients cut at weights, each piece at least BUCKET_BYTES, the last one what is left."""
+    buckets: list[tuple[list[nn.Parameter], Tensor]] = []
+    weights: list[nn.Parameter] = []
+    start = end = 0
+    for weight in backwards:
+        weights.append(weight)
+        end += weight.numel()
+        if (end - start) * gradients.element_size() >= BUCKET_BYTES:
+            buckets.append((weights, gradients[start:end]))
+            weights, start = [], end
+    return [*buckets, (weights, gradients[start:end])]
+
+
+class Sharded:
+    """fsdp: each rank keeps its rows of every weight, in fp32, and of all that belongs to it; a block's weights are whole while it works.
+
+    On CUDA with dtype bf16 the whole weights are bf16 and the masters stay fp32; gradients are added up in fp32.
+    """
+
+    def __init__(self, model: STDiT, stage: StageConfig, ranks: Ranks) -> None:
+        from torch.distributed.device_mesh import init_device_mesh  # a second to import, that ddp does not pay
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        shards = stage.parallel.shard or ranks.world
+        if ranks.world % shards:
+            raise ConfigError(f"parallel.shard {shards} does not divide {ranks.world} ranks; use a divisor, or another number of devices")
+        if not dist.is_initialized():
+            raise ConfigError("parallel.strategy fsdp: one process without a launcher; use ddp, or start it with torchrun")
+        self._ranks, self._copies = ranks, ranks.world // shards
+        self._copy, self._shard = divmod(ranks.rank, shards)
+        if self._copies > 1:
+            mesh = init_device_mesh(ranks.device.type, (self._copies, shards), mesh_dim_names=("copies", "shards"))
+        else:
+            mesh = init_device_mesh(ranks.device.type, (shards,), mesh_dim_names=("shards",))
+        half = ranks.device.type == "cuda" and stage.dtype == "bf16"
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if half else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # bf16 would make time 900 of time 901
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(cast(nn.Module, model), mesh=mesh, mp_policy=policy)
+        self.model = model
+        self._weights = dict(model.named_parameters())
+        own = {name: _own(weight) for name, weight in self._weights.items()}
+        self._trained = [name for name, weight in self._weights.items() if weight.requires_grad]
+        self.optimizer = AdamW({name: own[name] for name in self._trained}, stage.optimizer)
+        self.ema = EMA(own, stage.ema_decay)
+        self._norm = torch.zeros((), device=ranks.device)
+
+    def backward(self, loss: Tensor) -> None:
+        for name in self._trained:
+            self._weights[name].grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def finite(self) -> Tensor:
+        return torch.stack(torch._foreach_norm(self._gradients())).sum().isfinite()
+
+    def reduce(self, flags: Tensor) -> Tensor:
+        squares = torch.stack(torch._foreach_norm(self._gradients())).square().sum() / self._copies
+        together = self._ranks.sum_(torch.cat([flags, squares[None]]))
+        self._norm = together[-1].sqrt()
+        return together[:-1]
+
+    def norm(self) -> Tensor:
+        return self._norm
+
+    def step(self, lr: float, scale: Tensor, step: int) -> None:
+        gradients = self._gradients()
+        torch._foreach_mul_(gradients, scale)
+        self.optimizer.step(gradients, lr, _not_finite(self._norm))
+        self.ema.update(step)
+
+    def writer(self, rank: int) -> int:
+        copy, shard = divmod(rank, self._ranks.world // self._copies)
+        return shard * self._copies + copy  # shards in their order, and within each its copies, which divide its rows
+
+    def pieces(self) -> Pieces:
+        me = self.writer(self._ranks.rank)
+        own = {name: _own(weight) for name, weight in self._weights.items()}
+        moments = self.optimizer.state()
+        counts = {key: value for key, value in moments.items() if not value.ndim}  # steps taken: equal on every rank
+        buffers = share(self._buffers(), me, self._ranks.world)
+        optimizer = {key: self._piece(key.partition("/")[2], value) for key, value in moments.items() if value.ndim}
+        return {
+            "model": {name: self._piece(name, weight) for name, weight in own.items()} | buffers,
+            "ema": {name: self._piece(name, weight) for name, weight in self.ema.shadow.items()} | buffers,
+            "optimizer": optimizer | share(counts, me, self._ranks.world),
+        }
+
+    def load(self, reader: Reader, *, ema: bool, optimizer: bool) -> None:
+        if ema:
+            self.ema.load({name: reader.tensor("ema", name, self._rows(name)) for name in self.ema.shadow})
+        if optimizer:
+            saved = reader.names("optimizer")
+            names = [name for name in self.optimizer.state() if name in saved]
+            rows = {name: self._rows(name.partition("/")[2]) if saved[name] else None for name in names}
+            self.optimizer.load({name: reader.tensor("optimizer", name, rows[name]) for name in names})
+
+    def averaged(self) -> dict[str, Tensor]:
+        from torch.distributed.tensor import DTensor
+
+        whole = dict(self._buffers())
+        for name, weight in self._weights.items():
+            like = cast(DTensor, weight)
+            part = DTensor.from_local(
+                self.ema.shadow[name], like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False
+            )
+            whole[name] = part.full_tensor()
+        return {name: whole[name] for name in self.model.state_dict()}
+
+    def _gradients(self) -> list[Tensor]:
+        return [_own(cast(Tensor, self._weights[name].grad)) for name in self._trained]
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in self._weights}
+
+    def _rows(self, name: str) -> slice:
+        """Rows of the whole weight that this rank holds."""
+        rows = len(self._weights[name])
+        share = math.ceil(rows / (self._ranks.world // self._copies))
+        start = min(self._shard * share, rows)
+        return slice(start, min(start + share, rows))
+
+    def _piece(self, name: str, own: Tensor) -> Piece:
+        """Of this rank's rows those that it writes: copies of a shard divide them."""
+        rows = len(self._weights[name])
+        if self._copies == 1:
+            return Piece(own, self._rows(name).start, rows)
+        part = share({name: own}, self._copy, self._copies)[name]
+        return Piece(part.tensor, self._rows(name).start + part.start, rows)
 
 
-def die_with_launcher() -> None:
-    """Ask the kernel to SIGKILL this process when the one that started it dies, so that no rank is left holding a device.
+def _own(tensor: Tensor) -> Tensor:
+    """This rank's rows of a divided tensor, sharing its memory."""
+    local: Tensor = cast(Any, tensor.detach()).to_local()
+    return local
 
-    A launcher that died before the call is noticed by the changed parent; one that a subreaper replaced is noticed by
-    `join`, whose store lived in it.
-    """
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+
+def _not_finite(norm: Tensor) -> Tensor:
+    return (~norm.isfinite()).float().reshape(1)
+
+
+def _wait(handle: Any) -> None:
+    try:
+        handle.wait()
+    except RuntimeError as error:
+        raise PeerLost(str(error)) from error

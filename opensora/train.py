@@ -5,10 +5,12 @@ here; what differs between them is data (`opensora.config`). Knows a run directo
 clusters, stores or trackers.
 
 Invariants:
-- A step is a function of (stage, weights, step, rank): noise, times and dropped captions come from a generator seeded with
-  (seed, rank, step), clips from the position in the stream. So stopping anywhere and resuming gives the unbroken run's bits.
-- The ranks exchange one buffer a step: gradients, loss, whether anybody was asked to drain, who saw a number that is not finite.
-  They therefore always agree on what happens next.
+- A step is a function of (stage, weights, step, data-parallel rank): noise, times and dropped captions come from a generator seeded
+  with (seed, rank, step), clips from the position in the stream. So stopping anywhere and resuming gives the unbroken run's bits.
+  Ranks that share a clip have the same data-parallel rank, and so the same numbers.
+- With the gradients of a step travel its loss, whether anybody was asked to drain, and who saw a number that is not finite. The ranks
+  therefore always agree on what happens next.
+- Nothing in a step waits for a GPU: what a step came to is read when the next one is on its way.
 - A stage ends on all nodes or on none: a node says `completed` or `drained` once every rank has come to the end of its work.
 """
 
@@ -21,29 +23,31 @@ import logging
 import math
 import os
 import signal
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from opensora import checkpoint, encoders, evaluate, guidance, objective, parallel, weights
-from opensora.config import StageConfig
+from opensora import checkpoint, encoders, evaluate, guidance, memory, objective, parallel, weights
+from opensora.config import Activations, StageConfig
 from opensora.data.latents import Prepared, prepare
-from opensora.data.loader import Loader
+from opensora.data.loader import Ahead, Batch, Loader
 from opensora.data.source import open_clips
-from opensora.ema import EMA
-from opensora.errors import ConfigError, Kind, NotFinite, ParentError, TrainerError
+from opensora.errors import ConfigError, Kind, LossSpike, NotFinite, ParentError, TrainerError
 from opensora.model import STDiT
-from opensora.optimizer import AdamW, learning_rate
-from opensora.parallel import PeerLost, Ranks
+from opensora.optimizer import learning_rate
 from opensora.pictures import write_mp4, write_sheet
+from opensora.ranks import PEER_LOST, PeerLost, Ranks, die_with_launcher, is_peer_lost, join
 from opensora.run_directory import Phase, RunDirectory
 from opensora.sample import Sampler, draw
+from opensora.saver import PeerFailed, Saver
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -54,6 +58,9 @@ LINES = 40
 """Progress lines of a stage."""
 SKIPPED = 20
 """Unreadable clips that are named in the log."""
+WINDOW, FEWEST, SPIKES = 100, 20, 3
+"""Losses that a spike is measured against, how many there must be, and how many spikes in a row are an end. A single batch of a diffusion
+model may be far off: its loss depends on the times drawn."""
 
 
 def generator_for(seed: int, purpose: str, rank: int, step: int, device: torch.device) -> torch.Generator:
@@ -79,18 +86,31 @@ SAME_AS_PARENT = (
 )
 """Of the model: what the weights' meaning depends on. The rest (scales, caption dropout) a stage may choose."""
 
+MAY_DIFFER = ("activations", "parallel", "compile", "loss_spike", "checkpoint")
+"""Of a stage: how it is computed and saved. A checkpoint is resumed whatever these were."""
+
 
 @dataclass(frozen=True)
 class Start:
-    """Where a stage continues: tensors by checkpoint file, and how far it is. `carried` and `reset` go into CHECKPOINT.json."""
+    """Where a stage continues, and how far it is. `carried` and `reset` go into CHECKPOINT.json."""
 
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    encoders: Path | None
-    """Directory of the encoders' files; none: they are made from the stage's own clips."""
+    reader: checkpoint.Reader | None = None
+    """The checkpoint that tensors come from; none: weights are imported or new."""
+    weights: Literal["model", "ema"] = "model"
+    """Which part of it the weights are."""
+    ema: bool = False
+    """Whether the moving average comes from it too; else it starts at the weights."""
+    optimizer: bool = False
     step: int = 0
-    clips_seen: int = 0
+    seen: tuple[int, ...] | None = None
+    """Position in the stream of clips; none: its start."""
     carried: tuple[str, ...] = ()
     reset: tuple[str, ...] = ()
+
+    @property
+    def encoders(self) -> Path | None:
+        """Directory of the encoders' files; none: they are made from the stage's own clips."""
+        return self.reader.path if self.reader is not None else None
 
 
 def find_start(run: RunDirectory, stage: StageConfig) -> Start:
@@ -106,21 +126,22 @@ def find_start(run: RunDirectory, stage: StageConfig) -> Start:
         return _chain(run.parent, stage)
     tables = f"position tables for {_size(stage)}"
     if stage.weights is not None:
-        return Start({}, None, carried=(f"weights of {stage.weights}",), reset=(tables, "optimizer", "ema", "encoders"))
-    return Start({}, None, reset=("weights", tables, "optimizer", "ema", "encoders"))
+        return Start(carried=(f"weights of {stage.weights}",), reset=(tables, "optimizer", "ema", "encoders"))
+    return Start(reset=("weights", tables, "optimizer", "ema", "encoders"))
 
 
 def _resume(path: Path, stage: StageConfig) -> Start:
-    record, saved = checkpoint.read(path)
-    if saved != stage:
-        differ = [name for name in StageConfig.model_fields if getattr(saved, name) != getattr(stage, name)]
+    reader = checkpoint.Reader(path)
+    record, saved = reader.record, reader.stage
+    differ = [name for name in StageConfig.model_fields if name not in MAY_DIFFER and getattr(saved, name) != getattr(stage, name)]
+    if differ:
         raise ParentError(f"checkpoint {path}: made by another stage.yaml (different: {', '.join(differ)}); start the stage anew")
-    tensors = {name: checkpoint.load(path, name) for name in checkpoint.TENSORS}
-    return Start(tensors, path, record.step, record.clips_seen, record.carried, record.reset)
+    return Start(reader, "model", ema=True, optimizer=True, step=record.step, seen=record.seen, carried=record.carried, reset=record.reset)
 
 
 def _chain(path: Path, stage: StageConfig) -> Start:
-    record, parent = checkpoint.read(path)
+    reader = checkpoint.Reader(path)
+    record, parent = reader.record, reader.stage
     if not record.complete:
         raise ParentError(f"parent {path}: it stopped at step {record.step} of {record.steps}; finish that stage first")
     pairs = [(f"model.{name}", getattr(stage.model, name), getattr(parent.model, name)) for name in SAME_AS_PARENT]
@@ -129,17 +150,11 @@ def _chain(path: Path, stage: StageConfig) -> Start:
     for name, ours, theirs in pairs:
         if ours != theirs:
             raise ParentError(f"parent {path}: its {name} is {theirs}, this stage's is {ours}; no rule turns one into the other")
-    source = stage.parent.weights
-    chosen = checkpoint.load(path, source)
-    tensors: dict[str, Mapping[str, Tensor]] = {"model": chosen, "ema": chosen}
+    source, carry = stage.parent.weights, stage.parent.optimizer == "carry"
     carried, reset = [f"weights ({source})", "autoencoder", "text encoder"], ["step", "data position", "ema (starts at the weights)"]
-    if stage.parent.optimizer == "carry":
-        tensors["optimizer"] = checkpoint.load(path, "optimizer")
-        carried.append("optimizer")
-    else:
-        reset.append("optimizer")
+    (carried if carry else reset).append("optimizer")
     reset.append(f"position tables ({_size(parent)} -> {_size(stage)})")
-    return Start(tensors, path, carried=tuple(carried), reset=tuple(reset))
+    return Start(reader, source, optimizer=carry, carried=tuple(carried), reset=tuple(reset))
 
 
 def _size(stage: StageConfig) -> str:
@@ -152,48 +167,67 @@ def _size(stage: StageConfig) -> str:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-class Exchange:
-    """The one buffer that ranks add up in a step: every gradient (the parameters' `.grad` are views of it), then a few numbers."""
+@dataclass
+class Step:
+    """A step that is on its way: what it came to is on the device."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
-        self._ranks = ranks
-        sizes = [parameter.numel() for parameter in parameters]
-        self._buffer = torch.zeros(sum(sizes) + 2 + ranks.world, device=ranks.device)
-        self.gradients, self._extra = torch.split(self._buffer, [sum(sizes), 2 + ranks.world])
-        for parameter, gradient in zip(parameters, torch.split(self.gradients, sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter)
+    number: int
+    """Of the step, from 1."""
+    lr: float
+    clips: int
+    tokens: int
+    waited: float
+    """Seconds for its clips."""
+    came_to: Tensor
+    """(3 + world,): norm of the gradient; then, summed over the ranks, loss, askings to drain, and each rank's flag that its numbers are not
+    finite."""
+    there: torch.cuda.Event | None
+    """When `came_to` has arrived on the CPU; none: it is there."""
 
-    def clear(self) -> None:
-        self._buffer.zero_()
 
-    def average(self, loss: Tensor, drain: bool) -> tuple[float, bool, int | None]:
-        """Mean gradients and loss over the ranks, whether anyone drains, and the first rank that saw a number that is not finite."""
-        self._extra[0], self._extra[1] = loss.detach(), float(drain)
-        self._extra[2 + self._ranks.rank] = (~(loss.detach() + self.gradients.sum()).isfinite()).float()
-        self._ranks.sum_(self._buffer)
-        self._buffer /= self._ranks.world
-        mean, drains, *bad = self._extra.tolist()
-        return mean, drains > 0, next((rank for rank, flag in enumerate(bad) if flag), None)
+class Losses:
+    """The losses of the last steps, and whether they left their range. A resumed run begins anew: its weights do not depend on it."""
+
+    def __init__(self, factor: float | None) -> None:
+        self._factor = factor
+        self._recent: deque[float] = deque(maxlen=WINDOW)
+        self._high = 0
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self._recent)
+
+    def spiked(self, loss: float) -> bool:
+        """Whether this is the SPIKES-th loss in a row that is far above the ones before."""
+        if self._factor is not None and len(self._recent) >= FEWEST and loss > self._factor * self.median:
+            self._high += 1  # and is kept out of the median
+        else:
+            self._high = 0
+            self._recent.append(loss)
+        return self._high >= SPIKES
 
 
 class Trainer:
     """The pieces of one stage, put together for one rank."""
 
     def __init__(self, run: RunDirectory, stage: StageConfig, ranks: Ranks, notice: Notice, prepared: Prepared, start: Start) -> None:
-        self.run, self.stage, self.ranks, self.notice, self.prepared = run, stage, ranks, notice, prepared
-        self.loader = Loader(prepared, seed=stage.seed, batch_size=stage.batch_size, rank=ranks.rank, world=ranks.world)
+        self.run, self.stage, self.ranks, self.notice, self.prepared, self.start = run, stage, ranks, notice, prepared, start
+        self.data_rank, data_world = parallel.data_ranks(ranks, stage.parallel.sequence)
+        self.loader = Ahead(Loader(prepared, seed=stage.seed, rank=self.data_rank, world=data_world))
         self.objective = objective.build(stage.objective)
-        self.model = _model(stage, ranks.device, start)
-        self.names = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        self.exchange = Exchange(list(self.names.values()), ranks)
-        self.optimizer = AdamW(self.names, stage.optimizer)
-        self.ema = EMA(self.model, stage.ema_decay)
-        if "ema" in start.tensors:
-            self.ema.load(start.tensors["ema"])
-        if "optimizer" in start.tensors:
-            self.optimizer.load(start.tensors["optimizer"])
-        self.step, self.clips_seen, self.start = start.step, start.clips_seen, start
+        self.model = _model(stage, ranks, start, prepared)
+        self.strategy = parallel.build(self.model, stage, ranks)
+        if start.reader is not None:
+            self.strategy.load(start.reader, ema=start.ema, optimizer=start.optimizer)
+        self.step = start.step
+        self.seen = start.seen if start.seen is not None else self.loader.start
+        writer = self.strategy.writer
+        here = tuple(writer(rank) for rank in ranks.here)
+        self.saver = Saver(run.checkpoints, stage, shard=writer(ranks.rank), shards=ranks.world, here=here, device=ranks.device)
         self.autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda" and stage.dtype == "bf16")
+        self.under_way: deque[Step] = deque()
+        self.behind = 1 if ranks.device.type == "cuda" else 0  # steps that may be on their way when the next is launched; a CPU has none
+        self.losses = Losses(stage.loss_spike)
         self.booked = self.began = time.time()  # end of the last interval that metrics.jsonl accounts for; start of the loop
 
     def train(self) -> bool:
@@ -203,102 +237,137 @@ class Trainer:
             whether it was drained.
 
         Raises:
-            NotFinite: nothing was saved since.
+            NotFinite, LossSpike: nothing was saved since.
+            DiskFull: a checkpoint could not be written; the earlier ones are there.
         """
         drained, saved = False, self.step if checkpoint.directory(self.run.checkpoints, self.step).is_dir() else -1
         while self.step < self.stage.steps and not drained:
-            line, drained = self.train_step()
+            self.saver.check()
+            self.launch()
+            due = self.step % self.stage.checkpoint.every_steps == 0 or self.step == self.stage.steps
+            lines, drained = self.settle(0 if due else self.behind)
             checkpoint_s = 0.0
-            if drained or self.step % self.stage.checkpoint.every_steps == 0 or self.step == self.stage.steps:
+            if due or drained:
+                lines += self.settle(0)[0]
                 checkpoint_s, saved = self.save(), self.step
-            self._report(line, checkpoint_s)
+            self._report(lines, checkpoint_s)
         if saved != self.step:  # a stage without steps
             self.save()
-            self.book("checkpoint")
+        self.saver.wait()
+        self.book("checkpoint")
         return drained and self.step < self.stage.steps
 
-    def train_step(self) -> tuple[dict[str, float], bool]:
-        """One optimizer step; its line of metrics, and whether the ranks agreed to drain after it."""
+    def launch(self) -> None:
+        """One optimizer step, of which the device may have done nothing yet."""
         began = time.time()
-        batch = self.loader.batch(self.clips_seen)
-        clean, vectors, mask = (part.to(self.ranks.device) for part in (batch.latents, batch.vectors, batch.mask))
+        batch = self.loader.batch(self.seen).to(self.ranks.device)
         waited = time.time() - began
 
-        generator = generator_for(self.stage.seed, "step", self.ranks.rank, self.step, self.ranks.device)
+        loss = self._loss(batch)
+        self.strategy.backward(loss)
+        flags = torch.zeros(2 + self.ranks.world, device=self.ranks.device)
+        flags[0] = loss.detach()
+        flags[1] = float(self.notice.given or self.run.drain_asked())
+        flags[2 + self.ranks.rank] = ~(flags[0].isfinite() & self.strategy.finite())
+        flags = self.strategy.reduce(flags)
+        norm = self.strategy.norm()
+
+        lr = learning_rate(self.stage.optimizer, self.step, self.stage.steps)
+        clip = self.stage.optimizer.grad_clip
+        scale = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp(max=1)
+        if self.saver.copied is not None:
+            torch.cuda.current_stream(self.ranks.device).wait_event(self.saver.copied)
+        self.strategy.step(lr, scale, self.step)
+
+        clips = self.loader.clips(self.seen)
+        frames, spatial = self.stage.tokens_of(self.stage.buckets[batch.bucket])
+        came_to, there = torch.cat([norm[None], flags]).to("cpu", non_blocking=True), None
+        if self.ranks.device.type == "cuda":
+            there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            there.record()
+        self.step += 1
+        self.seen = self.loader.after(self.seen)
+        self.under_way.append(Step(self.step, lr, clips, clips * frames * spatial, waited, came_to, there))
+
+    def _loss(self, batch: Batch) -> Tensor:
+        clean = batch.latents
+        generator = generator_for(self.stage.seed, "step", self.data_rank, self.step, self.ranks.device)
         moment = self.objective.draw_time(len(clean), generator)
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         drop = torch.rand(len(clean), generator=generator, device=clean.device) < self.stage.model.caption_dropout
-
-        self.exchange.clear()
         with self.autocast:
-            network = guidance.conditional(self.model, vectors, mask, drop)
-            loss = self.objective.loss(network, clean, moment, noise).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        mean, drained, bad = self.exchange.average(loss, self.notice.given or self.run.drain_asked())
-        norm = float(self.exchange.gradients.norm())
-        if bad is not None or not math.isfinite(norm):
-            raise self._not_finite(bad or 0, mean, norm)
+            network = guidance.conditional(self.strategy.model, batch.vectors, batch.mask, drop)
+            return self.objective.loss(network, clean, moment, noise).mean()
 
-        lr = learning_rate(self.stage.optimizer, self.step, self.stage.steps)
-        if self.stage.optimizer.grad_clip is not None:
-            self.exchange.gradients *= min(1.0, self.stage.optimizer.grad_clip / (norm + 1e-6))
-        self.optimizer.step(lr)
-        self.ema.update(self.step)
+    def settle(self, most: int) -> tuple[list[dict[str, float]], bool]:
+        """Read what steps came to until at most `most` are on their way: their lines of metrics, and whether the ranks agreed to drain.
 
-        self.step += 1
-        self.clips_seen += self.loader.clips_per_step
-        frames, spatial = self.stage.tokens
-        tokens = self.loader.clips_per_step * frames * spatial
-        return {
-            "step": self.step,
-            "loss": mean,
-            "lr": lr,
-            "grad_norm": norm,
-            "clips": self.loader.clips_per_step,
-            "tokens": tokens,
-            "data_wait_s": waited,
-        }, drained
+        Raises:
+            NotFinite, LossSpike, PeerLost: this is as far as it goes.
+        """
+        lines, drained = [], False
+        while len(self.under_way) > most:
+            step = self.under_way.popleft()
+            if step.there is not None:
+                step.there.synchronize()
+            norm, loss, drains, *bad = step.came_to.tolist()
+            loss /= self.ranks.world
+            first_bad = next((rank for rank, flag in enumerate(bad) if flag), None)
+            if first_bad is not None or not math.isfinite(norm):
+                raise self._not_finite(step.number, first_bad or 0, loss, norm)
+            if self.losses.spiked(loss):
+                raise self._spiked(step.number, loss)
+            drained |= drains > 0
+            lines.append(
+                {
+                    "step": step.number,
+                    "loss": loss,
+                    "lr": step.lr,
+                    "grad_norm": norm,
+                    "clips": step.clips,
+                    "tokens": step.tokens,
+                    "data_wait_s": step.waited,
+                    "time": time.time(),
+                }
+            )
+        return lines, drained
 
-    def _not_finite(self, rank: int, loss: float, norm: float) -> NotFinite | PeerLost:
+    def _spiked(self, step: int, loss: float) -> LossSpike | PeerLost:
+        if not self.ranks.is_first:
+            return PeerLost("the loss left its range, which the first rank tells")
+        return LossSpike(
+            f"step {step}: loss {loss:.4g}, for the {SPIKES}rd time in a row above {self.stage.loss_spike:g} times the median of the steps "
+            f"before ({self.losses.median:.4g}); go on from the last checkpoint with a lower optimizer.lr (now "
+            f"{self.stage.optimizer.lr:g}), or look at the clips"
+        )
+
+    def _not_finite(self, step: int, rank: int, loss: float, norm: float) -> NotFinite | PeerLost:
         if rank != self.ranks.rank:
             return PeerLost(f"rank {rank} saw a number that is not finite")
         return NotFinite(
-            f"step {self.step + 1}: loss {loss} and gradient norm {norm} are not both finite; this step was not taken and not saved, "
+            f"step {step}: loss {loss} and gradient norm {norm} are not both finite; this step was not taken and not saved, "
             f"lower optimizer.lr (now {self.stage.optimizer.lr:g}) or look at the clips"
         )
 
     def save(self) -> float:
-        """Write a checkpoint of this step, each node its share of the files, by its first rank; seconds that it took.
+        """Begin a checkpoint of this step, each rank its rows; seconds that training stood still for it.
 
         Raises:
-            NotFinite: the weights are not: a gradient was finite and its update was not.
+            DiskFull, NotFinite: the last one could not be written, or this one.
         """
-        if not self.ranks.is_first_here:
-            return 0.0
         began = time.time()
-        for name, weight in self.names.items():
-            if not weight.isfinite().all():
-                raise NotFinite(f"step {self.step}: weight {name} is not finite; nothing was saved, lower optimizer.lr")
         self.run.heartbeat(self.step, "checkpoint")
-        tensors = {"model": self.model.state_dict(), "ema": self.averaged(), "optimizer": self.optimizer.state()}
-        checkpoint.save(
-            self.run.checkpoints,
-            self.stage,
-            tensors,
+        self.saver.save(
+            self.strategy.pieces(),
             self.prepared.directory,
             step=self.step,
             world_size=self.ranks.world,
-            clips_seen=self.clips_seen,
+            seen=self.seen,
             carried=self.start.carried,
             reset=self.start.reset,
             node=self.ranks.node,
-            nodes=self.ranks.nodes,
         )
         return time.time() - began
-
-    def averaged(self) -> dict[str, Tensor]:
-        """The moving average as a state dict: what is sampled from, and what the next stage starts from."""
-        return self.model.state_dict() | self.ema.shadow
 
     def judge(self) -> dict[str, float]:
         """Readings of the finished stage on generated clips, the work split over the ranks; the same on every rank but for the ceilings."""
@@ -335,16 +404,22 @@ class Trainer:
         self.booked = now
 
     def _sampler(self) -> Sampler:
-        return Sampler(self.stage, self.averaged(), self.prepared.autoencoder, self.prepared.text, device=self.ranks.device)
+        return Sampler(self.stage, self.strategy.averaged(), self.prepared.autoencoder, self.prepared.text, device=self.ranks.device)
 
-    def _report(self, line: dict[str, float], checkpoint_s: float) -> None:
+    def _report(self, lines: Sequence[dict[str, float]], checkpoint_s: float) -> None:
+        """Write the lines of steps; the time of a save belongs to the last of them."""
+        for line in lines:
+            last = line is lines[-1]
+            now = line["time"] = time.time() if last else line["time"]
+            line["checkpoint_s"] = checkpoint_s if last else 0.0
+            left = now - self.booked - line["checkpoint_s"]
+            line["data_wait_s"] = min(line["data_wait_s"], left)  # of a step that was launched before the interval began
+            line["step_s"] = left - line["data_wait_s"]
+            self.booked = now
+            self.run.record(line)
         self.run.heartbeat(self.step, "train")
-        now = time.time()
-        line |= {"time": now, "checkpoint_s": checkpoint_s, "step_s": now - self.booked - line["data_wait_s"] - checkpoint_s}
-        self.booked = now
-        self.run.record(line)
-        done, elapsed = self.step - self.start.step, now - self.began
-        if self.ranks.is_first and (self.step % max(1, self.stage.steps // LINES) == 0 or self.step == self.stage.steps):
+        if lines and self.ranks.is_first and (self.step % max(1, self.stage.steps // LINES) == 0 or self.step == self.stage.steps):
+            line, done, elapsed = lines[-1], self.step - self.start.step, self.booked - self.began
             log.info(
                 "step %6d/%d  loss %.4f  lr %.2e  grad %.2f  %6.1f clips/s  ETA %s",
                 self.step,
@@ -357,27 +432,60 @@ class Trainer:
             )
 
 
-def _model(stage: StageConfig, device: torch.device, start: Start) -> STDiT:
+def _model(stage: StageConfig, ranks: Ranks, start: Start, prepared: Prepared) -> STDiT:
+    """The network with the weights that the stage starts from, on the rank's device."""
     try:
         model = STDiT(
             stage.model,
             stage.latent_shape[1:],
             stage.out_channels,
-            grad_checkpoint=stage.grad_checkpoint,
             generator=generator_for(stage.seed, "weights", 0, 0, torch.device("cpu")),
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
-    if "model" in start.tensors:
-        for name in ("model", "ema"):
-            checkpoint.compare(model.state_dict(), start.tensors[name], f"{name} weights to start from")
-        model.load_state_dict(start.tensors["model"])
+    if start.reader is not None:
+        _take(start.reader, start.weights, model)
     elif stage.weights is not None:
-        report = weights.load_file(Path(stage.weights), model)
-        log.info("weights: %d tensors of %s (%s); recomputed: %s", len(report.mapped), stage.weights, report.format, report.recomputed)
+        _import(Path(stage.weights), model, prepared)
     if stage.freeze == "temporal":
         model.freeze_temporal()
-    return model.to(device).train()
+    model.keep(_activations(stage, ranks))
+    model.to(ranks.device).train()
+    if ranks.device.type == "cuda" and stage.compile and stage.parallel.sequence == 1:  # exchanges would cut each block's graph in three
+        for block in model.blocks:
+            block.compile()
+    return model
+
+
+@torch.no_grad()
+def _take(reader: checkpoint.Reader, part: Literal["model", "ema"], model: STDiT) -> None:
+    """A checkpoint's weights, one tensor after the other: the files are mapped, no second copy of the model is made."""
+    own = model.state_dict()
+    checkpoint.compare(own, reader.names(part), f"{part} weights to start from")
+    for name, weight in own.items():
+        weight.copy_(reader.tensor(part, name))
+
+
+@torch.no_grad()
+def _import(path: Path, model: STDiT, prepared: Prepared) -> None:
+    report = weights.load(path, model)
+    log.info("weights: %d tensors of %s (%s); recomputed: %s", len(report.mapped), path, report.format, report.recomputed)
+    missing = set(report.missing)
+    if "null_caption" in missing:  # diffusers' layout has none: its pipeline encodes an empty prompt
+        null = encoders.null_caption(prepared.text, *model.null_caption.shape)
+        if null is not None:
+            model.null_caption.copy_(null)
+            missing.remove("null_caption")
+    log.info("weights: not in the file and as in a new model: %s", ", ".join(sorted(missing)) or "nothing")
+
+
+def _activations(stage: StageConfig, ranks: Ranks) -> Activations:
+    """The stage's policy; for `auto` the fastest that fits, on a CPU that of keeping everything."""
+    if stage.activations.recompute != "auto":
+        return stage.activations
+    if ranks.device.type != "cuda":
+        return stage.activations.model_copy(update={"recompute": "none"})
+    return memory.choose(stage, torch.cuda.get_device_properties(ranks.device).total_memory, ranks.world)
 
 
 def _draw_samples(folder: Path, sampler: Sampler, stage: StageConfig, frames: int) -> None:
@@ -426,7 +534,7 @@ def run_stage(run: RunDirectory, ranks: Ranks, notice: Notice, born: float) -> N
         _announce(trainer)
     trainer.begin(born)
 
-    drained, readings = trainer.train(), {}
+    drained, readings = _train(trainer), {}
     if not drained:
         readings = trainer.judge()
         trainer.book("evaluate")
@@ -435,6 +543,17 @@ def run_stage(run: RunDirectory, ranks: Ranks, notice: Notice, born: float) -> N
         run.finish("drained" if drained else "completed", evaluation=readings)
     if ranks.is_first:
         log.info("%s at step %d  %s", "drained" if drained else "completed", trainer.step, _readings(readings))
+
+
+def _train(trainer: Trainer) -> bool:
+    try:
+        return trainer.train()
+    except Exception:
+        try:  # a checkpoint that was being written when a step failed is as good as any other
+            trainer.saver.wait()
+        except (TrainerError, PeerFailed, OSError) as error:
+            log.info("the checkpoint that was being written is lost: %s", error)
+        raise
 
 
 def _prepare(run: RunDirectory, stage: StageConfig, ranks: Ranks, start: Start) -> Prepared:
@@ -468,7 +587,7 @@ def _announce(trainer: Trainer) -> None:
     """What is about to run, for whoever reads the log."""
     stage, ranks, model, optimizer = trainer.stage, trainer.ranks, trainer.stage.model, trainer.stage.optimizer
     count = sum(weight.numel() for weight in trainer.model.parameters())
-    trained = sum(weight.numel() for weight in trainer.names.values())
+    trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
     (frames, spatial), pixels = stage.tokens, f"{stage.data.frames}x{stage.data.height}x{stage.data.width}"
     rows = {
         "model": f"STDiT {model.depth}x{model.width}, {model.heads} heads, {count:,} parameters, {trained:,} of them trained",
@@ -525,12 +644,12 @@ def run_reported(run: RunDirectory, notice: Notice) -> int:
         log.info("error: run directory %s: %s; nothing was started", run.path, error.strerror)
         return 1
     try:
-        with parallel.join() as ranks:
+        with join() as ranks:
             run_stage(run, ranks, notice, _born())
-    except PeerLost as error:
-        log.info("rank %d: another rank ended (%s)", run.rank, str(error).splitlines()[0])
-        return parallel.PEER_LOST
     except Exception as error:  # the boundary: whatever happened is reported, with its class
+        if is_peer_lost(error) or isinstance(error, PeerFailed):
+            log.info("rank %d: another rank ended (%s)", run.rank, str(error).splitlines()[0])
+            return PEER_LOST
         kind = _classify(error)
         run.finish("failed", reason=f"{type(error).__name__}: {error}" if kind == "code" else str(error), kind=kind)
         log.info("error: rank %d: %s", run.rank, error, exc_info=kind == "code")
@@ -540,7 +659,7 @@ def run_reported(run: RunDirectory, notice: Notice) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """See `run_reported`. The exit code of a launcher around it says less than `result.json`."""
-    parallel.die_with_launcher()
+    die_with_launcher()
     parser = argparse.ArgumentParser(prog="torchrun -m opensora.train", description="Run one stage of training in a run directory.")
     parser.add_argument("run_dir", type=Path, help="holds stage.yaml, and parent/ or checkpoints/ to start from")
     path = parser.parse_args(argv).run_dir

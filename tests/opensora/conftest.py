@@ -15,7 +15,7 @@ import torch
 from opensora import checkpoint, train
 from opensora.config import StageConfig, write_stage
 from opensora.data.latents import Prepared, prepare
-from opensora.parallel import Ranks
+from opensora.ranks import Ranks
 from opensora.run_directory import RunDirectory
 
 torch.set_num_threads(1)

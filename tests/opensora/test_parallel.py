@@ -1,104 +1,130 @@
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import gang
+import parallel_cases
 import pytest
 import torch
+from parallel_cases import SHAPES, STEPS, WAYS, Case, combined, save, train
+from safetensors.torch import load_file
+from torch import Tensor
 
+from opensora import parallel
+from opensora.checkpoint import Reader
 from opensora.errors import ConfigError
-from opensora.parallel import Ranks, join
+from opensora.ranks import Ranks
 
-LAUNCHER = """
-import subprocess, sys
-subprocess.Popen([sys.executable, "-c", sys.argv[1]])
-import time
-time.sleep(600)
-"""
-RANK = """
-import os, sys, time
-from opensora import parallel
-parallel.die_with_launcher()
-print(os.getpid(), flush=True)
-time.sleep(600)
-"""
+CASES = parallel_cases.__file__
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+RUNS = [
+    (way, world, shape)
+    for way, worlds in WAYS.items()
+    for world in worlds
+    for shape in SHAPES
+    if shape == "divisible" or "recomputed" not in way
+]
+SAVED = [(way, world) for way, world, shape in RUNS if shape == "ragged"]
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the cases gave on 2 and on 4 real ranks."""
+    out = tmp_path_factory.mktemp("together")
+    gang.run(2, CASES, str(out))
+    gang.run(4, CASES, str(out))
+    return out
 
 
-def test_a_rank_dies_with_its_launcher() -> None:
-    with subprocess.Popen([sys.executable, "-c", LAUNCHER, RANK], stdout=subprocess.PIPE) as launcher:
-        assert launcher.stdout is not None
-        pid = int(launcher.stdout.readline())
-        assert alive(pid)
-        launcher.kill()
-        deadline = time.monotonic() + 10
-        while alive(pid) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        died = not alive(pid)
-        if not died:
-            os.kill(pid, signal.SIGKILL)
-    assert died
+@pytest.fixture(scope="module")
+def resumed(together: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One more step on 2 ranks from what every strategy saved on 2 and 4, and from what one rank saved."""
+    alone = combined(SHAPES["ragged"], Case())
+    strategy, _ = train(alone, ALONE)
+    save(strategy, alone, ALONE, together / "alone 1")
+    out = tmp_path_factory.mktemp("resumed")
+    gang.run(2, CASES, str(out), str(together))
+    return out
 
 
-def test_one_process_needs_no_group() -> None:
-    with join() as ranks:
-        assert (ranks.rank, ranks.world, ranks.is_first) == (0, 1, True)
-        assert ranks.sum_(torch.ones(2)).tolist() == [1, 1]
-        assert ranks.share("a path/ü") == "a path/ü"
-        assert not torch.distributed.is_initialized()
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Tensor]]:
+    """The same by one process, by shape."""
+    torch.set_num_threads(1)
+    return {shape: train(combined(case, Case()), ALONE)[1] for shape, case in SHAPES.items()}
 
 
-def test_one_process_under_a_launcher_has_one() -> None:
-    code = "from opensora import parallel; import torch\n"
-    code += "with parallel.join() as ranks: print(ranks.world, torch.distributed.get_world_size(), ranks.share('x'))"
-    launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | launched, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["1", "1", "x"], done.stderr
+def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor], prefix: str) -> dict[str, float]:
+    """Largest difference of each tensor whose name begins so, over the largest number of its kind."""
+    names = [name for name in theirs if name.startswith(prefix)]
+    assert names and set(names) == {name for name in ours if name.startswith(prefix)}
+    scale = max(float(theirs[name].abs().max()) for name in names)
+    return {name: float((ours[name] - theirs[name]).abs().max()) / scale for name in names}
 
 
-def test_ranks_know_their_place() -> None:
-    assert not Ranks(1, 2, torch.device("cpu")).is_first
-    ranks = [Ranks(rank, 6, torch.device("cpu"), node=rank // 2, nodes=3) for rank in range(6)]
-    assert [rank.is_first for rank in ranks] == [True] + 5 * [False]
-    assert [rank.is_first_here for rank in ranks] == 3 * [True, False]
+@pytest.mark.parametrize(("way", "world", "shape"), RUNS)
+def test_every_way_to_share_the_work_gives_the_step_of_one_process(
+    way: str, world: int, shape: str, together: Path, alone: dict[str, dict[str, Tensor]]
+) -> None:
+    ours, theirs = load_file(together / f"{way} {world} {shape}.safetensors"), alone[shape]
+    for prefix in ("loss.", "norm.", "grad.", "weight.", "ema."):
+        worst = differences(ours, theirs, prefix)
+        assert max(worst.values()) < 1e-5, (prefix, sorted(worst, key=lambda name: -worst[name])[:3])
+    assert any(theirs[name].abs().max() > 1e-3 for name in theirs if name.startswith("grad.blocks.1"))
 
 
-SHARING = """
-import os, sys
-from opensora import parallel
-with parallel.join() as ranks:
-    word = ranks.share(f"of rank {ranks.rank}")
-    data = ranks.hand_out(bytes([0, ranks.rank, 0]) * 1000)
-    print(ranks.rank, word, data == bytes([0, 0, 0]) * 1000, ranks.hand_out(b""), sep="|")
-"""
+def test_steps_move_weights(alone: dict[str, dict[str, Tensor]]) -> None:
+    for shape, found in alone.items():
+        losses = [float(found[f"loss.{step}"]) for step in range(STEPS)]
+        assert losses == sorted(losses, reverse=True) or losses[0] != losses[-1], shape
+        assert float(found["norm.0"]) > 0.01
 
 
-def test_a_node_shares_its_own_text_and_the_first_rank_hands_its_bytes_to_all() -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    ranks = []
-    for rank in range(4):
-        place = {"RANK": rank, "WORLD_SIZE": 4, "LOCAL_RANK": rank % 2, "GROUP_RANK": rank // 2, "GROUP_WORLD_SIZE": 2}
-        env = os.environ | {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(subprocess.Popen([sys.executable, "-c", SHARING], env=env, stdout=subprocess.PIPE, text=True))
-    said = [rank.communicate(timeout=60)[0].strip() for rank in ranks]
-    assert said == [f"{rank}|of rank {rank // 2 * 2}|True|b''" for rank in range(4)]
+@pytest.mark.parametrize("after", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("way", "world"), [*SAVED, ("alone", 1)])
+def test_a_checkpoint_goes_on_under_any_strategy_and_number_of_ranks(way: str, world: int, after: str, resumed: Path) -> None:
+    case = combined(SHAPES["ragged"], Case())
+    _, theirs = train(case, ALONE, steps=range(STEPS + 1))
+    ours = load_file(resumed / f"{way} {world} then {after} 2.safetensors")
+    for prefix in (f"loss.{STEPS}", f"norm.{STEPS}", "weight.", "ema."):
+        wanted = {name: value for name, value in theirs.items() if name.startswith(prefix)}
+        found = {name: value for name, value in ours.items() if name.startswith(prefix)}
+        assert max(differences(found, wanted, prefix).values()) < 2e-5, prefix
 
 
-def test_nodes_with_different_numbers_of_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="3 ranks on 2 nodes"), join():
-        pass
+@pytest.mark.parametrize(("way", "world"), SAVED)
+def test_the_ranks_together_write_the_whole_state_once(way: str, world: int, together: Path, alone: dict[str, dict[str, Tensor]]) -> None:
+    (path,) = (together / f"{way} {world}").glob("checkpoints/step-*")
+    reader = Reader(path)
+    assert len(list(path.glob("model*.safetensors"))) == world
+    weights = {name.removeprefix("weight."): value for name, value in alone["ragged"].items() if name.startswith("weight.")}
+    for part in ("model", "ema"):
+        assert {name: shape for name, shape in reader.names(part).items() if name != "null_caption"} == {
+            name: tuple(value.shape) for name, value in weights.items()
+        }
+    assert set(reader.names("optimizer")) == {f"{key}/{name}" for key in ("exp_avg", "exp_avg_sq", "step") for name in weights}
+    scale = max(float(value.abs().max()) for value in weights.values())
+    assert max(float((reader.tensor("model", name) - value).abs().max()) for name, value in weights.items()) < 1e-5 * scale
+
+
+def test_large_gradients_travel_in_buckets_of_fixed_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "BUCKET_BYTES", 1)
+    _, found = train(combined(SHAPES["ragged"], Case()), ALONE)
+    monkeypatch.undo()
+    _, expected = train(combined(SHAPES["ragged"], Case()), ALONE)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("parts", "world", "words"),
+    [({"sequence": 2}, 3, "parallel.sequence 2 does not divide 3 ranks"), ({"strategy": "fsdp", "shard": 2}, 3, "parallel.shard 2")],
+)
+def test_ranks_that_cannot_be_divided_are_refused(parts: dict[str, object], world: int, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(Case(**parts), Ranks(0, world, torch.device("cpu")))  # type: ignore[arg-type]
+
+
+def test_fsdp_of_one_process_without_a_launcher_is_refused() -> None:
+    with pytest.raises(ConfigError, match="torchrun"):
+        train(Case(strategy="fsdp"), ALONE)

@@ -1,0 +1,139 @@
+"""Ranks: how the processes of one training job meet, agree and die.
+
+Owns the process group (gloo on a CPU, NCCL on CUDA), the device of a rank and its threads. The nodes of a job share nothing but
+that group: each has a run directory of its own, and its first rank keeps the books there for all of the node.
+How the ranks divide the work between them is `opensora.parallel`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from opensora.errors import ConfigError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PEER_LOST = 75
+"""Exit code of a rank that ended because another one was gone: whoever looks for the cause has to look elsewhere."""
+LONGEST_TEXT = 4096
+"""Bytes that `Ranks.share` carries: a path's limit on Linux."""
+
+
+class PeerLost(Exception):
+    """Another rank went away in the middle of an exchange. The cause is there, not here: whoever gets this reports nothing."""
+
+
+def is_peer_lost(error: Exception) -> bool:
+    """Whether a collective inside of a forward or backward pass failed because a rank is gone: gloo has no exception of its own."""
+    return isinstance(error, PeerLost | dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers. A job of one process needs no process group."""
+
+    rank: int
+    world: int
+    device: torch.device
+    node: int = 0
+    nodes: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def here(self) -> tuple[int, ...]:
+        """The ranks of this node."""
+        count = self.world // self.nodes
+        return tuple(range(self.node * count, (self.node + 1) * count))
+
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this is the first rank of its node."""
+        return self.rank == self.here[0]
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add `tensor` over all ranks, in place; the same bits on every rank.
+
+        Raises:
+            PeerLost: a rank is gone.
+        """
+        if self.world > 1:
+            try:
+                dist.all_reduce(tensor)
+            except RuntimeError as error:  # gloo and NCCL both say it this way; an all-reduce of a plain tensor has no other failure
+                raise PeerLost(str(error)) from error
+        return tensor
+
+    def barrier(self) -> None:
+        """Return when every rank got here. Raises PeerLost."""
+        self.sum_(torch.zeros(1, device=self.device))
+
+    def share(self, text: str) -> str:
+        """The text of a node's first rank, on every rank of that node. Raises PeerLost."""
+        content = torch.zeros(self.nodes, LONGEST_TEXT, dtype=torch.uint8)
+        if self.is_first_here:
+            content[self.node, : len(text.encode())] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        return bytes(self.sum_(content.to(self.device))[self.node].tolist()).rstrip(b"\0").decode()
+
+    def hand_out(self, data: bytes) -> bytes:
+        """The first rank's bytes, on every rank of every node; what the others bring is not looked at. Raises PeerLost."""
+        size = int(self.sum_(torch.tensor([len(data) if self.is_first else 0], device=self.device)))
+        content = torch.zeros(size, dtype=torch.uint8)
+        if self.is_first and data:
+            content[:] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return self.sum_(content.to(self.device)).cpu().numpy().tobytes()
+
+
+@contextmanager
+def join() -> Iterator[Ranks]:
+    """Meet the other ranks of the launcher (torchrun's environment), or be the only one.
+
+    Raises:
+        ConfigError: a rank has no device of its own, or the nodes have different numbers of ranks.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    node, nodes = int(os.environ.get("GROUP_RANK", "0")), int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    if world % nodes:
+        raise ConfigError(f"{world} ranks on {nodes} nodes: each node must have as many as the others; start the same number on each")
+    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if world == 1 and "MASTER_ADDR" not in os.environ:
+        yield Ranks(rank, world, device, node, nodes)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, timeout=timedelta(minutes=10))
+    yield Ranks(rank, world, device, node, nodes)
+    dist.destroy_process_group()  # only after a good end: with a peer gone this would wait for it
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {local_rank} of this node has no device: {torch.cuda.device_count()} CUDA devices are visible; start one rank per device"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def die_with_launcher() -> None:
+    """Ask the kernel to SIGKILL this process when the one that started it dies, so that no rank is left holding a device.
+
+    A launcher that died before the call is noticed by the changed parent; one that a subreaper replaced is noticed by
+    `join`, whose store lived in it.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
