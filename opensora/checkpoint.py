@@ -128,7 +128,7 @@ def files_of(part: str, names: Iterable[str]) -> list[str]:
         if name not in found:
             raise ValueError(f"{name} is missing" + (f", {found[-1]} is there" if found else ""))
     if len(found) > shards:
-        raise ValueError(f"{(set(found) - set(expected)).pop()} is there beside {found[-1]}")
+        raise ValueError(f"{sorted(set(found) - set(expected))[0]} is there beside {found[-1]}")
     return found
 
 

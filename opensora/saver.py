@@ -22,9 +22,9 @@ import os
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from io import TextIOWrapper
 from pathlib import Path
 
 import torch
@@ -188,7 +188,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        self._alive = _lock(self._sign_of_life(shard)) if len(here) > 1 else None  # held until this process ends
+        if len(here) > 1:
+            weakref.finalize(self, os.close, _lock(self._sign_of_life(shard)))
         if self._leads:
             self._clean()
 
@@ -403,11 +404,11 @@ def _mark(partial: Path, shard: int) -> Path:
     return partial / f".writer-{shard:05d}"
 
 
-def _lock(path: Path) -> TextIOWrapper:
-    """Hold a file until this process ends, however it does."""
-    file = path.open("a")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+def _lock(path: Path) -> int:
+    """Descriptor of a file that is held until it is closed, at the latest when this process ends, however it does."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
 
 
 def _is_free(path: Path) -> bool:

@@ -1,0 +1,103 @@
+"""Ranks that do nothing but save in the background, as fast as they can, and are killed: for tests/opensora/test_saver.py.
+
+    python tests/killed_savers.py STAGE_YAML FOLDER ROUNDS RANKS WHO
+
+Each round forks the ranks anew (a fork of a process that has imported torch costs milliseconds), kills all of them or the one of number
+WHO at a random moment, and looks at what is left: every checkpoint must be whole, and none may be lost that was there. The others of a
+killed one must end by themselves. Prints what it saw; ends with a traceback where a law is broken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from opensora import checkpoint
+from opensora.config import StageConfig, read_stage
+from opensora.saver import PeerFailed, Saver
+
+PEER_FAILED = 75
+PATIENCE_S = 10
+
+
+def save_for_ever(stage: StageConfig, folder: Path, encoders: Path, rank: int, ranks: int, step: int, made: int, go: int) -> None:
+    saver = Saver(folder, stage, shard=rank, shards=ranks, here=tuple(range(ranks)), device=torch.device("cpu"))
+    os.write(made, b".")
+    os.read(go, 1)
+    while True:
+        tensors = {"w": torch.full((5, 3000), float(step)), "b": torch.full((), float(step))}
+        pieces = {part: checkpoint.share(tensors, rank, ranks) for part in checkpoint.TENSORS}
+        saver.save(pieces, encoders, step=step, world_size=ranks, seen=(step,), carried=(), reset=())
+        step += 1
+
+
+def one_round(stage: StageConfig, folder: Path, encoders: Path, ranks: int, who: int | None, number: int) -> int:
+    """One life of the ranks; step of the newest checkpoint."""
+    before = checkpoint.latest(folder)
+    first = 1 if before is None else checkpoint.step_of(before) + 1
+    (made, make), (gone, go) = os.pipe(), os.pipe()
+    pids = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                save_for_ever(stage, folder, encoders, rank, ranks, first, make, gone)
+            except PeerFailed:
+                os._exit(PEER_FAILED)
+            finally:
+                os._exit(1)
+        pids.append(pid)
+    for _ in range(ranks):
+        os.read(made, 1)
+    os.write(go, b"." * ranks)
+    while number % 2 and checkpoint.latest(folder) == before:  # a loaded machine may otherwise never come to the end of a save
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, 0.05))  # noqa: S311 - no secret
+    victims = pids if who is None else [pids[who]]
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+    until = time.monotonic() + PATIENCE_S
+    for pid in pids:
+        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+            assert time.monotonic() < until, "a rank waits for one that is gone"
+            time.sleep(0.002)
+        code = os.waitstatus_to_exitcode(ended[1])
+        assert code == (-signal.SIGKILL if pid in victims else PEER_FAILED), code
+    for descriptor in (made, make, gone, go):
+        os.close(descriptor)
+    return look(folder, before)
+
+
+def look(folder: Path, before: Path | None) -> int:
+    found = [path for path in folder.iterdir() if path.name.startswith("step-")]
+    for path in found:
+        reader = checkpoint.open_(path)
+        for part in checkpoint.TENSORS:
+            for name, shape in {"w": (5, 3000), "b": ()}.items():
+                assert torch.equal(reader.tensor(part, name), torch.full(shape, float(reader.record.step))), path
+    newest = checkpoint.latest(folder)
+    assert before is None or (newest is not None and newest >= before), "a good checkpoint is gone"
+    return 0 if newest is None else checkpoint.step_of(newest)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    stage, folder, rounds, ranks = read_stage(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    who = int(sys.argv[5]) if len(sys.argv) > 5 else None
+    encoders = folder.parent / "encoders"
+    halves, steps = 0, []
+    for number in range(rounds):
+        steps.append(one_round(stage, folder, encoders, ranks, who, number))
+        halves += any(path.name.endswith((".partial", ".failed")) for path in folder.iterdir())
+    print(json.dumps({"steps": steps, "halves": halves}))
+
+
+if __name__ == "__main__":
+    main()
