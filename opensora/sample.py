@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opensora import checkpoint, guidance, objective
 from opensora.config import SamplingConfig, StageConfig
-from opensora.encoders import Autoencoder, TextEncoder, decode_clips, load
+from opensora.encoders import Autoencoder, TextEncoder, decode_clips, load, padded
 from opensora.errors import ConfigError, TrainerError
 from opensora.model import STDiT
 from opensora.pictures import write_mp4, write_sheet
@@ -54,7 +54,7 @@ class Sampler:
         Raises:
             ConfigError: a caption has unknown words, or the frames do not divide into patches.
         """
-        vectors, mask = self.text.encode(captions, self.stage.model.caption_tokens)
+        vectors, mask = padded(self.text.encode(captions))
         model, sampling = self._model(frames), self.sampling
         network = guidance.guided(model, vectors.to(self.device), mask.to(self.device), sampling.guidance, sampling.guidance_channels)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
