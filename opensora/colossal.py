@@ -111,12 +111,11 @@ class Colossal:
 
     def finite(self) -> Tensor:
         """Of the averaged gradient: one rank's number that is not finite is everybody's by now."""
-        return torch.stack(torch._foreach_norm(self._gradients())).sum().isfinite()
+        return self._squares(self._gradients()).isfinite()
 
     def reduce(self, flags: Tensor) -> Tensor:
-        counted = [self._parts.gradient(name).float() for name in self._trained if self._parts.counts(name)]
-        squares = torch.stack([*torch._foreach_norm(counted), torch.zeros((), device=self._ranks.device)]).square().sum()
-        self._norm = self._parts.sum_(squares).sqrt()
+        counted = [self._parts.gradient(name) for name in self._trained if self._parts.counts(name)]
+        self._norm = self._parts.sum_(self._squares(counted)).sqrt()
         return self._ranks.sum_(flags)
 
     def norm(self) -> Tensor:
@@ -162,6 +161,11 @@ class Colossal:
 
     def averaged(self) -> dict[str, Tensor]:
         return self._still | {name: self._whole(name, own) for name, own in self._ema.shadow.items()}
+
+    def _squares(self, gradients: list[Tensor]) -> Tensor:
+        """Sum of the squares of all their numbers, in fp32."""
+        norms = torch._foreach_norm([*gradients, torch.zeros(1, device=self._ranks.device)], 2, torch.float32)  # a rank may have no gradient
+        return torch.stack(norms).square().sum()
 
     def _gradients(self) -> list[Tensor]:
         return [self._parts.gradient(name) for name in self._trained]

@@ -22,6 +22,16 @@ class Stream:
     def synchronize(self) -> None: ...
 
 
+def on_a_device(initialise: Any) -> Any:
+    """Gemini tells CUDA from the host by a tensor's device, and would take its chunks for those that wait on the host."""
+
+    def initialised(self: Any, *arguments: Any, **named: Any) -> None:
+        initialise(self, *arguments, **named)
+        self.shard_device = torch.device("cuda")
+
+    return initialised
+
+
 def install() -> None:
     """Let every plugin run on the CPU of this process, until it ends."""
     from colossalai import accelerator
@@ -62,6 +72,6 @@ def install() -> None:
     accelerator.set_accelerator(Pretender())
     cpu_adam.CPUAdamLoader = NoKernel
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign,assign]
-    # a chunk tells CUDA from the host by its tensors' device, which is the host here: it stays where it is
+    Chunk.__init__ = on_a_device(Chunk.__init__)
     Chunk.shard_move = lambda *_, **__: None
     colossal.ON_CPU.update(("low_level_zero", "gemini", "hybrid_parallel"))
