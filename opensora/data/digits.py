@@ -4,12 +4,13 @@ Owns the drawing, the captions, the split of handwritten images into train and t
 Training clips use images of the train split alone and never show a held-out combination; the judge's own clips use the test split.
 Refuses to judge: `opensora.judge` reads clips back.
 
-A digit is half as high as the frame and moves once, from near the middle to one side, whatever the number of frames: it neither wraps nor
-bounces, so its direction is one word, and a clip of 16 frames is a slower one of 8. It starts on the near side of the middle on purpose:
-where digits cross the whole frame, brightness depends on word x frame x place and on no two of them alone, and a small model is stuck on
-that for a thousand steps and more (docs/log.md).
+A digit is half as high as the frame's shorter side and moves once, from near the middle to one side, whatever the number of frames: it
+neither wraps nor bounces, so its direction is one word, and a clip of 16 frames is a slower one of 8. It starts on the near side of the
+middle on purpose: where digits cross the whole frame, brightness depends on word x frame x place and on no two of them alone, and a small
+model is stuck on that for a thousand steps and more (docs/log.md).
 
-Clip i is a pure function of (seed, split, i, size, frames, quality): clips are drawn in blocks of 256, each from a generator of its own.
+Clip i is a pure function of (seed, split, i, sizes, quality): where a stage has n buckets, clip i is number ⌊i/n⌋ of bucket i mod n, and
+each bucket's clips are drawn in blocks of 256, each from a generator of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from opensora.config import DataConfig, DigitsSource
+from opensora.data.buckets import Size, sizes
 from opensora.errors import ConfigError
 
 Split = Literal["train", "test"]
@@ -100,17 +102,14 @@ class Canvas:
 
     @property
     def digit_size(self) -> int:
-        return self.height // 2
+        return min(self.height, self.width) // 2
 
-    def block(self, seed: int, index: int, split: Split, combinations: Sequence[tuple[int, int]]) -> Drawing:
-        """Clips index·256 .. index·256 + 255."""
-        rng = np.random.default_rng([seed, 0 if split == "train" else 1, index])
+    def shown(self, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Digits and directions of a block of training clips: the first that its generator draws."""
         if self.frames == 1:  # of an image every digit is known; combinations are about motion
-            digits, directions = rng.integers(0, 10, BLOCK), rng.integers(0, 4, BLOCK)
-        else:
-            chosen = np.array(combinations)[rng.integers(0, len(combinations), BLOCK)]
-            digits, directions = chosen[:, 0], chosen[:, 1]
-        return self.draw(rng, digits, directions, split)
+            return rng.integers(0, 10, BLOCK), rng.integers(0, 4, BLOCK)
+        chosen = np.array(TRAINED)[rng.integers(0, len(TRAINED), BLOCK)]
+        return chosen[:, 0], chosen[:, 1]
 
     def draw(self, rng: np.random.Generator, digits: NDArray[np.int64], directions: NDArray[np.int64], split: Split) -> Drawing:
         """One clip for each (digit, direction), with handwriting, place, jitter and background from `rng`."""
@@ -153,7 +152,7 @@ class Canvas:
         progress = np.where(sign[:, None] > 0, progress, 1 - progress)
         path = np.repeat(start, self.frames, axis=1)
         if self.quality == "plain":  # an unsteady hand: up to half a pixel (of 16) around the line of motion
-            path = path + rng.uniform(-0.5, 0.5, path.shape) * self.height / 16
+            path = path + rng.uniform(-0.5, 0.5, path.shape) * self.digit_size / 8
         path[np.arange(count), :, axis] = progress * free[axis][:, None]
         return self._whole(path)
 
@@ -167,58 +166,79 @@ class DigitClips:
     """The training clips of a `DigitsSource`. Implements `opensora.data.source.Clips`."""
 
     def __init__(self, data: DataConfig, *, seed: int) -> None:
+        """Raises ConfigError, for sizes at which no digit can be drawn."""
         if not isinstance(data.source, DigitsSource):
             raise TypeError(f"not a source of digits: {data.source.kind}")
-        self._canvas, self._seed = canvas(data), seed
-        self._count = data.source.clips
-        self._last: tuple[int, Drawing] | None = None
+        self.sizes = sizes(data)
+        self._canvases = [_canvas(data, size, data.source.quality) for size in self.sizes]
+        self._seed, self._count = seed, data.source.clips
+        self._last: tuple[tuple[int, int], Drawing] | None = None
         self.skipped: Mapping[str, str] = {}
         self.words: Sequence[str] = [caption(digit, direction) for digit, direction in COMBINATIONS]
-        made_of = [VERSION, seed, self._count, data.model_dump(mode="json")]
+        made_of = [VERSION, seed, self._count, data.source.quality, self.sizes]
         self.digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
         return self._count
 
-    def read(self, start: int, stop: int) -> tuple[torch.Tensor, list[int]]:
-        stop = min(stop, self._count)
+    @property
+    def counts(self) -> tuple[int, ...]:
+        buckets = len(self.sizes)
+        return tuple((self._count - bucket + buckets - 1) // buckets for bucket in range(buckets))
+
+    def read(self, start: int, stop: int, bucket: int = 0) -> tuple[torch.Tensor, list[int]]:
+        stop = min(stop, self.counts[bucket])
         parts = [
-            self._block(index).clips[max(start - index * BLOCK, 0) : stop - index * BLOCK]
-            for index in range(start // BLOCK, -(-stop // BLOCK))
+            self._block(bucket, block).clips[max(start - block * BLOCK, 0) : stop - block * BLOCK]
+            for block in range(start // BLOCK, -(-stop // BLOCK))
         ]
         grey = torch.from_numpy(np.concatenate(parts))
-        return grey[..., None].expand(*grey.shape, 3), list(range(start, stop))
+        buckets = len(self.sizes)
+        return grey[..., None].expand(*grey.shape, 3), list(range(bucket + start * buckets, bucket + stop * buckets, buckets))
 
-    def _block(self, index: int) -> Drawing:
-        if self._last is None or self._last[0] != index:
-            self._last = index, self._canvas.block(self._seed, index, "train", TRAINED)
+    def _block(self, bucket: int, block: int) -> Drawing:
+        """Clips number block·256 .. block·256 + 255 of a bucket."""
+        if self._last is None or self._last[0] != (bucket, block):
+            canvas, rng = self._canvases[bucket], self._generator(bucket, block)
+            self._last = (bucket, block), canvas.draw(rng, *canvas.shown(rng), "train")
         return self._last[1]
+
+    def _generator(self, bucket: int, block: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, 0, block, bucket])
 
     @cached_property
     def captions(self) -> Sequence[str]:
-        captions: list[str] = []
-        for index in range(-(-self._count // BLOCK)):
-            block = self._block(index)
-            moving = self._canvas.frames > 1
-            captions += [caption(int(a), int(b) if moving else None) for a, b in zip(block.digits, block.directions, strict=True)]
-        return captions[: self._count]
+        captions, buckets = [""] * self._count, len(self.sizes)
+        for bucket, count in enumerate(self.counts):
+            canvas = self._canvases[bucket]
+            texts: list[str] = []
+            for block in range(-(-count // BLOCK)):
+                shown = zip(*canvas.shown(self._generator(bucket, block)), strict=True)
+                texts += [caption(int(digit), int(direction) if canvas.frames > 1 else None) for digit, direction in shown]
+            captions[bucket::buckets] = texts[:count]
+        return captions
 
 
 def canvas(data: DataConfig, frames: int | None = None) -> Canvas:
-    """The canvas of a stage's digits, with another number of frames where given.
+    """The canvas of the digits that a stage is judged by, with another number of frames where given.
 
     Raises:
-        ConfigError: where no digit can be drawn at this size.
+        ConfigError: where no digit can be drawn, or judged, at this size.
     """
     if not isinstance(data.source, DigitsSource):
         raise ConfigError(f"data.source.kind is {data.source.kind}: only digits can be drawn and judged. Drop `evaluate`")
-    if data.height < 16 or data.width < data.height or data.height % 2:
+    if data.width < data.height:
+        raise ConfigError(f"data {data.height}x{data.width}: digits are judged in frames at least as wide as high. Drop `evaluate`")
+    return _canvas(data, Size(frames or data.frames, data.height, data.width), data.source.quality)
+
+
+def _canvas(data: DataConfig, size: Size, quality: Quality) -> Canvas:
+    if min(size.height, size.width) < 16 or min(size.height, size.width) % 2:
         raise ConfigError(
-            f"data {data.height}x{data.width}: digits are half as high as the frame and need an even height of at least 16 "
-            "and a width of at least the height"
+            f"data {size.height}x{size.width}: digits are half as high as the frame's shorter side, which must be even and at least 16"
         )
     if data.frame_interval != 1:
         raise ConfigError(
             f"data.frame_interval {data.frame_interval}: a digit crosses the frame once in however many frames; set frame_interval 1"
         )
-    return Canvas(frames or data.frames, data.height, data.width, data.source.quality)
+    return Canvas(size.frames, size.height, size.width, quality)

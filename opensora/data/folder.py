@@ -1,11 +1,17 @@
-"""Clips from a folder of video files and its `captions.csv`.
+"""Clips from video files that a CSV names: a folder with its `captions.csv`, or a manifest.
 
-Owns the CSV's rules and decoding with PyAV. The CSV starts with a header that names `path` and `text` (more columns are ignored); paths are
-relative to the folder and stay inside it. What a person wrote wrong there is an error that names file and line. A video that cannot be used
-is left out with a reason, never replaced by another one. Nothing is flipped: captions say left and right.
+Owns the CSV's rules and decoding with PyAV. The CSV starts with a header that names `path` and `text` (more columns are ignored). In a
+folder paths are relative to it and stay inside; in a manifest they may also be absolute, or URIs of fsspec, and relative ones start at the
+CSV's folder. What a person wrote wrong there is an error that names file and line. A video that cannot be used is left out with a reason,
+never replaced by another one. Nothing is flipped here: `latents` does it, where it may.
 
 A clip is frames 0, k, 2k … of its file (k = frame_interval): frames after the last one are not decoded, frames between are not converted.
-Pictures (PNG, JPEG) are clips of one frame.
+Pictures (PNG, JPEG) are clips of one frame. Where a stage has several buckets, each file is asked once for its size
+(`opensora.data.buckets` says where it goes); what its container says of frames is believed until it is decoded. A container that says
+nothing is decoded, as far as the longest bucket needs.
+
+The digest counts sizes and dates of files. Of a manifest's URIs it counts the names alone, since asking a store for a million objects at
+each start would take minutes: who changes such an object gives it another name.
 """
 
 from __future__ import annotations
@@ -14,8 +20,11 @@ import csv
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import av
@@ -25,13 +34,16 @@ import torch
 from einops import rearrange
 from numpy.typing import NDArray
 
-from opensora.config import DataConfig, FolderSource
+from opensora.config import DataConfig, FolderSource, ManifestSource
+from opensora.data.buckets import Size, choose, frames_needed, sizes, too_short
 from opensora.errors import ConfigError
 
 CAPTIONS = "captions.csv"
 COLUMNS = ("path", "text")
-VERSION = 1
+VERSION = 2
 """Raised whenever the same files would give other pixels."""
+READERS = 8
+"""Files opened at once: most of a look at a small file is waiting."""
 
 log = logging.getLogger(__name__)
 
@@ -40,62 +52,154 @@ class Unusable(Exception):
     """Why one file gives no clip."""
 
 
-class FolderClips:
-    """The clips of a `FolderSource`. Implements `opensora.data.source.Clips`."""
+class FileClips:
+    """The clips of a `FolderSource` or a `ManifestSource`. Implements `opensora.data.source.Clips`."""
 
     def __init__(self, data: DataConfig) -> None:
-        """Reads the CSV and lists the folder; decodes nothing.
+        """Reads the CSV and the files' dates; opens no video.
 
         Raises:
             ConfigError: for a folder or CSV that cannot be used.
         """
-        if not isinstance(data.source, FolderSource):
-            raise TypeError(f"not a folder: {data.source.kind}")
-        self._data = data
-        self._files, self._root = fsspec.core.url_to_fs(data.source.path)
-        self._paths, self.captions = _read_captions(self._files, self._root)
+        source = data.source
+        if not isinstance(source, FolderSource | ManifestSource):
+            raise TypeError(f"no files: {source.kind}")
+        self._files, place = fsspec.core.url_to_fs(source.path)
+        if isinstance(source, FolderSource):
+            self._root = place
+            self._paths, self.captions = _read_folder(self._files, place)
+        else:
+            self._root = place.rpartition("/")[0]
+            self._paths, self.captions = _read_csv(self._files, place, inside=False)
+            if len(self._paths) != source.clips:
+                raise ConfigError(f"data.source.clips is {source.clips}, but {place} has {len(self._paths)} rows. Make them equal")
+        self.sizes, self._interval = sizes(data), data.frame_interval
         self.words: Sequence[str] = ()
         self._skipped: dict[str, str] = {}
         self.skipped: Mapping[str, str] = self._skipped
-        self.digest = self._digest()
+        stamps = self._listed() if isinstance(source, FolderSource) else self._dated()
+        rows = [list(row) for row in zip(self._paths, self.captions, stamps, strict=True)]
+        made_of = [VERSION, rows, self._interval, self.sizes]
+        self.digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def read(self, start: int, stop: int) -> tuple[torch.Tensor, list[int]]:
-        data = self._data
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(len(members) for members in self._members)
+
+    def read(self, start: int, stop: int, bucket: int = 0) -> tuple[torch.Tensor, list[int]]:
+        size, members = self.sizes[bucket], self._members[bucket][start:stop]
         clips, indices = [], []
-        for index in range(start, min(stop, len(self))):
-            path = self._paths[index]
-            try:
-                frames = self._decode(path)
-            except Unusable as reason:
-                if path not in self.skipped:
-                    log.warning("left out %s: %s", path, reason)
-                self._skipped[path] = str(reason)
-                continue
-            clips.append(fit_frames(frames, data.height, data.width))
-            indices.append(index)
-        if not clips:
-            return torch.empty(0, data.frames, data.height, data.width, 3, dtype=torch.uint8), []
-        return torch.stack(clips), indices
+        with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as pool:
+            for index, clip in zip(members, pool.map(lambda index: self._clip(self._paths[index], size), members), strict=True):
+                if isinstance(clip, Unusable):
+                    self._leave_out(self._paths[index], str(clip))
+                else:
+                    clips.append(clip)
+                    indices.append(index)
+        return torch.stack(clips) if clips else torch.empty(0, *size, 3, dtype=torch.uint8), indices
 
-    def _decode(self, path: str) -> NDArray[np.uint8]:
+    @cached_property
+    def _members(self) -> list[list[int]]:
+        """Clips of each bucket. With one there is nothing to choose, and decoding finds out what is too short."""
+        if len(self.sizes) == 1:
+            return [list(range(len(self)))]
+        members: list[list[int]] = [[] for _ in self.sizes]
+        with ThreadPoolExecutor(READERS) as pool:
+            for index, (path, size) in enumerate(zip(self._paths, pool.map(self._probe, self._paths), strict=True)):
+                if isinstance(size, Unusable):
+                    self._leave_out(path, str(size))
+                    continue
+                bucket = choose(size, self.sizes, self._interval)
+                if bucket is None:
+                    self._leave_out(path, too_short(size.frames, min(each.frames for each in self.sizes), self._interval))
+                else:
+                    members[bucket].append(index)
+        return members
+
+    def _leave_out(self, path: str, reason: str) -> None:
+        if path not in self._skipped:
+            log.warning("left out %s: %s", path, reason)
+        self._skipped[path] = reason
+
+    def _probe(self, path: str) -> Size | Unusable:
+        """Of the whole file; an error is a value here, since others are being looked at beside it."""
+        most = max(frames_needed(size.frames, self._interval) for size in self.sizes)
         try:
-            with self._files.open(f"{self._root}/{path}", "rb") as file:
-                return decode_frames(file, self._data.frames, self._data.frame_interval)
+            with self._open(path) as file:
+                return probe(file, most)
+        except Unusable as reason:
+            return reason
         except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-            raise Unusable(error.strerror or type(error).__name__) from error
+            return Unusable(error.strerror or type(error).__name__)
 
-    def _digest(self) -> str:
-        """Over captions, sizes and dates of the files, and how they are cut."""
-        listing = self._files.find(self._root, detail=True)
+    def _clip(self, path: str, size: Size) -> torch.Tensor | Unusable:
+        """(T, H, W, 3), each frame fitted as soon as it is decoded: a long film at its own size may not fit in memory."""
+        try:
+            with self._open(path) as file:
+                frames = [fit_frames(frame[None], size.height, size.width) for frame in _decode(file, size.frames, self._interval)]
+        except Unusable as reason:
+            return reason
+        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            return Unusable(error.strerror or type(error).__name__)
+        return torch.cat(frames)
+
+    def _open(self, path: str) -> Any:
+        files, place = self._locate(path)
+        return files.open(place, "rb")
+
+    def _locate(self, path: str) -> tuple[Any, str]:
+        if "://" in path:
+            files, place = fsspec.core.url_to_fs(path)
+            return files, place
+        return (fsspec.filesystem("file"), path) if path.startswith("/") else (self._files, f"{self._root}/{path}")
+
+    def _listed(self) -> list[list[Any] | None]:
+        """Size and date of each file, from one listing of the folder."""
         found = {}
-        for name, info in listing.items():
+        for name, info in self._files.find(self._root, detail=True).items():
             found[name] = [info["size"], str(info.get("ETag") or info.get("mtime"))]
-        rows = [[path, text, found.get(f"{self._root}/{path}")] for path, text in zip(self._paths, self.captions, strict=True)]
-        made_of = [VERSION, rows, self._data.model_dump(mode="json", exclude={"source"})]
-        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        return [found.get(f"{self._root}/{path}") for path in self._paths]
+
+    def _dated(self) -> list[list[Any] | None]:
+        """Size and date of each local file; none for what is elsewhere."""
+        stamps: list[list[Any] | None] = []
+        for path in self._paths:
+            files, place = self._locate(path)
+            try:
+                found = Path(place).stat() if "file" in files.protocol else None
+            except OSError:  # reading it will say why
+                found = None
+            stamps.append(None if found is None else [found.st_size, found.st_mtime_ns])
+        return stamps
+
+
+def probe(file: Any, most: int) -> Size:
+    """Frames, rows and columns of a video (an open binary file or a path), from its container. Where that does not count frames they are
+    decoded, at most `most`.
+
+    Raises:
+        Unusable: for what is no video.
+    """
+    try:
+        with av.open(file) as container:
+            if not container.streams.video:
+                raise Unusable("no video stream")
+            stream = container.streams.video[0]
+            if stream.frames > 0 and stream.height > 0 and stream.width > 0:
+                return Size(stream.frames, stream.height, stream.width)
+            seen, height, width = 0, 0, 0
+            for frame in container.decode(stream):
+                seen, height, width = seen + 1, frame.height, frame.width
+                if seen == most:
+                    break
+    except av.FFmpegError as error:
+        raise Unusable(f"cannot be decoded: {error.strerror}") from error
+    if not seen:
+        raise Unusable("no frames")
+    return Size(seen, height, width)
 
 
 def decode_frames(file: Any, frames: int, interval: int) -> NDArray[np.uint8]:
@@ -104,21 +208,25 @@ def decode_frames(file: Any, frames: int, interval: int) -> NDArray[np.uint8]:
     Raises:
         Unusable: for what is no video, breaks off, or is too short.
     """
-    kept: list[NDArray[np.uint8]] = []
-    seen = 0
+    return np.stack(list(_decode(file, frames, interval)))
+
+
+def _decode(file: Any, frames: int, interval: int) -> Iterator[NDArray[np.uint8]]:
+    seen = kept = 0
     try:
         with av.open(file) as container:
             if not container.streams.video:
                 raise Unusable("no video stream")
             for frame in container.decode(video=0):
                 if seen % interval == 0:
-                    kept.append(frame.to_ndarray(format="rgb24"))
+                    yield frame.to_ndarray(format="rgb24")
+                    kept += 1
                 seen += 1
-                if len(kept) == frames:
-                    return np.stack(kept)
+                if kept == frames:
+                    return
     except av.FFmpegError as error:
         raise Unusable(f"cannot be decoded after {seen} frames: {error.strerror}") from error
-    raise Unusable(f"{seen} frames, {(frames - 1) * interval + 1} are needed for {frames} frames at interval {interval}")
+    raise Unusable(too_short(seen, frames, interval))
 
 
 def fit_frames(frames: NDArray[np.uint8], height: int, width: int) -> torch.Tensor:
@@ -134,21 +242,25 @@ def fit_frames(frames: NDArray[np.uint8], height: int, width: int) -> torch.Tens
     return rearrange(pixels[..., top : top + height, left : left + width], "t c h w -> t h w c").contiguous()
 
 
-def _read_captions(files: Any, root: str) -> tuple[list[str], list[str]]:
+def _read_folder(files: Any, root: str) -> tuple[list[str], list[str]]:
     """Paths and captions, a row each. Raises ConfigError."""
-    name = f"{root}/{CAPTIONS}"
     if not files.isdir(root):
         raise ConfigError(f"data.source {root}: no such folder. Give the folder that holds {CAPTIONS}")
+    return _read_csv(files, f"{root}/{CAPTIONS}", inside=True)
+
+
+def _read_csv(files: Any, name: str, *, inside: bool) -> tuple[list[str], list[str]]:
+    """Paths and captions, a row each; `inside`: paths may not leave the CSV's folder. Raises ConfigError."""
     try:
         with files.open(name, "rt", encoding="utf-8-sig", newline="") as file:
-            return _parse(csv.reader(file, strict=True), name)
+            return _parse(csv.reader(file, strict=True), name, inside)
     except FileNotFoundError as error:
         raise ConfigError(f"{name}: no such file. Write one with the header path,text and a line per clip") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: not UTF-8 at byte {error.start}. Save it as UTF-8") from error
 
 
-def _parse(reader: Any, name: str) -> tuple[list[str], list[str]]:
+def _parse(reader: Any, name: str, inside: bool) -> tuple[list[str], list[str]]:
     paths: list[str] = []
     captions: list[str] = []
     lines: dict[str, int] = {}
@@ -160,7 +272,7 @@ def _parse(reader: Any, name: str) -> tuple[list[str], list[str]]:
             if not header:
                 header = _header(row, f"{name}:{reader.line_num}")
                 continue
-            path, text = _row(row, header, f"{name}:{reader.line_num}")
+            path, text = _row(row, header, f"{name}:{reader.line_num}", inside)
             if path in lines:
                 raise ConfigError(f"{name}:{reader.line_num}: {path} is on line {lines[path]} already. Keep one of the two")
             lines[path] = reader.line_num
@@ -181,13 +293,17 @@ def _header(row: list[str], place: str) -> list[str]:
     return names
 
 
-def _row(row: list[str], header: list[str], place: str) -> tuple[str, str]:
+def _row(row: list[str], header: list[str], place: str, inside: bool) -> tuple[str, str]:
     if len(row) != len(header):
         raise ConfigError(f"{place}: {len(row)} columns, the header has {len(header)}. Quote texts that hold a comma")
     path, text = (row[header.index(column)].strip() for column in COLUMNS)
     if not text:
         raise ConfigError(f"{place}: {path or 'the row'} has no text. Write a caption or drop the line")
     pure = PurePosixPath(path)
+    if not inside:
+        if not path:
+            raise ConfigError(f"{place}: no path. Give a file relative to the CSV's folder, an absolute one or a URI")
+        return path if "://" in path else str(pure), text
     if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path:
         raise ConfigError(f"{place}: path {path!r} does not lie inside the folder. Give it relative to the folder, with /")
     return str(pure), text

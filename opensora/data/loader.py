@@ -1,65 +1,223 @@
 """Which clips a step trains on.
 
-Owns the order: epochs, each a permutation of all clips drawn from (seed, epoch), laid end to end into one endless stream. A step takes the
-next batch_size·world clips of the stream, rank r the r-th part. So within an epoch nothing is lost or doubled, all ranks have equally many
-steps, and the position in the stream, `clips_seen`, is all that a resume needs, also onto another number of ranks.
-A step at the seam of two epochs takes clips of both.
+Owns the order. Each bucket has a stream of its own: epochs, each a permutation of the bucket's clips drawn from (seed, epoch, bucket), laid
+end to end without end. A position is how many clips have been taken from each stream. A step takes all its clips from one bucket: the one
+that is least far in its epochs (taken / clips; the first of several), so that buckets never differ by more than one step's worth of an
+epoch. It takes the next batch_size·world clips of that stream, rank r the r-th part.
+
+So within an epoch of a bucket nothing is lost or doubled, all ranks have equally many steps with the same shape in each, and the position
+is all that a resume needs, also onto another number of ranks. A step at the seam of two epochs takes clips of both; a bucket with fewer
+clips than a step takes repeats them there and nowhere else.
+
+Whether a clip is mirrored is drawn from (seed, epoch, bucket, clip), so it differs between the epochs of a clip, and between the clips of
+two ranks. There are no worker processes, and so no seeds of workers to forget: decoding and encoding happened before (`latents`), a batch
+is three gathers from mapped files, and reading ahead (`Ahead`) draws nothing. Open-Sora 1.0 gave each worker of each rank and epoch the
+same seed, and so the same crops; here there is no state that could be equal.
 
 Letters: B batch · C latent channels · T frames · h, w latent rows and columns · L text tokens · Dc channels of a token vector.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
+from types import TracebackType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from opensora.data.latents import Prepared
+
+Position = tuple[int, ...]
+"""Clips taken from each bucket since the stage began, by all ranks together."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    latents: torch.Tensor  # (B, C, T, h, w) float32
-    vectors: torch.Tensor  # (B, L, Dc) float32
-    mask: torch.Tensor  # (B, L) bool, true on tokens
-    index: torch.Tensor  # (B,) int64, rows of the cache
+    latents: Tensor  # (B, C, T, h, w) float32
+    vectors: Tensor  # (B, L, Dc) float32, zero where padded; L is the longest caption of this batch
+    mask: Tensor | None  # (B, L) bool, true on tokens; none where all captions are equally long
+    index: Tensor  # (B,) int64, clips of the bucket
+    bucket: int
+
+    def to(self, device: torch.device) -> Batch:
+        """On the device. To CUDA the copy runs beside the host, from page-locked memory; `index` stays where it is, for reports."""
+        if device.type == self.latents.device.type:
+            return self
+        if device.type == "cuda":
+            pinned = self.pinned()
+            mask = None if pinned.mask is None else pinned.mask.to(device, non_blocking=True)
+            latents, vectors = (part.to(device, non_blocking=True) for part in (pinned.latents, pinned.vectors))
+            return replace(self, latents=latents, vectors=vectors, mask=mask)
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, latents=self.latents.to(device), vectors=self.vectors.to(device), mask=mask)
+
+    def pinned(self) -> Batch:
+        """In page-locked memory."""
+        mask = None if self.mask is None else self.mask.pin_memory()
+        return replace(self, latents=self.latents.pin_memory(), vectors=self.vectors.pin_memory(), mask=mask)
 
 
-@lru_cache(maxsize=4)
-def _epoch(seed: int, epoch: int, clips: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(clips)
+@lru_cache(maxsize=64)
+def _epoch(seed: int, epoch: int, bucket: int, clips: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch, bucket]).permutation(clips)
 
 
-def stream(seed: int, clips: int, start: int, count: int) -> NDArray[np.int64]:
-    """Clips at positions start..start+count−1 of the endless stream over `clips` clips."""
-    parts = []
+@lru_cache(maxsize=64)
+def _mirrors(seed: int, epoch: int, bucket: int, clips: int) -> NDArray[np.int64]:
+    """1 for each clip that is mirrored in this epoch, 0 for the others."""
+    return np.random.default_rng([seed, epoch, bucket, 1]).integers(0, 2, clips)
+
+
+def _epochs(clips: int, start: int, count: int) -> Iterator[tuple[int, slice]]:
+    """Which epochs positions start..start+count−1 of a stream lie in, and where in each."""
     while count > 0:
         epoch, first = divmod(start, clips)
-        part = _epoch(seed, epoch, clips)[first : first + count]
-        parts.append(part)
-        start, count = start + len(part), count - len(part)
-    return np.concatenate(parts)
+        last = min(first + count, clips)
+        yield epoch, slice(first, last)
+        start, count = start + last - first, count - (last - first)
+
+
+def stream(seed: int, clips: int, start: int, count: int, bucket: int = 0) -> NDArray[np.int64]:
+    """Clips at positions start..start+count−1 of the endless stream over a bucket's clips."""
+    return np.concatenate([_epoch(seed, epoch, bucket, clips)[part] for epoch, part in _epochs(clips, start, count)])
+
+
+def mirrors(seed: int, clips: int, start: int, count: int, bucket: int = 0) -> NDArray[np.int64]:
+    """1 where the clip at this position of the stream is mirrored, else 0."""
+    return np.concatenate(
+        [_mirrors(seed, epoch, bucket, clips)[_epoch(seed, epoch, bucket, clips)[part]] for epoch, part in _epochs(clips, start, count)]
+    )
 
 
 class Loader:
-    """Batches of one rank. Holds no position: `batch` is a pure function of `clips_seen`."""
+    """Batches of one rank. Holds no position: `batch` is a pure function of it."""
 
-    def __init__(self, prepared: Prepared, *, seed: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        """`batch_size`: clips per rank and step."""
-        self._prepared, self._seed = prepared, seed
-        self._batch_size, self._rank, self._world = batch_size, rank, world
+    def __init__(self, prepared: Prepared, *, seed: int, rank: int = 0, world: int = 1) -> None:
+        """`rank`, `world`: data-parallel ones."""
+        self._prepared, self._seed, self._rank, self._world = prepared, seed, rank, world
+        self._counts = [len(part) for part in prepared.parts]
+        self._sizes = [bucket.batch_size for bucket in prepared.buckets]
+        self._lengths = prepared.offsets.diff()
 
     @property
-    def clips_per_step(self) -> int:
-        """Of all ranks together."""
-        return self._batch_size * self._world
+    def start(self) -> Position:
+        """Where a stage begins."""
+        return (0,) * len(self._counts)
 
-    def batch(self, clips_seen: int) -> Batch:
-        """This rank's part of the step that starts when all ranks together have seen so many clips."""
-        start = clips_seen + self._rank * self._batch_size
-        index = torch.from_numpy(stream(self._seed, len(self._prepared), start, self._batch_size))
-        rows = self._prepared.caption_of[index]
-        return Batch(self._prepared.latents[index], self._prepared.vectors[rows], self._prepared.mask[rows], index)
+    def bucket(self, seen: Position) -> int:
+        """Which bucket the step at this position takes its clips from."""
+        if len(seen) != len(self._counts):
+            raise ValueError(f"a position in {len(seen)} buckets, the stage has {len(self._counts)}")
+        return min((Fraction(taken, clips), bucket) for bucket, (taken, clips) in enumerate(zip(seen, self._counts, strict=True)) if clips)[
+            1
+        ]
+
+    def clips(self, seen: Position) -> int:
+        """Of all ranks together, in the step at this position."""
+        return self._sizes[self.bucket(seen)] * self._world
+
+    def after(self, seen: Position) -> Position:
+        """The position after that step."""
+        bucket = self.bucket(seen)
+        return (*seen[:bucket], seen[bucket] + self._sizes[bucket] * self._world, *seen[bucket + 1 :])
+
+    def batch(self, seen: Position) -> Batch:
+        """This rank's part of the step at this position.
+
+        Raises:
+            DataError: where the cache is no longer whole.
+        """
+        bucket = self.bucket(seen)
+        self._prepared.check(bucket)
+        part, clips, size = self._prepared.parts[bucket], self._counts[bucket], self._sizes[bucket]
+        place = seen[bucket] + self._rank * size
+        index = torch.from_numpy(stream(self._seed, clips, place, size, bucket))
+        mirrored = torch.from_numpy(mirrors(self._seed, clips, place, size, bucket)) if self._prepared.mirrored else 0
+        latents = part.latents.index_select(0, part.rows[index, mirrored]).float()
+        return Batch(latents, *self._text(part.caption_of[index]), index, bucket)
+
+    def _text(self, captions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Vectors and mask of these captions."""
+        lengths = self._lengths[captions]
+        longest = int(lengths.max())
+        token = torch.arange(longest)
+        mask = token < lengths[:, None]  # (B, L)
+        places = self._prepared.offsets[captions][:, None] + torch.minimum(token, lengths[:, None] - 1)  # padding looks at the last token
+        vectors = self._prepared.vectors.index_select(0, places.flatten()).float().view(len(captions), longest, -1)
+        if int(lengths.min()) == longest:
+            return vectors, None
+        return vectors.masked_fill_(~mask[:, :, None], 0), mask
+
+
+class Ahead:
+    """A loader's batches, read in a thread while the caller trains: a mapped file's pages may have to come from a disk first.
+
+    The same batches as `loader.batch`, at the same positions. An error is raised where its batch is asked for. A position that is not the
+    expected one starts the reading anew.
+    """
+
+    def __init__(self, loader: Loader, device: torch.device | None = None, *, depth: int = 2) -> None:
+        """`device`: where batches will go; for CUDA they are page-locked in the thread. `depth`: batches read ahead."""
+        self._loader, self._depth = loader, depth
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._pool = ThreadPoolExecutor(1, "loader")
+        self._waiting: deque[tuple[Position, Future[Batch]]] = deque()
+
+    @property
+    def start(self) -> Position:
+        return self._loader.start
+
+    def clips(self, seen: Position) -> int:
+        return self._loader.clips(seen)
+
+    def after(self, seen: Position) -> Position:
+        return self._loader.after(seen)
+
+    def batch(self, seen: Position) -> Batch:
+        """`loader.batch(seen)`; the batches after it are being read when this returns.
+
+        Raises:
+            DataError: where the cache is no longer whole.
+        """
+        if self._waiting and self._waiting[0][0] != seen:
+            self._drop()
+        if not self._waiting:
+            self._submit(seen)
+        _, batch = self._waiting.popleft()
+        position = self._waiting[-1][0] if self._waiting else seen
+        while len(self._waiting) < self._depth:
+            position = self._loader.after(position)
+            self._submit(position)
+        return batch.result()
+
+    def close(self) -> None:
+        """Ends the thread, after the batch that it is at."""
+        self._drop()
+        self._pool.shutdown()
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _submit(self, seen: Position) -> None:
+        self._waiting.append((seen, self._pool.submit(self._read, seen)))
+
+    def _read(self, seen: Position) -> Batch:
+        batch = self._loader.batch(seen)
+        if self._device is None:
+            return batch
+        torch.cuda.set_device(self._device)  # a thread begins on the first one, and would make itself at home there
+        return batch.pinned()
+
+    def _drop(self) -> None:
+        while self._waiting:
+            self._waiting.popleft()[1].cancel()

@@ -5,34 +5,60 @@ Owns the protocol. Refuses to decode, encode or order anything: sources decode, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 
 from opensora.config import DataConfig, DigitsSource, FolderSource, ManifestSource
+from opensora.data.buckets import Size
 from opensora.errors import ConfigError
+
+PIXELS_AT_ONCE = 1 << 28
+"""Bytes of decoded clips that are held at once."""
+CLIPS_AT_ONCE = 256
 
 
 class Clips(Protocol):
-    """Captioned clips of one size. Clip i and its caption never change while the source lives; some may turn out unreadable."""
+    """Captioned clips, each cut to one of a stage's sizes. Clip i, its caption and its bucket never change while the source lives; some may
+    turn out unreadable."""
 
     words: Sequence[str]
     """What prompts may say beside `captions`: later stages and prompts know these words too."""
     skipped: Mapping[str, str]
-    """Each clip that could not be read so far → the reason."""
+    """Each clip that could not be used so far → the reason."""
     digest: str
-    """Hex digest over everything that frames and captions depend on. Cheap: nothing is decoded for it."""
+    """Hex digest over everything that frames and captions depend on. Cheap: nothing is opened for it."""
+    sizes: tuple[Size, ...]
+    """Of each bucket."""
 
     @property
     def captions(self) -> Sequence[str]:
         """Caption of clip i, readable or not."""
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Clips of each bucket, readable or not."""
+
     def __len__(self) -> int:
         """Clips, readable or not."""
 
-    def read(self, start: int, stop: int) -> tuple[torch.Tensor, list[int]]:
-        """Of clips start..stop−1 those that can be read, uint8 (n, T, H, W, 3), and their n indices."""
+    def read(self, start: int, stop: int, bucket: int = 0) -> tuple[torch.Tensor, list[int]]:
+        """Of a bucket's clips number start..stop−1 those that can be read, uint8 (n, T, H, W, 3), and which clips of all these n are."""
+
+
+def at_once(size: Size) -> int:
+    """Clips of this size to read at a time."""
+    return max(1, min(CLIPS_AT_ONCE, PIXELS_AT_ONCE // size.values))
+
+
+def read_all(clips: Clips, bucket: int) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    """The readable clips of one bucket, in order, some at a time; as `Clips.read`, and never none."""
+    count, step = clips.counts[bucket], at_once(clips.sizes[bucket])
+    for start in range(0, count, step):
+        batch, indices = clips.read(start, min(start + step, count), bucket)
+        if indices:
+            yield batch, indices
 
 
 def none_usable(clips: Clips) -> ConfigError:
@@ -47,17 +73,13 @@ def open_clips(data: DataConfig, seed: int) -> Clips:
     Raises:
         ConfigError: for a source that cannot be used.
     """
-    # Imported here: a folder needs PyAV, digits need scikit-learn, and a stage needs one of the two.
+    # Imported here: files need PyAV, digits need scikit-learn, and a stage needs one of the two.
     match data.source:
         case DigitsSource():
             from opensora.data.digits import DigitClips
 
             return DigitClips(data, seed=seed)
-        case FolderSource():
-            from opensora.data.folder import FolderClips
+        case FolderSource() | ManifestSource():
+            from opensora.data.folder import FileClips
 
-            return FolderClips(data)
-        case ManifestSource(path=path):
-            raise ConfigError(
-                f"data.source {path}: a manifest can be planned but not trained on in this release. Use a folder of clips (kind: folder)"
-            )
+            return FileClips(data)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from opensora.config import DataConfig, FolderSource
-from opensora.data.folder import FolderClips, Unusable, decode_frames, fit_frames
+from opensora.data.folder import FileClips, Unusable, decode_frames, fit_frames
 from opensora.data.source import none_usable
 from opensora.errors import ConfigError
 
@@ -66,7 +66,7 @@ def data(folder: Path | str, frames: int = 4, interval: int = 2, height: int = 3
 
 
 def test_clips_are_the_right_frames_of_nested_files_unflipped(cut: Path, bikes: np.ndarray) -> None:
-    clips = FolderClips(data(cut, frames=4, interval=3, height=34, width=80))
+    clips = FileClips(data(cut, frames=4, interval=3, height=34, width=80))
     read, indices = clips.read(0, 10)
     assert (indices, list(clips.captions)) == ([0, 1, 2], ["two wheels turn left", "a road", "a crowd, waiting"])
     starts = np.cumsum([0, *LENGTHS.values()])[:3]
@@ -99,7 +99,7 @@ def test_broken_files_are_left_out_with_a_reason_and_never_replaced(folder: Path
     (folder / "half.mp4").write_bytes(whole[: len(whole) // 2])
     with (folder / "captions.csv").open("a") as file:
         file.write("text.mp4,words\nhalf.mp4,half\ngone.mp4,nothing\na,a folder\n")
-    clips = FolderClips(data(folder, frames=16, interval=1))
+    clips = FileClips(data(folder, frames=16, interval=1))
     read, indices = clips.read(0, len(clips))
     assert (len(clips), indices, len(read)) == (7, [0, 1], 2)
     assert set(clips.skipped) == {"text.mp4", "half.mp4", "gone.mp4", "a", "a/b/crowd, waiting.mp4"}
@@ -119,13 +119,13 @@ def test_the_frames_needed_are_counted_with_the_interval(cut: Path) -> None:
 def test_a_picture_is_a_clip_of_one_frame(folder: Path, bikes: np.ndarray) -> None:
     Image.fromarray(bikes[5]).save(folder / "still.png")
     (folder / "captions.csv").write_text("path,text\nstill.png,a still\n")
-    read, indices = FolderClips(data(folder, frames=1, height=136, width=320)).read(0, 1)
+    read, indices = FileClips(data(folder, frames=1, height=136, width=320)).read(0, 1)
     assert indices == [0]
     assert np.array_equal(read[0, 0].numpy(), bikes[5])
 
 
 def test_a_folder_that_gives_no_clip_says_why(folder: Path) -> None:
-    clips = FolderClips(data(folder, frames=60, interval=1))
+    clips = FileClips(data(folder, frames=60, interval=1))
     assert clips.read(0, 3)[1] == []
     assert "none of 3 clips can be used; wheels.mp4: 30 frames, 60 are needed" in str(none_usable(clips))
 
@@ -151,14 +151,14 @@ def test_a_folder_that_gives_no_clip_says_why(folder: Path) -> None:
 def test_what_is_wrong_in_the_csv_is_named_by_file_and_line(folder: Path, content: str | bytes, says: str) -> None:
     (folder / "captions.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError) as error:
-        FolderClips(data(folder))
+        FileClips(data(folder))
     assert says in str(error.value)
     assert str(folder) in str(error.value)
 
 
 def test_more_columns_blank_lines_and_a_byte_order_mark_do_no_harm(folder: Path) -> None:
     (folder / "captions.csv").write_text("\ufeffpath,num_frames,text\r\n\r\nwheels.mp4,30,two wheels\r\n", newline="")
-    clips = FolderClips(data(folder))
+    clips = FileClips(data(folder))
     assert list(clips.captions) == ["two wheels"]
     assert clips.read(0, 1)[1] == [0]
 
@@ -168,7 +168,7 @@ def test_a_missing_folder_or_csv_is_refused(tmp_path: Path, make: bool, says: st
     if make:
         (tmp_path / "clips").mkdir()
     with pytest.raises(ConfigError, match=says):
-        FolderClips(data(tmp_path / "clips"))
+        FileClips(data(tmp_path / "clips"))
 
 
 def test_a_folder_may_be_any_filesystem_of_fsspec(folder: Path) -> None:
@@ -176,19 +176,19 @@ def test_a_folder_may_be_any_filesystem_of_fsspec(folder: Path) -> None:
 
     memory = fsspec.filesystem("memory")
     memory.put(str(folder) + "/", "/bikes/", recursive=True)
-    near, far = FolderClips(data(folder)), FolderClips(data("memory://bikes"))
+    near, far = FileClips(data(folder)), FileClips(data("memory://bikes"))
     assert far.read(0, 3)[1] == [0, 1, 2]
     assert torch.equal(near.read(0, 3)[0], far.read(0, 3)[0])
 
 
 def test_the_digest_changes_with_captions_files_and_cut_and_with_nothing_else(folder: Path) -> None:
-    digest = FolderClips(data(folder)).digest
-    assert FolderClips(data(folder)).digest == digest
-    assert FolderClips(data(folder, interval=1)).digest != digest
+    digest = FileClips(data(folder)).digest
+    assert FileClips(data(folder)).digest == digest
+    assert FileClips(data(folder, interval=1)).digest != digest
     write_video(folder / "unlisted.mp4", np.zeros((2, 32, 32, 3), np.uint8))
-    assert FolderClips(data(folder)).digest == digest
+    assert FileClips(data(folder)).digest == digest
     shutil.copy(folder / "wheels.mp4", folder / "a/road.mp4")
-    changed = FolderClips(data(folder)).digest
+    changed = FileClips(data(folder)).digest
     assert changed != digest
     (folder / "captions.csv").write_text((folder / "captions.csv").read_text().replace("turn left", "turn right"))
-    assert FolderClips(data(folder)).digest not in {digest, changed}
+    assert FileClips(data(folder)).digest not in {digest, changed}

@@ -1,7 +1,11 @@
-"""Laws of the latent cache: made once, whole or absent, one for everything it depends on."""
+"""Laws of the latent cache: made once, whole or absent, one for everything it depends on, and never read once it is no longer whole."""
 
 from __future__ import annotations
 
+import errno
+import json
+import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,12 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
 
+from opensora import encoders
 from opensora.config import StageConfig
-from opensora.data.latents import FILE, Prepared, prepare
+from opensora.data.latents import CAPTIONS, INDEX, VECTORS, Prepared, prepare
+from opensora.data.loader import Loader
 from opensora.data.source import open_clips
 from opensora.encoders import AUTOENCODER_FILE, TEXT_FILE, encode_clips
-from opensora.errors import ConfigError, DiskFull, ParentError
+from opensora.errors import ConfigError, DataError, DiskFull, ParentError
+
+BUCKET = "bucket-0.safetensors"
 
 
 def stage(**changes: Any) -> StageConfig:
@@ -32,21 +42,44 @@ def stage(**changes: Any) -> StageConfig:
     return StageConfig.model_validate(plain | changes)
 
 
+def opened(config: StageConfig, cache: Path, carried: Path | None = None) -> Prepared:
+    return Prepared.open(prepare(config, cache, carried), config)
+
+
+def vectors_of(prepared: Prepared, bucket: int = 0) -> list[torch.Tensor]:
+    """Token vectors of each clip's caption."""
+    return [prepared.vectors[prepared.offsets[row] : prepared.offsets[row + 1]] for row in prepared.parts[bucket].caption_of]
+
+
+def said(prepared: Prepared, bucket: int = 0) -> list[str]:
+    return [prepared.captions[row] for row in prepared.parts[bucket].caption_of]
+
+
+def pictures(folder: Path, count: int = 3) -> Path:
+    """One-coloured ones, brighter and brighter, called dark, grey, bright."""
+    folder.mkdir()
+    for index in range(count):
+        Image.fromarray(np.full((40, 40, 3), 60 * index + 40, np.uint8)).save(folder / f"{index}.png")
+    rows = [f"{index}.png,{text}" for index, text in zip(range(count), ("dark", "grey", "bright"), strict=False)]
+    (folder / "captions.csv").write_text("\n".join(["path,text", *rows]) + "\n")
+    return folder
+
+
 def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def test_the_cache_holds_what_the_encoders_say_of_every_clip(tmp_path: Path) -> None:
-    prepared = Prepared.open(prepare(stage(), tmp_path))
+    prepared = opened(stage(), tmp_path)
     clips = open_clips(stage().data, stage().seed)
     frames, _ = clips.read(0, 300)
-    assert prepared.latents.shape == (300, 8, 4, 4, 4)
-    assert torch.allclose(prepared.latents, encode_clips(prepared.autoencoder, frames), atol=1e-5)
-    assert [prepared.captions[row] for row in prepared.caption_of] == clips.captions
-    vectors, mask = prepared.text.encode(clips.captions, 6)
-    assert torch.equal(prepared.vectors[prepared.caption_of], vectors)
-    assert torch.equal(prepared.mask[prepared.caption_of], mask)
-    assert 0.8 < prepared.latents.std() < 1.2
+    latents = prepared.parts[0].latents
+    assert latents.shape == (300, 8, 4, 4, 4)
+    assert torch.allclose(latents, encode_clips(prepared.autoencoder, frames), atol=1e-5)
+    assert said(prepared) == clips.captions
+    assert [len(vectors) for vectors in vectors_of(prepared)] == [len(text.split()) for text in clips.captions]
+    assert len(prepared.vectors) == sum(len(text.split()) for text in set(clips.captions))
+    assert 0.8 < latents.std() < 1.2
 
 
 def test_the_cache_is_made_once_and_the_same_bits_each_time(tmp_path: Path) -> None:
@@ -72,47 +105,125 @@ def test_what_the_cache_depends_on_has_a_cache_of_its_own(tmp_path: Path) -> Non
         stage(model={**base["model"], "caption_width": 8}),
     ]
     first = prepare(stage(), tmp_path)
-    names = {prepare(variant, tmp_path).name for variant in variants} | {prepare(stage(), tmp_path, carried=first).name}
-    assert len(names) == len(variants) + 1
-    assert prepare(stage(steps=5, optimizer={"lr": 1e-3}), tmp_path) == first  # what it does not depend on
+    names = {prepare(variant, tmp_path).name for variant in variants}
+    assert len(names) == len(variants)
+    assert prepare(stage(steps=5, batch_size=3, optimizer={"lr": 1e-3}), tmp_path) == first  # what it does not depend on
 
 
-@pytest.mark.parametrize("name", [FILE, AUTOENCODER_FILE, TEXT_FILE])
-@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
-def test_a_cache_that_is_not_whole_is_refused_by_ranks_and_built_again(tmp_path: Path, name: str, damage: str) -> None:
+def test_a_resume_uses_the_cache_that_is_there_and_other_encoders_do_not(tmp_path: Path) -> None:
+    first = prepare(stage(), tmp_path)
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    encoders.copy_encoders(first, checkpoint)
+    made = (first / INDEX).stat().st_mtime_ns
+    assert prepare(stage(), tmp_path, carried=checkpoint) == first
+    assert (first / INDEX).stat().st_mtime_ns == made
+    other = prepare(stage(seed=7), tmp_path / "other")
+    encoders.copy_encoders(other, checkpoint)
+    assert prepare(stage(), tmp_path, carried=checkpoint) != first
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What is not whole
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [BUCKET, VECTORS, CAPTIONS, INDEX, AUTOENCODER_FILE, TEXT_FILE])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing", "longer"])
+def test_a_cache_that_is_not_whole_is_refused_by_ranks_and_built_again(
+    tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     directory = prepare(stage(), tmp_path)
     before = files(directory)
     file = directory / name
     if damage == "missing":
         file.unlink()
     else:
-        file.write_bytes(before[name][:-4] if damage == "truncated" else b"")
-    with pytest.raises(DiskFull, match="not whole"):
-        Prepared.open(directory)
-    assert files(prepare(stage(), tmp_path)) == before
+        file.write_bytes({"truncated": before[name][:-4], "empty": b"", "longer": before[name] + b"more"}[damage])
+    with pytest.raises(DataError, match=f"{name}.*Start again") as error:
+        Prepared.open(directory, stage())
+    if name != INDEX:
+        assert str(len(before[name])) in str(error.value)
+        if damage != "missing":
+            assert f"{len(file.read_bytes())} bytes" in str(error.value)
+    with caplog.at_level(logging.WARNING):
+        assert files(prepare(stage(), tmp_path)) == before
+    assert name == INDEX or (f"{name}: " in caplog.text and "built again now" in caplog.text)
+    Prepared.open(directory, stage())
+
+
+@pytest.mark.parametrize("name", [BUCKET, VECTORS])
+def test_a_shard_cut_while_it_is_mapped_ends_as_a_data_error_with_both_sizes(tmp_path: Path, name: str) -> None:
+    """Without the check the process would die of SIGBUS."""
+    prepared = opened(stage(), tmp_path)
+    loader = Loader(prepared, seed=0)
+    loader.batch((0,))
+    size = (prepared.directory / name).stat().st_size
+    os.truncate(prepared.directory / name, 20000)
+    with pytest.raises(DataError, match=f"{name}: 20000 bytes, the latent cache has {size} there"):
+        loader.batch((1,))
+
+
+def test_a_shard_that_grew_while_it_is_mapped_is_not_read_on(tmp_path: Path) -> None:
+    prepared = opened(stage(), tmp_path)
+    with (prepared.directory / BUCKET).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(DataError, match="somebody changed it"):
+        Loader(prepared, seed=0).batch((0,))
+
+
+def test_a_cache_that_cannot_be_built_again_says_so_with_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pictures(tmp_path / "pictures")
+    config = stage(data={"source": {"kind": "folder", "path": str(folder)}, "frames": 1, "height": 16, "width": 16})
+    directory = prepare(config, tmp_path / "cache")
+    for picture in folder.glob("*.png"):  # the same sizes and dates, so the same cache; but they cannot be read any more
+        kept = picture.stat()
+        picture.write_bytes(bytes(kept.st_size))
+        os.utime(picture, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert prepare(config, tmp_path / "cache") == directory
+    os.truncate(directory / BUCKET, 1500)
+    with pytest.raises(DataError, match=r"bucket-0.safetensors: 1500 bytes.*cannot be built again: .*none of 3 clips"):
+        prepare(config, tmp_path / "cache")
+    assert directory.exists()
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull, match="latent cache cannot be written"):
+        prepare(stage(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_leftovers_of_a_killed_builder_do_not_count(tmp_path: Path) -> None:
     directory = prepare(stage(), tmp_path / "good")
     partial = tmp_path / "new" / f".{directory.name}.99999.partial"
     shutil.copytree(directory, partial)
-    (partial / FILE).write_bytes(b"half")
+    (partial / BUCKET).write_bytes(b"half")
     assert files(prepare(stage(), tmp_path / "new")) == files(directory)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What goes in
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_later_stage_encodes_with_the_encoders_of_its_checkpoint(tmp_path: Path) -> None:
     first = prepare(stage(), tmp_path)
     later = stage(data={"source": {"kind": "digits", "clips": 40, "quality": "high"}, "frames": 2, "height": 32, "width": 32})
-    prepared = Prepared.open(prepare(later, tmp_path, carried=first))
+    prepared = opened(later, tmp_path, carried=first)
     assert (prepared.directory / AUTOENCODER_FILE).read_bytes() == (first / AUTOENCODER_FILE).read_bytes()
-    assert prepared.latents.shape == (40, 8, 2, 8, 8)
+    assert prepared.parts[0].latents.shape == (40, 8, 2, 8, 8)
 
 
-def test_a_resume_trains_on_the_same_bits(tmp_path: Path) -> None:
-    first = Prepared.open(prepare(stage(), tmp_path / "first"))
-    resumed = Prepared.open(prepare(stage(), tmp_path / "resumed", carried=first.directory))
-    for name in ("latents", "caption_of", "vectors", "mask"):
-        assert torch.equal(getattr(first, name), getattr(resumed, name))
+def test_a_resume_in_another_place_trains_on_the_same_bits(tmp_path: Path) -> None:
+    first = prepare(stage(), tmp_path / "first")
+    resumed = prepare(stage(), tmp_path / "resumed", carried=first)
+    assert first.name == resumed.name
+    for name in (BUCKET, VECTORS, CAPTIONS, AUTOENCODER_FILE, TEXT_FILE):
+        assert (first / name).read_bytes() == (resumed / name).read_bytes()
 
 
 def test_what_cannot_be_judged_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
@@ -134,26 +245,71 @@ def test_an_unknown_word_of_a_prompt_is_said_before_anything_is_trained(tmp_path
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_manifest_is_refused_at_run_time(tmp_path: Path) -> None:
-    source = {"kind": "manifest", "path": "clips.csv", "clips": 366_000}
-    with pytest.raises(ConfigError, match="can be planned but not trained on"):
-        prepare(stage(data={"source": source, "frames": 4, "height": 16, "width": 16}), tmp_path)
-
-
 def test_clips_that_cannot_be_read_are_left_out_and_kept_count_of(tmp_path: Path) -> None:
-    from PIL import Image
-
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for index in range(3):
-        Image.fromarray(np.full((40, 40, 3), 60 * index + 40, np.uint8)).save(folder / f"{index}.png")
+    folder = pictures(tmp_path / "pictures")
     (folder / "1.png").write_bytes(b"broken")
-    (folder / "captions.csv").write_text("path,text\n0.png,dark\n1.png,grey\n2.png,bright\n")
-    pictures = stage(data={"source": {"kind": "folder", "path": str(folder)}, "frames": 1, "height": 16, "width": 16})
-    prepared = Prepared.open(prepare(pictures, tmp_path / "cache"))
+    config = stage(data={"source": {"kind": "folder", "path": str(folder)}, "frames": 1, "height": 16, "width": 16})
+    prepared = opened(config, tmp_path / "cache")
     assert (len(prepared), list(prepared.skipped)) == (2, ["1.png"])
-    assert [prepared.captions[row] for row in prepared.caption_of] == ["dark", "bright"]
+    assert said(prepared) == ["dark", "bright"]
+    assert prepared.captions == ("bright", "dark")
     (folder / "0.png").write_bytes(b"broken")
     (folder / "2.png").unlink()
     with pytest.raises(ConfigError, match="none of 3 clips"):
-        prepare(pictures, tmp_path / "cache")
+        prepare(config, tmp_path / "cache")
+
+
+def test_every_bucket_has_its_clips_in_its_own_size(tmp_path: Path) -> None:
+    sizes = [(4, 16, 16, 2), (1, 16, 24, 4), (2, 32, 16, 1)]
+    buckets = [dict(zip(("frames", "height", "width", "batch_size"), size, strict=True)) for size in sizes]
+    config = stage(data={"source": {"kind": "digits", "clips": 100}, "frames": 4, "height": 16, "width": 16, "buckets": buckets})
+    prepared, clips = opened(config, tmp_path), open_clips(config.data, config.seed)
+    assert [part.latents.shape for part in prepared.parts] == [(34, 8, 4, 4, 4), (33, 8, 1, 4, 6), (33, 8, 2, 8, 4)]
+    for number, part in enumerate(prepared.parts):
+        frames, indices = clips.read(0, 100, number)
+        assert indices == list(range(number, 100, 3))
+        assert torch.allclose(part.latents, encode_clips(prepared.autoencoder, frames), atol=1e-5)
+        assert said(prepared, number) == [clips.captions[index] for index in indices]
+    loader = Loader(prepared, seed=0)
+    seen, shapes = loader.start, set()
+    for _ in range(6):
+        shapes.add(tuple(loader.batch(seen).latents.shape))
+        seen = loader.after(seen)
+    assert shapes == {(2, 8, 4, 4, 4), (4, 8, 1, 4, 6), (1, 8, 2, 8, 4)}
+
+
+def test_other_batch_sizes_take_the_same_cache(tmp_path: Path) -> None:
+    def config(batch: int) -> StageConfig:
+        buckets = [{"frames": frames, "height": 16, "width": 16, "batch_size": batch} for frames in (1, 4)]
+        return stage(data={"source": {"kind": "digits", "clips": 40}, "frames": 4, "height": 16, "width": 16, "buckets": buckets})
+
+    assert prepare(config(1), tmp_path) == prepare(config(5), tmp_path)
+    assert [bucket.batch_size for bucket in opened(config(5), tmp_path).buckets] == [5, 5]
+
+
+def test_a_mirrored_clip_is_encoded_from_mirrored_pixels_but_where_its_caption_names_a_side(tmp_path: Path) -> None:
+    source = {"kind": "digits", "clips": 300}
+    config = stage(data={"source": source, "frames": 4, "height": 16, "width": 16, "horizontal_flip": True})
+    prepared, clips = opened(config, tmp_path), open_clips(config.data, config.seed)
+    frames, _ = clips.read(0, 300)
+    mirrored = encode_clips(prepared.autoencoder, frames.flip(3))
+    own, other = prepared.parts[0].rows.T
+    latents, sided = prepared.parts[0].latents, torch.tensor([text.split()[-1] in ("left", "right") for text in clips.captions])
+    assert torch.allclose(latents[own], encode_clips(prepared.autoencoder, frames), atol=1e-5)
+    assert torch.equal(own == other, sided)
+    assert torch.allclose(latents[other[~sided]], mirrored[~sided], atol=1e-5)
+    assert len(latents) == 300 + int((~sided).sum()) < 600
+    drawn = [Loader(prepared, seed=0).batch((position,)) for position in range(600)]
+    own_of = latents[own]
+    for batch in drawn:
+        index = int(batch.index)
+        assert torch.equal(batch.latents[0], own_of[index]) or (not sided[index] and torch.equal(batch.latents[0], latents[other[index]]))
+    assert 100 < sum(not torch.equal(batch.latents[0], own_of[int(batch.index)]) for batch in drawn) < 200  # half of the half that may be
+
+
+def test_the_cache_is_a_safetensors_file_that_others_can_read(tmp_path: Path) -> None:
+    prepared = opened(stage(), tmp_path)
+    with safe_open(prepared.directory / BUCKET, framework="pt") as file:
+        assert torch.equal(file.get_tensor("latents"), prepared.parts[0].latents)
+        assert torch.equal(file.get_tensor("rows"), prepared.parts[0].rows)
+    assert json.loads((prepared.directory / INDEX).read_text())["files"][BUCKET] == (prepared.directory / BUCKET).stat().st_size
