@@ -59,7 +59,7 @@ def one_round(stage: StageConfig, folder: Path, encoders: Path, ranks: int, who:
     os.write(go, b"." * ranks)
     while number % 2 and checkpoint.latest(folder) == before:  # a loaded machine may otherwise never come to the end of a save
         time.sleep(0.001)
-    time.sleep(random.uniform(0, 0.05))  # noqa: S311 - no secret
+    time.sleep(random.uniform(0, 0.05))
     victims = pids if who is None else [pids[who]]
     for pid in victims:
         os.kill(pid, signal.SIGKILL)

@@ -59,6 +59,11 @@ def all_kinds() -> dict[str, Tensor]:
     }
 
 
+def alike(pieces: dict[str, Piece]) -> dict[str, dict[str, Piece]]:
+    """The same pieces in every part."""
+    return {part: pieces for part in TENSORS}  # noqa: C420 - as dict.fromkeys it would be RUF024
+
+
 def savers(folder: Path, stage: StageConfig, ranks: int) -> list[Saver]:
     return [Saver(folder, stage, shard=rank, shards=ranks, here=tuple(range(ranks)), device=CPU) for rank in range(ranks)]
 
@@ -72,7 +77,7 @@ def save(folder: Path, stage: StageConfig, tensors: Mapping[str, Tensor], encode
     ours = savers(folder, stage, ranks)
 
     def work(rank: int) -> None:
-        begin(ours[rank], dict.fromkeys(TENSORS, share(tensors, rank, ranks)), encoders, step, world=ranks)
+        begin(ours[rank], alike(share(tensors, rank, ranks)), encoders, step, world=ranks)
         ours[rank].wait()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
@@ -246,7 +251,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 def test_what_changes_after_a_save_began_is_not_in_it(tiny_stage: Stages, tmp_path: Path, encoders: Path, held: threading.Event) -> None:
     (one,) = savers(tmp_path / "checkpoints", background(tiny_stage), 1)
     weights = torch.ones(4)
-    pieces = dict.fromkeys(TENSORS, {"w": Piece(weights)})
+    pieces = alike({"w": Piece(weights)})
     begin(one, pieces, encoders, 1)
     weights.fill_(2)
     assert checkpoint.latest(tmp_path / "checkpoints") is None, "still being written"
@@ -259,13 +264,13 @@ def test_what_changes_after_a_save_began_is_not_in_it(tiny_stage: Stages, tmp_pa
 
 def test_the_copy_is_made_into_the_same_memory_each_time(tiny_stage: Stages, tmp_path: Path, encoders: Path) -> None:
     (one,) = savers(tmp_path / "checkpoints", background(tiny_stage), 1)
-    pieces = dict.fromkeys(TENSORS, {"w": Piece(torch.ones(4))})
+    pieces = alike({"w": Piece(torch.ones(4))})
     one.reserve(pieces)
     places = {part: image.tensors["w"].data_ptr() for part, image in one._images.items()}
     for step in (1, 2):
         begin(one, pieces, encoders, step)
     assert {part: image.tensors["w"].data_ptr() for part, image in one._images.items()} == places
-    begin(one, dict.fromkeys(TENSORS, {"w": Piece(torch.ones(9))}), encoders, 3)
+    begin(one, alike({"w": Piece(torch.ones(9))}), encoders, 3)
     one.wait()
     assert [len(checkpoint.load(path, "ema")["w"]) for path in checkpoint.finished(tmp_path / "checkpoints")] == [4, 4, 9]
 
@@ -274,7 +279,7 @@ def test_without_room_for_a_copy_the_way_out_is_named(tiny_stage: Stages, tmp_pa
     (one,) = savers(tmp_path / "checkpoints", background(tiny_stage), 1)
     huge = torch.zeros(1).expand(1 << 46)  # takes no memory by itself
     with pytest.raises(OutOfMemory, match=r"copy of model \(281474976710\d{3} bytes\); set checkpoint.background to false"):
-        begin(one, dict.fromkeys(TENSORS, {"w": Piece(huge)}), encoders, 1)
+        begin(one, alike({"w": Piece(huge)}), encoders, 1)
 
 
 @pytest.mark.parametrize("on", [True, False])
@@ -288,7 +293,7 @@ def test_weights_that_are_not_finite_are_never_published(
     begin(one, {"model": sound, "ema": odd, "optimizer": odd}, encoders, 1)  # only of weights it is a failure
     one.wait()
     with pytest.raises(NotFinite, match=r"step 2: weight w is not finite; nothing was saved"):
-        begin(one, dict.fromkeys(TENSORS, odd), encoders, 2)
+        begin(one, alike(odd), encoders, 2)
         one.wait()
     one.check()  # once
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
@@ -299,7 +304,7 @@ def test_a_failure_in_the_background_is_raised_by_whatever_is_called_next(
     call: str, tiny_stage: Stages, tmp_path: Path, encoders: Path
 ) -> None:
     (one,) = savers(tmp_path / "checkpoints", background(tiny_stage), 1)
-    pieces = dict.fromkeys(TENSORS, {"w": Piece(torch.ones(3))})
+    pieces = alike({"w": Piece(torch.ones(3))})
     begin(one, pieces, tmp_path / "no-encoders", 1)
     assert one._thread is not None
     one._thread.join()
@@ -340,7 +345,7 @@ def test_where_one_rank_fails_nothing_is_published_and_the_others_say_so(
 ) -> None:
     folder = tmp_path / "checkpoints"
     ours = savers(folder, background(tiny_stage, on=on, keep_last=1), 3)
-    sound = [dict.fromkeys(TENSORS, share({"w": torch.ones(6, 2)}, rank, 3)) for rank in range(3)]
+    sound = [alike(share({"w": torch.ones(6, 2)}, rank, 3)) for rank in range(3)]
     assert outcomes(ours, sound, encoders, 1) == [None, None, None]
     odd = [dict(parts) for parts in sound]
     odd[failing]["model"] = {"w": Piece(torch.full((2, 2), torch.nan), 2 * failing, 6)}
@@ -354,8 +359,8 @@ def test_where_one_rank_fails_nothing_is_published_and_the_others_say_so(
 def test_a_full_disk_under_one_rank_leaves_the_earlier_checkpoints(tiny_stage: Stages, tmp_path: Path, encoders: Path) -> None:
     folder = tmp_path / "checkpoints"
     ours = savers(folder, background(tiny_stage, keep_last=1), 2)
-    assert outcomes(ours, [dict.fromkeys(TENSORS, share({"w": torch.ones(2)}, rank, 2)) for rank in range(2)], encoders, 1) == [None, None]
-    large = [dict.fromkeys(TENSORS, {name: Piece(torch.ones(size))}) for name, size in (("small", 4), ("large", 10_000))]
+    assert outcomes(ours, [alike(share({"w": torch.ones(2)}, rank, 2)) for rank in range(2)], encoders, 1) == [None, None]
+    large = [alike({name: Piece(torch.ones(size))}) for name, size in (("small", 4), ("large", 10_000))]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # as a full disk: a file can grow no further
     try:
@@ -375,7 +380,7 @@ def test_what_a_failed_run_left_is_gone_when_the_next_begins(tiny_stage: Stages,
         (folder / name / "model-00002-of-00002.safetensors").write_bytes(b"of another life")
     ours = savers(folder, background(tiny_stage), 2)
     assert list(folder.glob(".step-*")) == []
-    parts = [dict.fromkeys(TENSORS, share({"w": torch.ones(2)}, rank, 2)) for rank in range(2)]
+    parts = [alike(share({"w": torch.ones(2)}, rank, 2)) for rank in range(2)]
     assert outcomes(ours, parts, encoders, 1) == [None, None]
     assert torch.equal(checkpoint.load(checkpoint.directory(folder, 1), "model")["w"], torch.ones(2))
 
@@ -404,7 +409,7 @@ def test_the_last_and_every_nth_are_kept(tiny_stage: Stages, tmp_path: Path, enc
     (one,) = savers(folder, stage, 1)
     kept = []
     for step in range(1, 12):
-        begin(one, dict.fromkeys(TENSORS, {"w": Piece(torch.ones(1))}), encoders, step)
+        begin(one, alike({"w": Piece(torch.ones(1))}), encoders, step)
         one.wait()
         kept.append([checkpoint.step_of(path) for path in checkpoint.finished(folder)])
     assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 5, 6], [4, 6, 7], [4, 7, 8], [4, 8, 9], [4, 8, 9, 10], [4, 8, 10, 11]]
@@ -414,7 +419,7 @@ def test_the_last_and_every_nth_are_kept(tiny_stage: Stages, tmp_path: Path, enc
 def test_the_only_good_one_stays_until_the_next_is_whole(tiny_stage: Stages, tmp_path: Path, encoders: Path, held: threading.Event) -> None:
     folder = tmp_path / "checkpoints"
     (one,) = savers(folder, background(tiny_stage, keep_last=1), 1)
-    pieces = dict.fromkeys(TENSORS, {"w": Piece(torch.ones(1))})
+    pieces = alike({"w": Piece(torch.ones(1))})
     held.set()
     begin(one, pieces, encoders, 1)
     one.wait()
