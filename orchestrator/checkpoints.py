@@ -30,7 +30,7 @@ MANIFEST = "MANIFEST.json"
 CHECKPOINT = "CHECKPOINT.json"
 """The trainer's own description of a checkpoint; a directory without it is not complete (docs/contracts.md §1)."""
 TRANSFERS = 4
-"""Files of a checkpoint in flight. Three of them are large: weights, EMA, optimizer."""
+"""Files of a checkpoint in flight. Three of each rank are large: weights, EMA, optimizer."""
 
 FaultKind = Literal[
     "committed_missing", "committed_damaged", "committed_edited",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,10 @@ from live_attempts import Attempts
 
 from orchestrator.checkpoints import fetch, merge_parts, publish, publish_part
 from orchestrator.errors import CorruptCheckpoint
-from orchestrator.records import Intent
+from orchestrator.records import FileRef, Intent, weights_digest
 
-FILES = {"model.safetensors": b"m" * 40, "ema.safetensors": b"e" * 50, "optimizer.safetensors": b"o" * 60, "stage.yaml": b"steps: 10\n"}
+SHARDS = {f"{part}-0000{n}-of-00002.safetensors": b"%s %d" % (part.encode(), n) for part in ("model", "ema", "optimizer") for n in (1, 2)}
+FILES = SHARDS | {"stage.yaml": b"steps: 10\n"}
 
 
 @pytest.fixture
@@ -59,6 +61,22 @@ def test_parts_of_all_nodes_make_the_checkpoint_that_one_node_would_have_made(at
     assert {path.name: path.read_bytes() for path in (tmp_path / "fetched").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()
     }
+
+
+def digest_of(*contents: bytes) -> str:
+    """sha256 over the sha256s of these."""
+    return hashlib.sha256("".join(hashlib.sha256(content).hexdigest() for content in contents).encode()).hexdigest()
+
+
+def test_the_weights_digest_is_over_all_files_of_model_and_average_and_no_others() -> None:
+    def digest(files: Mapping[str, bytes]) -> str:
+        return weights_digest({name: FileRef(size=len(data), sha256=hashlib.sha256(data).hexdigest()) for name, data in files.items()})
+
+    assert digest({"ema.safetensors": b"e", "model.safetensors": b"m", "optimizer.safetensors": b"o"}) == digest_of(b"m", b"e")
+    shuffled = dict(sorted(FILES.items(), reverse=True))
+    assert digest(shuffled) == digest_of(b"model 1", b"model 2", b"ema 1", b"ema 2")
+    assert digest(shuffled | {"model-extra.safetensors": b"?", "models.safetensors": b"?", "optimizer.safetensors": b"?"}) == digest(FILES)
+    assert digest({}) == hashlib.sha256(b"--").hexdigest()
 
 
 def test_parts_of_another_attempt_are_never_mixed_in(attempts: Attempts, tmp_path: Path) -> None:
