@@ -25,7 +25,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +48,9 @@ VECTORS = "captions.safetensors"
 VERSION = 3
 """Raised whenever the same inputs would be encoded differently."""
 CAPTIONS_AT_ONCE = 256
+
+Progress = Callable[[int, int], None]
+"""(clips encoded since the last call, clips of all buckets, readable or not)"""
 
 log = logging.getLogger(__name__)
 
@@ -170,10 +173,11 @@ class Prepared:
         self.text_shard.check()
 
 
-def prepare(stage: StageConfig, cache: Path, carried: Path | None = None) -> Path:
+def prepare(stage: StageConfig, cache: Path, carried: Path | None = None, *, progress: Progress | None = None) -> Path:
     """Directory of the stage's encoded clips under `cache`; made if it is not there. One rank calls this, every rank opens the result.
 
     `carried`: the checkpoint that this run starts from (resumed from, or the parent's), whose encoders are used; none: they are made here.
+    `progress` hears of clips as they are encoded, and of none where the cache is there already.
     Idempotent: the same inputs give the same directory. A cache that is not whole is made again. The stage's own prompts are checked
     against the vocabulary.
 
@@ -204,7 +208,7 @@ def prepare(stage: StageConfig, cache: Path, carried: Path | None = None) -> Pat
     with writing(cache):
         partial.mkdir(parents=True)
     try:
-        digest = _build(stage, clips, carried, partial, {"inputs": inputs, "taken": taken})
+        digest = _build(stage, clips, carried, partial, {"inputs": inputs, "taken": taken}, progress)
         return _publish(partial, cache / digest[:16], stage)
     except ConfigError as error:
         if not broken:
@@ -258,11 +262,13 @@ def _find(cache: Path, inputs: str, taken: str) -> Path | None:
     return None
 
 
-def _build(stage: StageConfig, clips: Clips, carried: Path | None, directory: Path, origin: Mapping[str, str]) -> str:
+def _build(
+    stage: StageConfig, clips: Clips, carried: Path | None, directory: Path, origin: Mapping[str, str], progress: Progress | None
+) -> str:
     """Everything, into `directory`; the digest over inputs and encoders."""
     autoencoder, text = encoders.build(stage, clips, carried)
     text.encode(stage.prompts)  # an unknown word is said now, not after the training
-    captions = [_write_bucket(stage, clips, autoencoder, bucket, directory) for bucket in range(len(stage.buckets))]
+    captions = [_write_bucket(stage, clips, autoencoder, bucket, directory, progress) for bucket in range(len(stage.buckets))]
     if not any(captions):
         raise none_usable(clips)
     _write_captions(stage, text, captions, directory)
@@ -287,7 +293,9 @@ def _build(stage: StageConfig, clips: Clips, carried: Path | None, directory: Pa
     return digest
 
 
-def _write_bucket(stage: StageConfig, clips: Clips, autoencoder: encoders.Autoencoder, bucket: int, directory: Path) -> list[str]:
+def _write_bucket(
+    stage: StageConfig, clips: Clips, autoencoder: encoders.Autoencoder, bucket: int, directory: Path, progress: Progress | None
+) -> list[str]:
     """One bucket's latents; the captions of its clips."""
     half = stage.autoencoder.kind == "kl" and stage.autoencoder.dtype != "fp32"
     shape, dtype = stage.latent_shape_of(stage.buckets[bucket]), torch.float16 if half else torch.float32
@@ -305,6 +313,8 @@ def _write_bucket(stage: StageConfig, clips: Clips, autoencoder: encoders.Autoen
                 writer.append(encoders.encode_clips(autoencoder, frames[free].flip(3), draws))
             rows += zip(own, mirror.values(), strict=True)
             captions += said
+            if progress is not None:
+                progress(len(indices), len(clips))
         writer.finish({"rows": torch.tensor(rows, dtype=torch.int64).view(-1, 2)})
     return captions
 

@@ -31,7 +31,7 @@ _EUROPEAN = (
     r"izquierd[ao]s?|derech[ao]s?|oeste|antihorario|horario",
     r"sinistr[aeo]|destr[aeo]|oraria|orario|antiorari[ao]|ovest",
     r"esquerd[ao]s?|direit[ao]s?|horário|horária|anti-?horári[ao]|leste",
-    r"sol(?:a|da|dan|dak?i)?|sağ(?:a|da|dan|daki)?|saat yönünde|doğu(?:ya)?|batı(?:ya)?",
+    r"sol(?:a|da|dan|dak?i)?|sağ(?:a|da|dan|daki)?|saat yönünde|doğu(?:ya)?|bat[ıi](?:ya)?",
 )
 _SLAVIC = (
     r"(?:на|в|с)?лев\w+|(?:на|в|с)?прав(?:о|а|ый|ая|ое|ую|ой|ого|ому|ым|ом|ые|ых|ее)",

