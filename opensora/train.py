@@ -213,7 +213,7 @@ class Trainer:
     def __init__(self, run: RunDirectory, stage: StageConfig, ranks: Ranks, notice: Notice, prepared: Prepared, start: Start) -> None:
         self.run, self.stage, self.ranks, self.notice, self.prepared, self.start = run, stage, ranks, notice, prepared, start
         self.data_rank, data_world = parallel.data_ranks(ranks, stage.parallel.sequence)
-        self.loader = Ahead(Loader(prepared, seed=stage.seed, rank=self.data_rank, world=data_world))
+        self.loader = Ahead(Loader(prepared, seed=stage.seed, rank=self.data_rank, world=data_world), ranks.device)
         self.objective = objective.build(stage.objective)
         self.model = _model(stage, ranks, start, prepared)
         self.strategy = parallel.build(self.model, stage, ranks)
@@ -547,11 +547,12 @@ def run_stage(run: RunDirectory, ranks: Ranks, notice: Notice, born: float) -> N
 
 def _train(trainer: Trainer) -> bool:
     try:
-        return trainer.train()
+        with trainer.loader:
+            return trainer.train()
     except Exception:
-        try:  # a checkpoint that was being written when a step failed is as good as any other
+        try:  # a checkpoint that is being written when a step fails is as good as any other; if it fails too, it failed first
             trainer.saver.wait()
-        except (TrainerError, PeerFailed, OSError) as error:
+        except PeerFailed as error:
             log.info("the checkpoint that was being written is lost: %s", error)
         raise
 
@@ -562,7 +563,7 @@ def _prepare(run: RunDirectory, stage: StageConfig, ranks: Ranks, start: Start) 
     if carried is None and ranks.nodes > 1:
         carried = _encoders_for_all(run, stage, ranks)
     directory = prepare(stage, run.latents, carried) if ranks.is_first_here else ""
-    prepared = Prepared.open(Path(ranks.share(str(directory))))
+    prepared = Prepared.open(Path(ranks.share(str(directory))), stage)
     for clip, reason in list(prepared.skipped.items())[:SKIPPED]:
         log.info("skipped %s: %s", clip, reason)
     return prepared

@@ -86,7 +86,7 @@ def make_trainer() -> Callable[..., train.Trainer]:
     def make(run: RunDirectory, rank: int = 0, world: int = 1) -> train.Trainer:
         stage, ranks = run.stage(), Deaf(rank, world, torch.device("cpu"))
         start = train.find_start(run, stage)
-        prepared = Prepared.open(prepare(stage, run.latents, start.encoders))
+        prepared = Prepared.open(prepare(stage, run.latents, start.encoders), stage)
         return train.Trainer(run, stage, ranks, train.Notice(), prepared, start)
 
     return make
