@@ -26,20 +26,24 @@ def parameters(model: ModelConfig, out_channels: int) -> int:
 
     XL/2 with 8 output channels has 759,620,768: the 724M of Open-Sora 1.0's report, which counts in units of 2^20.
     """
+    width, patch = model.width, math.prod(model.patch)
+    time = _weights(TIME_WAVES, width) + _weights(width, width) + _weights(width, 6 * width)
+    caption = _weights(model.caption_width, width) + _weights(width, width)
+    ends = _weights(model.latent_channels * patch, width) + _weights(width, patch * out_channels) + 2 * width
+    return model.depth * block_parameters(model) + time + caption + ends
+
+
+def block_parameters(model: ModelConfig) -> int:
+    """Of one block."""
     width, hidden = model.width, int(model.width * model.mlp_ratio)
-    patch = math.prod(model.patch)
+    cross_attention = _weights(width, width) + _weights(width, 2 * width) + _weights(width, width)
+    mlp = _weights(width, hidden) + _weights(hidden, width)
+    return 2 * temporal_parameters(model) + cross_attention + mlp + 6 * width
 
-    def linear(rows: int, columns: int) -> int:
-        return rows * columns + columns
 
-    self_attention = linear(width, 3 * width) + linear(width, width)
-    cross_attention = linear(width, width) + linear(width, 2 * width) + linear(width, width)
-    mlp = linear(width, hidden) + linear(hidden, width)
-    block = 2 * self_attention + cross_attention + mlp + 6 * width
-    time = linear(TIME_WAVES, width) + linear(width, width) + linear(width, 6 * width)
-    caption = linear(model.caption_width, width) + linear(width, width)
-    ends = linear(model.latent_channels * patch, width) + linear(width, patch * out_channels) + 2 * width
-    return model.depth * block + time + caption + ends
+def temporal_parameters(model: ModelConfig) -> int:
+    """Of one block's temporal attention, which `freeze: temporal` does not train; its spatial one has as many."""
+    return _weights(model.width, 3 * model.width) + _weights(model.width, model.width)
 
 
 def forward_flops(
@@ -75,6 +79,11 @@ def train_flops_per_clip(stage: StageConfig) -> float:
 def stage_flops(stage: StageConfig, devices: int) -> float:
     """Every step of a stage on so many devices, each with its own batch."""
     return train_flops_per_clip(stage) * stage.steps * stage.batch_size * devices
+
+
+def _weights(rows: int, columns: int) -> int:
+    """Of a linear layer, its bias included."""
+    return rows * columns + columns
 
 
 def _linear(rows: int, width_in: int, width_out: int) -> int:
