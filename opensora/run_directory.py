@@ -28,6 +28,20 @@ Status = Literal["completed", "drained", "failed"]
 Phase = Literal["init", "train", "checkpoint", "evaluate"]
 
 
+def stage_of(path: Path) -> StageConfig:
+    """The resolved stage in a file. Raises ConfigError."""
+    try:
+        return read_stage(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; a run directory holds the resolved stage") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{path}: {field}: {first['msg']} (given: {first['input']!r})") from error
+
+
 @dataclass
 class RunDirectory:
     path: Path
@@ -57,17 +71,7 @@ class RunDirectory:
 
     def stage(self) -> StageConfig:
         """Raises ConfigError."""
-        path = self.path / "stage.yaml"
-        try:
-            return read_stage(path)
-        except FileNotFoundError as error:
-            raise ConfigError(f"{path}: no such file; a run directory holds the resolved stage") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"{path}: {field}: {first['msg']} (given: {first['input']!r})") from error
+        return stage_of(self.path / "stage.yaml")
 
     def drain_asked(self) -> bool:
         return (self.path / "drain").exists()

@@ -5,8 +5,8 @@ Refuses to order clips (`loader`), to know how they are decoded (sources) and ho
 
     bucket-<i>.safetensors   latents (rows, C, T, h, w) · rows (clips, 2): a clip's own row, and its mirror image's (the same one
                              where it has none)
-    captions.safetensors     vectors (tokens, Dc) of all captions, one after the other at their true lengths · offsets (captions + 1,) ·
-                             caption_of_<i> (clips,): a clip's caption, for each bucket
+    captions.safetensors     vectors (tokens + 1, Dc) of all captions, one after the other at their true lengths, then one of zeros ·
+                             offsets (captions + 1,) · caption_of_<i> (clips,): a clip's caption, for each bucket
     captions.json            the captions, each once
     cache.json               what it was made of, and the size of every file: written last
     the encoders' files      as a checkpoint holds them
@@ -105,7 +105,7 @@ class Prepared:
 
     @property
     def vectors(self) -> Tensor:
-        """(tokens, Dc) of all captions, mapped."""
+        """(tokens + 1, Dc) of all captions, mapped; the last one is zero, for padding."""
         return self.text_shard.large
 
     @property
@@ -330,6 +330,7 @@ def _write_captions(stage: StageConfig, text: encoders.TextEncoder, captions: Se
             for vectors in text.encode(different[start : start + CAPTIONS_AT_ONCE]):
                 writer.append(vectors)
                 offsets.append(writer.rows)
+        writer.append(torch.zeros(1, stage.model.caption_width))
         of_clips = {f"caption_of_{bucket}": torch.tensor([number[caption] for caption in each]) for bucket, each in enumerate(captions)}
         writer.finish({"offsets": torch.tensor(offsets), **{name: each.long() for name, each in of_clips.items()}})
     with writing(directory):

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli import account, doctor, drive, logs, look, output, recipe, render, run, sample
+from orchestrator.cli import account, doctor, drive, encode, export, logs, look, output, recipe, render, run, sample
 
 app = typer.Typer(
     name="osctl",
@@ -54,6 +54,8 @@ for command, name in (
     (account.lineage, "lineage"),
     (account.sync, "sync"),
     (sample.sample, "sample"),
+    (export.export, "export"),
+    (encode.encode, "encode"),
     (account.mlflow, "mlflow"),
     (recipe.explain, "explain"),
 ):

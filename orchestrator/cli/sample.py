@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orchestrator.cli import options, output
 from orchestrator.cli.look import launched, stage_names, take
 from orchestrator.cli.workspace import Workspace, home
+
+if TYPE_CHECKING:
+    from orchestrator.records import Committed
 
 
 def sample(
@@ -32,20 +35,9 @@ def sample(
 
     Example: osctl sample "a digit 3 moving left" --out three.mp4
     """
-    from orchestrator.errors import Refused
-
     workspace = launched(Workspace.at(file, store=store))
-    chosen = [status for status in take(workspace).stages if status.committed and stage in (None, status.name)]
-    if not chosen:
-        fact = f"sample {stage or workspace.pipeline.name}: nothing is committed to draw with"
-        raise Refused(f"{fact}. Make it with: osctl launch{f' {stage}' if stage else ''}")
-    committed = chosen[-1].committed
-    assert committed is not None
-    # The cache's name is the manifest's digest: what lies there was verified once when it came, file by file.
-    folder = home() / "cache" / committed.manifest_digest
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        workspace.ledger.fetch(committed.manifest, committed.manifest_digest, folder)
+    committed = newest(workspace, stage, to="sample")
+    folder = fetched(workspace, committed)
     command = [sys.executable, "-m", "opensora.sample", str(folder), "--prompt", prompt, "--out", str(out), "--seed", str(seed)]
     command += ["--steps", str(steps)] if steps is not None else []
     command += ["--guidance", str(guidance)] if guidance is not None else []
@@ -53,3 +45,23 @@ def sample(
     if code:
         raise SystemExit(code)
     output.note(f"drew {out} with {committed.run_key}, step {committed.step}")
+
+
+def newest(workspace: Workspace, stage: str | None, *, to: str) -> Committed:
+    """What the stage committed, or the last stage that did. Raises Refused, for a command of the name `to`."""
+    from orchestrator.errors import Refused
+
+    found = [status.committed for status in take(workspace).stages if status.committed and stage in (None, status.name)]
+    if not found:
+        fact = f"{to} {stage or workspace.pipeline.name}: nothing is committed to {to}"
+        raise Refused(f"{fact}. Make it with: osctl launch{f' {stage}' if stage else ''}")
+    return found[-1]
+
+
+def fetched(workspace: Workspace, committed: Committed) -> Path:
+    """Folder of a committed checkpoint. Its name is the manifest's digest: what lies there was verified once when it came, file by file."""
+    folder = home() / "cache" / committed.manifest_digest
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        workspace.ledger.fetch(committed.manifest, committed.manifest_digest, folder)
+    return folder

@@ -23,6 +23,11 @@ def home() -> Path:
     return Path(os.environ.get("OSCTL_HOME", ".osctl")).absolute()
 
 
+def latents() -> Path:
+    """Folder of encoded clips that the attempts of this machine share. `OSCTL_LATENTS`, else `latents` in `home()`."""
+    return Path(os.environ.get("OSCTL_LATENTS") or home() / "latents").absolute()
+
+
 @dataclass(frozen=True)
 class Workspace:
     """One pipeline and everything beside it, opened only where asked for: `plan` needs no store, `list` no pipeline."""

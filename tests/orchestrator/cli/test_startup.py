@@ -33,7 +33,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert imported("--help") == "[]"
 
 
-@pytest.mark.parametrize("command", ["launch", "sample", "logs", "doctor"])
+@pytest.mark.parametrize("command", ["launch", "sample", "encode", "logs", "doctor"])
 def test_help_of_a_command_imports_pydantic_at_most(command: str) -> None:
     """typer itself imports pydantic when it parses a command (0.29), 0.1 CPU-s that are not ours to save."""
     assert imported(command, "--help") in ("[]", "['pydantic']")

@@ -1,0 +1,97 @@
+"""`osctl encode`: a stage's clips through its encoders, once and ahead of its training, on this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.cli import options, output
+from orchestrator.cli.look import stage_names, take
+from orchestrator.cli.sample import fetched
+from orchestrator.cli.workspace import Workspace, latents
+
+if TYPE_CHECKING:
+    from orchestrator.config import Stage
+
+
+def encode(
+    stage: Annotated[str | None, typer.Argument(help="Which one; default: all.", autocompletion=stage_names)] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            "--into", metavar="FOLDER", help="Where encoded clips go. Default: OSCTL_LATENTS, else .osctl/latents, where launch looks."
+        ),
+    ] = None,
+    file: options.File = None,
+    settings: options.Set = None,
+    store: options.Store = None,
+    data: options.Data = None,
+    output_: options.Output = output.Format.table,
+) -> None:
+    """Encode clips and captions ahead of the training, so that no device waits for it. What is encoded already is left alone.
+
+    Embedded encoders of a later stage are its parent's: it is encoded once the parent is committed.
+
+    Examples: osctl encode          osctl encode stage2 -f open-sora-1.0 --data clips
+    """
+    from orchestrator.errors import Refused, UsageError
+
+    workspace = Workspace.open(file, settings=settings, store=store, data=data)
+    names = [each.name for each in workspace.pipeline.stages]
+    if stage is not None and stage not in names:
+        raise UsageError(f"encode {stage}: {workspace.pipeline.name} has no such stage; it has {', '.join(names)}")
+    cache, rows = into or latents(), []
+    for each in workspace.pipeline.stages:
+        if stage not in (None, each.name):
+            continue
+        waits, parent = _parent(workspace, each)
+        if waits and stage is not None:
+            raise Refused(f"encode {stage}: its encoders are those of {waits}, which is not committed. Make it with: osctl launch {waits}")
+        rows.append({"name": each.name, "state": f"waits for {waits}"} if waits else _encode(each, cache, parent))
+    columns = {
+        "name": "stage",
+        "state": "state",
+        "clips": "clips",
+        "skipped": "skipped",
+        "size": "size",
+        "took": "took",
+        "folder": "folder",
+    }
+    output.emit(rows if output_ is not output.Format.table else [_cells(row) for row in rows], output_, columns)
+
+
+def _parent(workspace: Workspace, stage: Stage) -> tuple[str | None, Path | None]:
+    """The stage that is still to be made first, and the checkpoint whose embedded encoders this one takes over."""
+    embedded = stage.config.autoencoder.kind == "patch" or stage.config.text.kind == "words"
+    if stage.spec.parent is None or not embedded:
+        return None, None
+    committed = {status.name: status.committed for status in take(workspace).stages}[stage.spec.parent]
+    return (stage.spec.parent, None) if committed is None else (None, fetched(workspace, committed))
+
+
+def _encode(stage: Stage, cache: Path, parent: Path | None) -> dict[str, Any]:
+    from opensora.config import write_stage
+
+    with tempfile.TemporaryDirectory(prefix="osctl-encode-") as folder:
+        path = Path(folder) / "stage.yaml"
+        write_stage(stage.config, path)
+        command = [sys.executable, "-m", "opensora.encode", str(path), str(cache), "--name", stage.name]
+        command += ["--parent", str(parent)] if parent is not None else []
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    result = json.loads(done.stdout)
+    state = "encoded" if result["built"] else "there already"
+    return {"name": stage.name, "state": state, **{key: result[key] for key in ("clips", "skipped", "bytes", "seconds", "directory")}}
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    if "bytes" not in row:
+        return row
+    return row | {"size": f"{row['bytes'] / 2**20:,.1f} MiB", "took": output.duration(row["seconds"]), "folder": row["directory"]}
