@@ -42,7 +42,7 @@ def test_a_table_says_where_it_lies_and_how_large_it_is(osctl: Osctl) -> None:
         (("stage9",), 2, ("stage9", "stage1, stage2, stage3")),
         (("stage2",), 4, ("stage1", "not committed", "osctl launch stage1")),
         (
-            ("stage1", "--set", "stage1.autoencoder={kind: kl, path: /nowhere, factor: 4}"),
+            ("stage1", *(f"--set=stage{number}.autoencoder={{kind: kl, path: /nowhere, factor: 4}}" for number in (1, 2, 3))),
             2,
             ("autoencoder.path /nowhere", "no such folder"),
         ),
