@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor, nn
 
 from opensora.checkpoint import Piece, Reader, share
@@ -123,15 +124,14 @@ class Colossal:
 
     @torch.no_grad()
     def step(self, lr: float, scale: Tensor, step: int) -> None:
-        if not bool(self._norm.isfinite()):
-            return
-        torch._foreach_mul_(self._gradients(), scale)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
+        if bool(self._norm.isfinite()):
+            torch._foreach_mul_(self._gradients(), scale)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+            self._taken = {name: taken + 1 for name, taken in self._taken.items()}
+            self._ema.update(step)
         self._optimizer.zero_grad()
-        self._taken = {name: taken + 1 for name, taken in self._taken.items()}
-        self._ema.update(step)
 
     def writer(self, rank: int) -> int:
         return rank
@@ -164,7 +164,8 @@ class Colossal:
 
     def _squares(self, gradients: list[Tensor]) -> Tensor:
         """Sum of the squares of all their numbers, in fp32."""
-        norms = torch._foreach_norm([*gradients, torch.zeros(1, device=self._ranks.device)], 2, torch.float32)  # a rank may have no gradient
+        some = [*gradients, torch.zeros(1, device=self._ranks.device)]  # a rank may have no gradient at all
+        norms = torch._foreach_norm(some, 2, torch.float32)
         return torch.stack(norms).square().sum()
 
     def _gradients(self) -> list[Tensor]:
@@ -363,8 +364,10 @@ class _TensorParts(_Parts):
             return whole
         layer, _ = _layer(name)
         if layer in ROWS:
-            return whole.unflatten(1, (TENSOR_RANKS, -1))[:, self._rank]
-        return whole.unflatten(0, (COLUMNS[layer], TENSOR_RANKS, -1))[:, self._rank]
+            parts: Tensor = rearrange(whole, "out (ranks inner) -> ranks out inner", ranks=TENSOR_RANKS)
+            return parts[self._rank]
+        parts = rearrange(whole, "(count ranks out) ... -> ranks count out ...", count=COLUMNS[layer], ranks=TENSOR_RANKS)
+        return parts[self._rank]
 
     def sum_(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor, group=self._optimizer.tp_pg)
@@ -406,8 +409,6 @@ def _check(stage: StageConfig, ranks: Ranks) -> None:
         raise ConfigError("parallel.strategy colossalai: the package is not installed; run `uv sync --extra colossalai`, or use fsdp")
     if ranks.device.type == "cpu" and plugin not in ON_CPU:
         raise ConfigError(f"{subject} needs CUDA, this rank's device is a CPU; use torch_ddp, or strategy fsdp")
-    if not dist.is_initialized():
-        raise ConfigError("parallel.strategy colossalai: one process without a launcher; use ddp, or start it with torchrun")
     if plugin == "gemini" and stage.dtype != "bf16":
         raise ConfigError(f"{subject} computes in bf16 alone, dtype is {stage.dtype}; use low_level_zero, or dtype bf16")
     if plugin == "hybrid_parallel":
@@ -415,6 +416,8 @@ def _check(stage: StageConfig, ranks: Ranks) -> None:
             raise ConfigError(f"{subject} divides layers over {TENSOR_RANKS} ranks, {ranks.world} are no multiple; start an even number")
         if stage.model.heads % TENSOR_RANKS:
             raise ConfigError(f"{subject} divides heads over {TENSOR_RANKS} ranks, model.heads is {stage.model.heads}; use low_level_zero")
+    if not dist.is_initialized():
+        raise ConfigError("parallel.strategy colossalai: one process without a launcher; use ddp, or start it with torchrun")
 
 
 def _is_bf16(stage: StageConfig) -> bool:

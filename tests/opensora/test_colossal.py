@@ -1,0 +1,361 @@
+"""ColossalAI's plugins take the steps of one process. Two real ranks run all cases in turn and write down what they saw: importing
+ColossalAI takes 15 s, so it is paid once, side by side. TorchDDP runs as shipped, then the shim is installed for the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opensora import checkpoint, colossal
+from opensora.config import Activations, StageConfig
+from opensora.ema import EMA
+from opensora.errors import ConfigError
+from opensora.model import STDiT
+from opensora.ranks import Ranks, join
+from opensora.saver import Saver
+
+STEPS = 3
+LR = 1e-2
+CLIP = 0.5
+"""Below the norm of every step, so that all of them are clipped."""
+EXACT = ("torch_ddp", "zero1_fp32", "zero2_fp32", "hybrid_fp32", "hybrid_fp32_frozen")
+ROUNDED = ("zero2_bf16", "zero2_bf16_frozen", "gemini", "gemini_frozen", "gemini_in_one_chunk", "hybrid_bf16")
+PLUGINS = {"torch": "torch_ddp", "zero1": "low_level_zero", "zero2": "low_level_zero", "gemini": "gemini", "hybrid": "hybrid_parallel"}
+
+
+def stage_of(case: str, **changes: Any) -> StageConfig:
+    frozen = case.endswith("_frozen")
+    stage = {
+        # odd sizes: weights of 36 x 10 and biases of 10 lie across the ends of what a rank has
+        "model": {"depth": 2, "width": 36, "heads": 2, "mlp_ratio": 2.0, "caption_width": 10, "caption_tokens": 5},
+        "objective": {"kind": "flow"},
+        "data": {"source": {"kind": "digits", "clips": 8}, "frames": 1 if frozen else 2, "height": 16, "width": 16},
+        "autoencoder": {"kind": "patch", "factor": 4},
+        "text": {"kind": "words"},
+        # a large eps: a key's bias has no gradient but its rounding, and Adam would make whole steps of that
+        "optimizer": {"lr": LR, "eps": 1e-2, "weight_decay": 0.1},
+        "ema_decay": 0.5,
+        "steps": 8,
+        "batch_size": 2,
+        "freeze": "temporal" if frozen else "none",
+        "dtype": "fp32" if case in EXACT else "bf16",
+        "parallel": {"strategy": "colossalai", "plugin": PLUGINS[case.split("_")[0]]},
+        "checkpoint": {"every_steps": 1},
+        "sampling": {"steps": 2, "method": "euler"},
+    }
+    return StageConfig.model_validate(stage | changes)
+
+
+def model_of(stage: StageConfig) -> STDiT:
+    generator = torch.Generator().manual_seed(1)
+    model = STDiT(stage.model, stage.latent_shape[1:], stage.out_channels, generator=generator)
+    with torch.no_grad():
+        for weight in model.parameters():  # no layer starts at zero: every weight has a gradient
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    if stage.freeze == "temporal":
+        model.freeze_temporal()
+    return model
+
+
+def batch_of(stage: StageConfig, step: int) -> tuple[Tensor, ...]:
+    """Latents, times, captions, masks, dropped captions and targets of four clips."""
+    generator = torch.Generator().manual_seed(100 + step)
+    x, target = (torch.randn(4, *stage.latent_shape, generator=generator) for _ in range(2))
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    captions = torch.randn(4, 5, 10, generator=generator)
+    times = torch.rand(4, generator=generator) * 1000
+    return x, times, captions, mask, torch.tensor([False, True, False, False]), target
+
+
+def loss_of(model: Any, batch: tuple[Tensor, ...]) -> Tensor:
+    return F.mse_loss(model(*batch[:-1]), batch[-1])
+
+
+class Alone:
+    """The same steps in one process, by torch alone. bf16 is autocast's: what multiplies is rounded, weights and gradients are fp32."""
+
+    def __init__(self, stage: StageConfig) -> None:
+        self.stage, self.model = stage, model_of(stage)
+        weights, settings = dict(self.model.named_parameters()), stage.optimizer
+        self.trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=LR, eps=settings.eps, weight_decay=settings.weight_decay)
+        self.ema = EMA(weights, stage.ema_decay)
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def step(self, step: int) -> None:
+        self.optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.stage.dtype == "bf16"):
+            loss = loss_of(self.model, batch_of(self.stage, step))
+        loss.backward()
+        self.losses.append(loss.item())
+        self.norms.append(float(torch.nn.utils.clip_grad_norm_(self.trained.values(), CLIP)))
+        self.optimizer.step()
+        self.ema.update(step)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        model, state = self.model.state_dict(), self.optimizer.state
+        moments = {f"{key}/{name}": state[self.trained[name]][key] for name in self.trained for key in ("exp_avg", "exp_avg_sq", "step")}
+        return {"model": model, "ema": model | self.ema.shadow, "optimizer": moments}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What a rank does
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def take_steps(strategy: colossal.Colossal, stage: StageConfig, ranks: Ranks, numbers: range) -> tuple[list[float], list[float]]:
+    """Losses over all ranks and norms, as the trainer takes its steps."""
+    losses, norms, shared = [], [], colossal.ranks_of_a_clip(stage)
+    here, count = ranks.rank // shared, ranks.world // shared
+    for step in numbers:
+        own = tuple(part.chunk(count)[here] for part in batch_of(stage, step))
+        with torch.autocast("cpu", torch.bfloat16, enabled=stage.dtype == "bf16"):
+            loss = loss_of(strategy.model, own)
+        strategy.backward(loss)
+        assert bool(strategy.finite())
+        flags = strategy.reduce(torch.stack([loss.detach(), torch.ones(())]))
+        losses.append(float(flags[0] / flags[1]))
+        norms.append(float(strategy.norm()))
+        strategy.step(LR, (CLIP / (strategy.norm() + 1e-6)).clamp(max=1.0), step)
+    return losses, norms
+
+
+def all_of(strategy: colossal.Colossal, ranks: Ranks) -> dict[str, dict[str, Tensor]]:
+    """What the ranks would write, put together; every row is there once."""
+    parts: list[Any] = [None] * ranks.world
+    dist.all_gather_object(parts, strategy.pieces())
+    return {part: {name: joined([one[part][name] for one in parts if name in one[part]]) for name in parts[0][part]} for part in parts[0]}
+
+
+def joined(pieces: list[checkpoint.Piece]) -> Tensor:
+    tensors = [piece.tensor for piece in pieces]
+    if pieces[0].rows is None:
+        (whole,) = tensors
+        return whole
+    lengths = [len(tensor) for tensor in tensors]
+    assert [piece.start for piece in pieces] == [min(sum(lengths[:number]), pieces[0].rows) for number in range(len(pieces))]
+    assert sum(lengths) == pieces[0].rows
+    return torch.cat(tensors)
+
+
+def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest difference, in units of the largest number of its tensor."""
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    for name, value in expected.items():
+        assert (found[name].shape, found[name].dtype) == (value.shape, torch.float32), name
+    return max(float((found[name] - value).abs().max() / value.abs().max().clamp(min=1e-6)) for name, value in expected.items())
+
+
+def apart(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: Mapping[str, Tensor] | None = None) -> float:
+    """The distance of all tensors together, in units of how far they are from the origin."""
+    gap = sum(float((found[name] - value).square().sum()) for name, value in expected.items())
+    way = sum(float((value if origin is None else value - origin[name]).square().sum()) for name, value in expected.items())
+    return float((gap / way) ** 0.5)
+
+
+def relative(found: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+
+
+def report_of(case: str, ranks: Ranks, folder: Path) -> dict[str, float]:
+    colossal.ZERO_STAGE = 1 if case.startswith("zero1") else 2
+    colossal.GEMINI_CHUNK_M = 32.0 if case == "gemini_in_one_chunk" else 0.01
+    stage = stage_of(case)
+    alone, start = Alone(stage), model_of(stage).state_dict()
+    strategy = colossal.Colossal(model_of(stage), stage, ranks)
+    own = sum(part.numel() for part in strategy._own.values())
+    report = {"share": own / sum(weight.numel() for weight in alone.trained.values())}
+    report |= {"as given": distance(all_of(strategy, ranks)["model"], start)}
+
+    losses, norms = take_steps(strategy, stage, ranks, range(STEPS))
+    for step in range(STEPS):
+        alone.step(step)
+    found, expected = all_of(strategy, ranks), alone.tensors()
+    assert min(norms) > CLIP
+    report |= {"loss": relative(losses, alone.losses), "norm": relative(norms, alone.norms)}
+    report |= {part: distance(found[part], expected[part]) for part in ("model", "ema")}
+    counts = {name for name in expected["optimizer"] if name.startswith("step/")}
+    assert all(found["optimizer"].pop(name) == expected["optimizer"].pop(name) == STEPS for name in counts)
+    report |= {"movement": apart(found["model"], expected["model"], start), "moments": apart(found["optimizer"], expected["optimizer"])}
+    report["averaged"] = distance(strategy.averaged(), found["ema"])
+
+    saver = Saver(folder / case, stage, shard=strategy.writer(ranks.rank), shards=ranks.world, here=ranks.here, device=ranks.device)
+    saver.save(strategy.pieces(), folder, step=STEPS, world_size=ranks.world, seen=(4 * STEPS,), carried=(), reset=())
+    saver.wait()
+    dist.barrier()
+    reader = checkpoint.open_(checkpoint.directory(folder / case, STEPS))
+    model = model_of(stage)
+    model.load_state_dict(reader.part("model"))
+    resumed = colossal.Colossal(model, stage, ranks)
+    resumed.load(reader, ema=True, optimizer=True)
+    for one in (strategy, resumed):
+        take_steps(one, stage, ranks, range(STEPS, STEPS + 2))
+    left, right = all_of(resumed, ranks), all_of(strategy, ranks)
+    report["resumed"] = max(apart(left["model"], right["model"], found["model"]), *(distance(left[part], right[part]) for part in right))
+
+    model = model_of(stage)
+    model.keep(Activations(recompute="full", mlp_chunks=2))
+    again, norm = take_steps(colossal.Colossal(model, stage, ranks), stage, ranks, range(1))
+    report["recomputed"] = max(relative(again, losses[:1]), relative(norm, norms[:1]))
+
+    if stage.dtype == "fp32":
+        loss = loss_of(strategy.model, batch_of(stage, 0)) * torch.inf
+        strategy.backward(loss)
+        report["finite"] = float(strategy.finite())
+        strategy.reduce(torch.zeros(1))
+        strategy.step(LR, torch.ones(()), STEPS + 2)
+        report["moved by inf"] = distance(all_of(strategy, ranks)["model"], right["model"])
+    return report
+
+
+def main(folder: Path) -> None:
+    reports = {}
+    with join() as ranks:
+        for case in sys.argv[2].split(","):
+            if case != "torch_ddp" and "gemini" not in colossal.ON_CPU:
+                import colossal_shim
+
+                colossal_shim.install()
+            reports[case] = report_of(case, ranks, folder)
+            if ranks.is_first:
+                (folder / "reports.json").write_text(json.dumps(reports))
+                print(case, reports[case], flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What they saw
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory, require: Callable[[str, str], NoReturn]) -> dict[str, dict[str, float]]:
+    """By case, what two ranks measured."""
+    if find_spec("colossalai") is None:
+        require("colossalai", "uv sync --extra colossalai")
+    folder, tests = tmp_path_factory.mktemp("colossal"), Path(__file__).parents[1]
+    for name in ("autoencoder", "text"):
+        save_file({"x": torch.zeros(1)}, folder / f"{name}.safetensors")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    path = os.pathsep.join([str(tests.parent), str(tests)])
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, __file__, str(folder), ",".join([*EXACT, *ROUNDED])]
+    ranks = []
+    for rank in ("0", "1"):
+        log = (folder / f"rank{rank}.log").open("w")
+        with log:
+            ranks.append(subprocess.Popen(command, env=os.environ | launched | {"RANK": rank, "LOCAL_RANK": rank}, stdout=log, stderr=log))
+    try:
+        codes = [rank.wait(timeout=280) for rank in ranks]
+    finally:
+        for rank_ in ranks:
+            rank_.kill()
+            rank_.wait()
+    assert codes == [0, 0], "".join((folder / f"rank{number}.log").read_text()[-3000:] for number in range(2))
+    read: dict[str, dict[str, float]] = json.loads((folder / "reports.json").read_text())
+    return read
+
+
+MEASURES = ("loss", "norm", "model", "ema", "movement", "moments")
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("case", EXACT)
+def test_two_ranks_take_the_steps_of_one_process(reports: dict[str, dict[str, float]], case: str, measure: str) -> None:
+    assert reports[case][measure] < 1e-5
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("case", ROUNDED)
+def test_two_ranks_take_the_steps_of_one_process_up_to_bf16(reports: dict[str, dict[str, float]], case: str, measure: str) -> None:
+    assert reports[case][measure] < 1e-2
+
+
+@pytest.mark.parametrize("case", [*EXACT, *ROUNDED])
+def test_fp32_weights_are_those_given_not_what_bf16_left_of_them(reports: dict[str, dict[str, float]], case: str) -> None:
+    assert reports[case]["as given"] == 0
+
+
+@pytest.mark.parametrize("case", [*EXACT, *ROUNDED])
+def test_a_checkpoint_continues(reports: dict[str, dict[str, float]], case: str) -> None:
+    assert reports[case]["resumed"] < 1e-5
+
+
+@pytest.mark.parametrize("case", [*EXACT, *ROUNDED])
+def test_every_rank_gets_the_average_that_is_saved(reports: dict[str, dict[str, float]], case: str) -> None:
+    assert reports[case]["averaged"] == 0
+
+
+@pytest.mark.parametrize("case", [*EXACT, *ROUNDED])
+def test_recomputing_changes_nothing_but_rounding(reports: dict[str, dict[str, float]], case: str) -> None:
+    assert reports[case]["recomputed"] < (1e-5 if case in EXACT else 1e-2)
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_an_infinite_loss_is_seen_and_moves_no_weight(reports: dict[str, dict[str, float]], case: str) -> None:
+    assert reports[case]["finite"] == 0
+    assert reports[case]["moved by inf"] == 0
+
+
+def test_fp32_weights_are_divided(reports: dict[str, dict[str, float]]) -> None:
+    assert reports["torch_ddp"]["share"] == reports["gemini_in_one_chunk"]["share"] == 1
+    assert 0.45 < reports["zero2_fp32"]["share"] < 0.55
+    assert 0.35 < reports["gemini"]["share"] < 0.65  # its last chunk is not full
+    assert 0.5 < reports["hybrid_fp32"]["share"] < 0.75  # embedders and the final layer are whole
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def refusal(case: str, device: str = "cuda", world: int = 2, **changes: Any) -> str:
+    stage = stage_of(case, **changes)
+    with pytest.raises(ConfigError) as refused:
+        colossal.Colossal(model_of(stage), stage, Ranks(0, world, torch.device(device)))
+    assert "colossalai" not in sys.modules, "a refusal must not take 15 s"
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("case", ["zero2_fp32", "gemini", "hybrid_fp32"])
+def test_plugins_beside_torch_ddp_are_refused_on_a_cpu(case: str) -> None:
+    assert "needs CUDA, this rank's device is a CPU" in refusal(case, device="cpu")
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(colossal, "find_spec", lambda name: None)
+    assert "uv sync --extra colossalai" in refusal("torch_ddp")
+
+
+def test_what_a_plugin_cannot_do_is_refused() -> None:
+    assert "bf16 alone, dtype is fp32" in refusal("gemini", dtype="fp32")
+    assert "2 ranks, 3 are no multiple" in refusal("hybrid_fp32", world=3)
+    one_head = {"depth": 2, "width": 36, "heads": 1, "caption_width": 10, "caption_tokens": 5}
+    assert "model.heads is 1" in refusal("hybrid_fp32", model=one_head)
+    assert "without a launcher" in refusal("torch_ddp", device="cpu", world=1)
+
+
+def test_ranks_that_share_layers_see_the_same_clips() -> None:
+    assert [colossal.ranks_of_a_clip(stage_of(case)) for case in ("hybrid_fp32", "zero2_fp32", "torch_ddp")] == [2, 1, 1]
+    assert colossal.ranks_of_a_clip(stage_of("torch_ddp", parallel={"strategy": "ddp"})) == 1
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
