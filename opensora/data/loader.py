@@ -147,13 +147,11 @@ class Loader:
         """Vectors and mask of these captions."""
         lengths = self._lengths[captions]
         longest = int(lengths.max())
-        token = torch.arange(longest)
+        token, table = torch.arange(longest), self._prepared.vectors
         mask = token < lengths[:, None]  # (B, L)
-        places = self._prepared.offsets[captions][:, None] + torch.minimum(token, lengths[:, None] - 1)  # padding looks at the last token
-        vectors = self._prepared.vectors.index_select(0, places.flatten()).float().view(len(captions), longest, -1)
-        if int(lengths.min()) == longest:
-            return vectors, None
-        return vectors.masked_fill_(~mask[:, :, None], 0), mask
+        places = torch.where(mask, self._prepared.offsets[captions][:, None] + token, len(table) - 1)  # padding is the row of zeros
+        vectors = table.index_select(0, places.flatten()).float().view(len(captions), longest, -1)
+        return vectors, None if int(lengths.min()) == longest else mask
 
 
 class Ahead:

@@ -78,7 +78,8 @@ def test_the_cache_holds_what_the_encoders_say_of_every_clip(tmp_path: Path) -> 
     assert torch.allclose(latents, encode_clips(prepared.autoencoder, frames), atol=1e-5)
     assert said(prepared) == clips.captions
     assert [len(vectors) for vectors in vectors_of(prepared)] == [len(text.split()) for text in clips.captions]
-    assert len(prepared.vectors) == sum(len(text.split()) for text in set(clips.captions))
+    assert len(prepared.vectors) == sum(len(text.split()) for text in set(clips.captions)) + 1
+    assert not prepared.vectors[-1].any()
     assert 0.8 < latents.std() < 1.2
 
 

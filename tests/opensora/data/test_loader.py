@@ -50,7 +50,7 @@ def prepared(*buckets: tuple[int, int], mirrored: bool = False) -> Prepared:
         rows = torch.stack((torch.arange(clips), torch.arange(clips) + clips * mirrored), 1)
         parts.append(Part(Held(latents, {"rows": rows}), torch.arange(clips) % len(LENGTHS)))
         sizes.append(Bucket(frames=number + 1, height=16, width=16, batch_size=batch))
-    vectors = torch.cat([torch.full((length, 4), index + 1.0) for index, length in enumerate(LENGTHS)])
+    vectors = torch.cat([*(torch.full((length, 4), index + 1.0) for index, length in enumerate(LENGTHS)), torch.zeros(1, 4)])
     text = Held(vectors, {"offsets": torch.tensor([0, *itertools.accumulate(LENGTHS)])})
     return Prepared(Path(), "", tuple(sizes), tuple(parts), text, mirrored, {})
 
