@@ -334,7 +334,7 @@ def _compare_heads(path: Path, model: STDiT) -> None:
         return
     try:
         told = json.loads(file.read_bytes())
-        heads = told.get("num_attention_heads", told.get("heads"))
+        heads = told.get("num_attention_heads", told.get("model", {}).get("heads"))  # diffusers' key, or `osctl export`'s
     except (ValueError, AttributeError) as error:
         raise WeightsRefused(f"weights {file}: no JSON object ({error}). Copy the file again") from error
     if heads is not None and heads != model.config.heads:
