@@ -132,34 +132,6 @@ def files_of(part: str, names: Iterable[str]) -> list[str]:
     return found
 
 
-def save(
-    folder: Path,
-    stage: StageConfig,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    encoders: Path,
-    *,
-    step: int,
-    world_size: int,
-    clips_seen: int,
-    carried: tuple[str, ...],
-    reset: tuple[str, ...],
-    node: int = 0,
-    nodes: int = 1,
-) -> Path:
-    """Write one checkpoint, whole or not at all, and return when it is there.
-
-    Raises:
-        DiskFull, NotFinite: as `Saver.save`.
-    """
-    from opensora.saver import Saver
-
-    saver = Saver(folder, stage, shard=node, shards=nodes, here=(node,), device=torch.device("cpu"))
-    pieces = {name: share(tensors[name], node, nodes) for name in TENSORS}
-    saver.save(pieces, encoders, step=step, world_size=world_size, seen=(clips_seen,), carried=carried, reset=reset, node=node)
-    saver.wait()
-    return directory(folder, step)
-
-
 def is_disk_full(error: Exception) -> bool:
     """Whether a failed write says that there is no room (or no quota) left. safetensors puts the number into its text."""
     if isinstance(error, OSError):

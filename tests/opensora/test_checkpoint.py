@@ -12,6 +12,7 @@ import torch
 from opensora import checkpoint
 from opensora.config import StageConfig
 from opensora.errors import DiskFull, ParentError
+from opensora.saver import Saver
 
 Stages = Callable[..., StageConfig]
 
@@ -26,16 +27,20 @@ def encoders(tmp_path: Path) -> Path:
 
 
 def write(folder: Path, stage: StageConfig, encoders: Path, step: int, numbers: int = 4, *, node: int = 0, nodes: int = 1) -> Path:
-    tensors = {name: {"w": torch.full((numbers,), float(step))} for name in checkpoint.TENSORS}
-    return checkpoint.save(
-        folder, stage, tensors, encoders, step=step, world_size=2, clips_seen=step * 8, carried=("a",), reset=("b",), node=node, nodes=nodes
-    )
+    """A checkpoint as the one rank of node `node` writes it."""
+    tensors = {"w": torch.full((numbers,), float(step))}
+    saver = Saver(folder, stage, shard=node, shards=nodes, here=(node,), device=torch.device("cpu"))
+    pieces = {name: checkpoint.share(tensors, node, nodes) for name in checkpoint.TENSORS}
+    saver.save(pieces, encoders, step=step, world_size=2, seen=(step * 6, step * 2), carried=("a",), reset=("b",), node=node)
+    saver.wait()
+    return checkpoint.directory(folder, step)
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 8])
 def test_nodes_write_each_file_once_and_together_a_checkpoint(nodes: int, tiny_stage: Stages, tmp_path: Path, encoders: Path) -> None:
     stage = tiny_stage()
-    whole, sizes = tmp_path / "together", {}
+    whole = tmp_path / "together"
+    sizes: dict[str, int] = {}
     whole.mkdir()
     for node in range(nodes):
         path = write(tmp_path / f"node{node}", stage, encoders, 4, node=node, nodes=nodes)
@@ -57,7 +62,8 @@ def test_what_was_saved_is_read(tiny_stage: Stages, tmp_path: Path, encoders: Pa
     record, saved = checkpoint.read(path)
     assert path.name == "step-00000004"
     assert saved == stage
-    assert (record.step, record.complete, record.clips_seen, record.world_size, record.carried) == (4, True, 32, 2, ("a",))
+    assert (record.step, record.complete, record.clips_seen, record.seen, record.world_size) == (4, True, 32, (24, 8), 2)
+    assert (record.carried, record.reset) == (("a",), ("b",))
     assert set(record.files) == {path.name for path in path.iterdir()} - {checkpoint.RECORD}
     assert json.loads((path / checkpoint.RECORD).read_text())["schema"] == 1
     assert torch.equal(checkpoint.load(path, "ema")["w"], torch.full((4,), 4.0))
@@ -133,7 +139,18 @@ def test_missing_and_truncated_files_are_refused_by_name(name: str, tiny_stage: 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("step", -1), ("complete", True), ("steps", 9), ("schema", 2), ("surprise", 1), ("files", None), ("model", {"width": 64})],
+    [
+        ("step", -1),
+        ("complete", True),
+        ("steps", 9),
+        ("schema", 2),
+        ("surprise", 1),
+        ("files", None),
+        ("model", {"width": 64}),
+        ("seen", [6]),
+        ("seen", [9, -1]),
+        ("clips_seen", 7),
+    ],
 )
 def test_an_edited_record_is_refused(field: str, value: object, tiny_stage: Stages, tmp_path: Path, encoders: Path) -> None:
     path = write(tmp_path / "checkpoints", tiny_stage(), encoders, 1)
@@ -175,3 +192,7 @@ def test_names_and_shapes_must_agree() -> None:
         checkpoint.compare(expected, expected | {"extra": torch.zeros(1)}, "weights")
     with pytest.raises(ParentError, match=r"w00 \(3,\) for \(2,\)"):
         checkpoint.compare(expected, expected | {"w00": torch.zeros(3)}, "weights")
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(expected, (2,))  # as `Reader.names` gives them
+    checkpoint.compare(expected, shapes, "weights")
+    with pytest.raises(ParentError, match=r"w01 \(2, 1\) for \(2,\)"):
+        checkpoint.compare(expected, shapes | {"w01": (2, 1)}, "weights")
