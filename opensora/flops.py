@@ -11,8 +11,9 @@ Legend: T latent frames · S spatial tokens of a frame · D width · L text toke
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from opensora.config import ModelConfig, StageConfig
+from opensora.config import Bucket, ModelConfig, StageConfig
 
 TIME_WAVES = 256
 """Sines and cosines of the time embedding."""
@@ -69,16 +70,38 @@ def full_attention_flops(model: ModelConfig, out_channels: int, frames: int, tok
     )
 
 
-def train_flops_per_clip(stage: StageConfig) -> float:
-    """Forward and backward of one clip, without recomputation."""
-    frames, tokens = stage.tokens
+def train_flops_per_clip(stage: StageConfig, size: Bucket | None = None) -> float:
+    """Forward and backward of one clip of this size (none: `data`'s), without recomputation."""
+    frames, tokens = stage.tokens_of(size or stage.data)
     forward = forward_flops(stage.model, stage.out_channels, frames, tokens, temporal=stage.freeze != "temporal")
     return float(forward * (1 + BACKWARD))
 
 
+def step_shares(stage: StageConfig, clips: Sequence[int] | None = None) -> tuple[float, ...]:
+    """Of all steps, those in each bucket: as many as its clips make batches of.
+
+    Args:
+        clips: in each bucket; none: equally many, since nobody knows before they were looked at.
+    """
+    batches = [(clips[number] if clips else 1) / bucket.batch_size for number, bucket in enumerate(stage.buckets)]
+    return tuple(one / sum(batches) for one in batches)
+
+
+def data_ranks(stage: StageConfig, devices: int) -> float:
+    """Groups of devices with clips of their own. Not whole where `parallel.sequence` does not divide: the trainer refuses that."""
+    return devices / stage.parallel.sequence
+
+
+def step_flops(stage: StageConfig, devices: int, clips: Sequence[int] | None = None) -> float:
+    """One step, on average over the buckets, on so many devices."""
+    shares = step_shares(stage, clips)
+    flops = (bucket.batch_size * train_flops_per_clip(stage, bucket) for bucket in stage.buckets)
+    return sum(share * one for share, one in zip(shares, flops, strict=True)) * data_ranks(stage, devices)
+
+
 def stage_flops(stage: StageConfig, devices: int) -> float:
-    """Every step of a stage on so many devices, each with its own batch."""
-    return train_flops_per_clip(stage) * stage.steps * stage.batch_size * devices
+    """Every step of a stage: the global batch is a rank's batch times devices over `parallel.sequence`."""
+    return step_flops(stage, devices) * stage.steps
 
 
 def _weights(rows: int, columns: int) -> int:

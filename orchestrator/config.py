@@ -335,14 +335,25 @@ def on_devices(pipeline: Pipeline, gpus: int) -> Pipeline:
             spec = stage.spec.model_copy(update={"resources": asked.model_copy(update={"device": pipeline.cluster.device})})
             stage = stage.model_copy(update={"spec": spec})
         elif asked.device == "auto":
-            total = stage.config.batch_size * asked.devices_per_node
-            ranks = max((n for n in range(1, min(gpus, asked.devices_per_node) + 1) if total % n == 0), default=None)
-            update = {"device": "cpu-core"} if ranks is None else {"device": "local-gpu", "devices_per_node": ranks}
-            spec = stage.spec.model_copy(update={"resources": asked.model_copy(update=update)})
-            config = stage.config if ranks is None else stage.config.model_copy(update={"batch_size": total // ranks})
-            stage = stage.model_copy(update={"spec": spec, "config": config})
+            stage = _on_machine(stage, gpus)
         stages.append(stage)
     return pipeline.model_copy(update={"stages": tuple(stages)})
+
+
+def _on_machine(stage: Stage, gpus: int) -> Stage:
+    asked, config = stage.spec.resources, stage.config
+    shared = config.parallel.sequence
+    sizes = [config.batch_size, *(bucket.batch_size for bucket in config.data.buckets)]
+    totals = [size * (asked.devices_per_node // shared) for size in sizes]
+    counts = range(shared, min(gpus, asked.devices_per_node) + 1, shared)
+    ranks = max((n for n in counts if all(total % (n // shared) == 0 for total in totals)), default=None)
+    update = {"device": "cpu-core"} if ranks is None else {"device": "local-gpu", "devices_per_node": ranks}
+    if ranks is not None:
+        own, *others = (total // (ranks // shared) for total in totals)
+        buckets = tuple(bucket.model_copy(update={"batch_size": size}) for bucket, size in zip(config.data.buckets, others, strict=True))
+        config = config.model_copy(update={"batch_size": own, "data": config.data.model_copy(update={"buckets": buckets})})
+    spec = stage.spec.model_copy(update={"resources": asked.model_copy(update=update)})
+    return stage.model_copy(update={"spec": spec, "config": config})
 
 
 def _with_environment(document: Document, env: Mapping[str, str]) -> Document:

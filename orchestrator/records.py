@@ -272,7 +272,7 @@ def sha256(data: bytes) -> str:
 
 
 def inputs_digest(config: StageConfig, devices: int, parent_committed: str | None) -> str:
-    """12 hex digits that name a stage's inputs. Devices count, since the global batch is batch_size × devices."""
+    """12 hex digits that name a stage's inputs. Devices count, since the global batch is batch_size × devices over `parallel.sequence`."""
     content = {"config": config.digest(), "devices": devices, "parent": parent_committed}
     return sha256(json.dumps(content, sort_keys=True).encode())[:12]
 
