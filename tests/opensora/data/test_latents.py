@@ -314,3 +314,60 @@ def test_the_cache_is_a_safetensors_file_that_others_can_read(tmp_path: Path) ->
         assert torch.equal(file.get_tensor("latents"), prepared.parts[0].latents)
         assert torch.equal(file.get_tensor("rows"), prepared.parts[0].rows)
     assert json.loads((prepared.directory / INDEX).read_text())["files"][BUCKET] == (prepared.directory / BUCKET).stat().st_size
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a stage says of a real AutoencoderKL and a real T5, small ones, in half types."""
+    from tiny_encoders import WIDTH, make_autoencoder, make_text  # diffusers and transformers: seconds that other tests need not wait
+
+    vae, t5 = tmp_path_factory.mktemp("vae"), tmp_path_factory.mktemp("t5")
+    make_autoencoder(vae)
+    make_text(t5)
+    base = stage().model_dump()
+    return {
+        "model": {**base["model"], "latent_channels": 4, "caption_width": WIDTH, "caption_tokens": 40},
+        "autoencoder": {"kind": "kl", "path": str(vae), "factor": 2, "dtype": "bf16"},
+        "text": {"kind": "t5", "path": str(t5), "dtype": "bf16"},
+    }
+
+
+def of_pictures(folder: Path) -> dict[str, Any]:
+    buckets = [{"frames": 1, "height": height, "width": width, "batch_size": 2} for height, width in ((16, 16), (16, 32))]
+    return {
+        "source": {"kind": "folder", "path": str(folder)},
+        "frames": 1,
+        "height": 16,
+        "width": 16,
+        "buckets": buckets,
+        "horizontal_flip": True,
+    }
+
+
+def test_published_encoders_fill_a_cache_in_half_types_at_true_lengths(tmp_path: Path, published: dict[str, Any]) -> None:
+    folder = pictures(tmp_path / "pictures")
+    config = stage(data=of_pictures(folder), **published)
+    prepared = opened(config, tmp_path / "cache")
+    latents = prepared.parts[0].latents
+    assert (latents.dtype, prepared.vectors.dtype) == (torch.float16, torch.bfloat16)
+    assert [len(part) for part in prepared.parts] == [3, 0]
+    assert [len(vectors) for vectors in vectors_of(prepared)] == [len(text) + 1 for text in ("dark", "grey", "bright")]  # bytes, end
+    assert torch.equal(torch.cat(prepared.text.encode(prepared.captions)), prepared.vectors[:-1].float())
+    batch = Loader(prepared, seed=0).batch((0, 0))
+    assert (batch.latents.dtype, batch.vectors.dtype) == (torch.float32, torch.float32)
+
+
+def test_what_a_posterior_draws_is_a_function_of_seed_and_clip(tmp_path: Path, published: dict[str, Any]) -> None:
+    folder = pictures(tmp_path / "pictures", count=2)
+    few = opened(stage(data=of_pictures(folder), **published), tmp_path / "few").parts[0]
+    assert torch.equal(few.latents[few.rows[0, 0]], few.latents[few.rows[0, 1]])  # one colour, one draw: its own mirror image
+    assert not torch.equal(few.latents[0], few.latents[1])
+    shutil.copy(folder / "0.png", folder / "again.png")
+    with (folder / "captions.csv").open("a") as file:
+        file.write("again.png,dark\n")
+    many = opened(stage(data=of_pictures(folder), **published), tmp_path / "many").parts[0]
+    assert torch.allclose(many.latents[many.rows[:2]].float(), few.latents[few.rows].float(), atol=1e-2)
+    again, first = many.latents[many.rows[2, 0]], many.latents[many.rows[0, 0]]
+    assert (again - first).abs().max() > 0.1  # the same picture, another draw
+    other = opened(stage(data=of_pictures(folder), seed=7, **published), tmp_path / "other").parts[0]
+    assert (other.latents[0] - many.latents[0]).abs().max() > 0.1
