@@ -315,7 +315,9 @@ class T5Encoder:
 
     def null_caption(self, tokens: int) -> torch.Tensor:
         """The empty caption, padded as PixArt-α's pipelines pad it: each place holds what T5 says there, looking at the one token alone."""
-        return self._vectors(self._tokenize([""]), tokens)[0]
+        found = self._vectors(self._tokenize([""]), tokens)[0]
+        vars(self).pop("_model")  # asked for once, as a stage begins: T5-XXL's 9.5 GB would stay on the device for all of it
+        return found
 
     def save(self, directory: Path) -> None:
         """The reference to it."""
