@@ -12,6 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import harness
+from harness import Measured, Row
+
 ROUNDS = 15
 EMPTY = "import typer\napp = typer.Typer(rich_markup_mode=None)\n@app.command()\ndef main() -> None: ...\napp(['--help'])"
 COMMANDS = {
@@ -29,13 +32,17 @@ def cpu_seconds(command: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def main() -> None:
+def measure(quick: bool) -> Measured:
     best = dict.fromkeys(COMMANDS, float("inf"))
-    for _ in range(ROUNDS):
+    for _ in range(1 if quick else ROUNDS):
         for name, command in COMMANDS.items():
             best[name] = min(best[name], cpu_seconds(command))
-    for name, seconds in best.items():
-        print(f"{name:22s} {seconds:.3f} CPU-s  {seconds / best['one-command typer']:.2f}x an empty typer program")
+    rows = [Row("`osctl --help`, the whole process", best["osctl --help"], "CPU-s", 0.25, 0.15, "less")]
+    return rows, {"cpu_seconds": best, "of_an_empty_typer_program": {name: took / best["one-command typer"] for name, took in best.items()}}
+
+
+def main() -> None:
+    harness.run("cli", measure)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,8 @@ def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[s
 
 def machine() -> str:
     """Processor, cores and memory, as the operating system names them."""
-    told = dict(
-        (key.strip(), value.strip())
-        for key, _, value in (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-        if value
-    )
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    told = {key.strip(): value.strip() for key, _, value in lines if value}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     family = f" (family {told['cpu family']} model {told['model']})" if "cpu family" in told else ""
     return (

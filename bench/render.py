@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import harness
 import manifest_specs
 import yaml
+from harness import Measured, Row
 from hypothesis import HealthCheck, Phase, given, settings
 from manifest_specs import Spec
 
@@ -54,17 +56,19 @@ def a_second(work: Callable[[Spec], object], specs: Sequence[Spec]) -> float:
     return len(specs) / best
 
 
-def main() -> None:
-    specs = drawn(SPECS)
+def measure(quick: bool) -> Measured:
+    specs = drawn(5 if quick else SPECS)
     ways: dict[str, Callable[[Spec], object]] = {
         "object": rendered,
         "object and YAML": lambda spec: manifest.dump([rendered(spec)]),
         "object and PyYAML's own emitter": lambda spec: yaml.safe_dump(rendered(spec), sort_keys=False),
     }
     speeds = {name: a_second(work, specs) for name, work in ways.items()}
-    peer = speeds["object and PyYAML's own emitter"]
-    for name, speed in speeds.items():
-        print(f"{name:32s} {speed:8.0f} a second  {speed / peer:.1f}x")
+    return [Row("jobs rendered as YAML", speeds["object and YAML"], "/s", 500, 500)], {"a_second": speeds}
+
+
+def main() -> None:
+    harness.run("render", measure)
 
 
 if __name__ == "__main__":
