@@ -23,8 +23,10 @@ from opensora.config import Activations
 Block = TypeVar("Block")
 
 ATEN = torch.ops.aten
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # opensora.linear's product, where torch has it
 KEPT = frozenset(
     {
+        *([_ONEDNN.default] if _ONEDNN is not None else []),
         ATEN.mm.default,
         ATEN.addmm.default,
         ATEN.bmm.default,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from opensora.activations import in_chunks, run_blocks
 from opensora.config import Activations, ModelConfig
+from opensora.linear import Linear
 from opensora.sequence import Cut, Sequence
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -62,8 +63,8 @@ class MLP(nn.Module):
 
     def __init__(self, width_in: int, hidden: int, width_out: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width_in, hidden)
-        self.fc2 = nn.Linear(hidden, width_out)
+        self.fc1 = Linear(width_in, hidden)
+        self.fc2 = Linear(hidden, width_out)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -76,7 +77,7 @@ class PatchEmbedder(nn.Module):
     def __init__(self, channels: int, patch: tuple[int, int, int], width: int) -> None:
         super().__init__()
         self.patch = patch
-        self.proj = nn.Linear(channels * math.prod(patch), width)
+        self.proj = Linear(channels * math.prod(patch), width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) latents -> (B, T, S, D) tokens."""
@@ -93,8 +94,8 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, width: int, waves: int = 128) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(2 * waves, width)
-        self.fc2 = nn.Linear(width, width)
+        self.fc1 = Linear(2 * waves, width)
+        self.fc2 = Linear(width, width)
         # fp32 on purpose: fp64 angles move the outputs by 1.1e-5 of their maximum away from upstream's
         exponents = -math.log(10_000) * torch.arange(waves, dtype=torch.float32) / waves
         self.register_buffer("frequencies", exponents.exp(), persistent=False)
@@ -118,8 +119,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(M, n, D) -> (M, n, D)."""
@@ -135,9 +136,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(width, 2 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, captions: Tensor, keep: Tensor | None) -> Tensor:
         """x (B, n, D), captions (B, L, D), keep (B, 1, 1, L) bool or all -> (B, n, D)."""
@@ -204,7 +205,7 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, patch_numbers: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, patch_numbers)
+        self.linear = Linear(width, patch_numbers)
         self.modulation = nn.Parameter(torch.empty(2, width))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -255,7 +256,7 @@ class STDiT(nn.Module):
 
         self.patch_embedder = PatchEmbedder(config.latent_channels, config.patch, width)
         self.time_embedder = TimeEmbedder(width)
-        self.time_block = nn.Linear(width, 6 * width)
+        self.time_block = Linear(width, 6 * width)
         self.caption_embedder = MLP(config.caption_width, width, width)
         # raw caption vectors, not trained: upstream inherits them from PixArt-α as a buffer
         self.register_buffer("null_caption", torch.empty(config.caption_tokens, config.caption_width))
@@ -312,7 +313,8 @@ class STDiT(nn.Module):
         cut, patch_frames = None, self.config.patch[0]
         if self.sequence is not None:
             cut = self.sequence.cut(frames, rows * columns)
-            x = self.sequence.own_frames(x.unflatten(2, (frames, patch_frames)), 2, frames).flatten(2, 3)
+            whole = rearrange(x, "B C (T pt) H W -> B C T pt H W", pt=patch_frames)
+            x = self.sequence.own_frames(whole, 2, frames).flatten(2, 3)
 
         dtype = self.patch_embedder.proj.weight.dtype
         tokens = self.patch_embedder(x.to(dtype))  # (B, T, S, D)

@@ -40,7 +40,7 @@ from opensora.config import Activations, StageConfig
 from opensora.data.latents import Prepared, prepare
 from opensora.data.loader import Ahead, Batch, Loader
 from opensora.data.source import open_clips
-from opensora.errors import ConfigError, Kind, LossSpike, NotFinite, ParentError, TrainerError
+from opensora.errors import ConfigError, Kind, LossSpike, NotFinite, OutOfMemory, ParentError, TrainerError
 from opensora.model import STDiT
 from opensora.optimizer import learning_rate
 from opensora.pictures import write_mp4, write_sheet
@@ -179,7 +179,7 @@ class Step:
     waited: float
     """Seconds for its clips."""
     came_to: Tensor
-    """(3 + world,): norm of the gradient; then, summed over the ranks, loss, askings to drain, and each rank's flag that its numbers are not
+    """(3 + world,): norm of the gradient; then, as sums over the ranks: loss, askings to drain, each rank's flag of numbers that are not
     finite."""
     there: torch.cuda.Event | None
     """When `came_to` has arrived on the CPU; none: it is there."""
@@ -224,7 +224,8 @@ class Trainer:
         writer = self.strategy.writer
         here = tuple(writer(rank) for rank in ranks.here)
         self.saver = Saver(run.checkpoints, stage, shard=writer(ranks.rank), shards=ranks.world, here=here, device=ranks.device)
-        self.autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.device.type == "cuda" and stage.dtype == "bf16")
+        half = ranks.device.type == "cuda" and stage.dtype == "bf16"
+        self.autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=half)
         self.under_way: deque[Step] = deque()
         self.behind = 1 if ranks.device.type == "cuda" else 0  # steps that may be on their way when the next is launched; a CPU has none
         self.losses = Losses(stage.loss_spike)
@@ -485,7 +486,12 @@ def _activations(stage: StageConfig, ranks: Ranks) -> Activations:
         return stage.activations
     if ranks.device.type != "cuda":
         return stage.activations.model_copy(update={"recompute": "none"})
-    return memory.choose(stage, torch.cuda.get_device_properties(ranks.device).total_memory, ranks.world)
+    try:
+        choice = memory.choose(stage, torch.cuda.get_device_properties(ranks.device).total_memory, ranks.world)
+    except memory.DoesNotFit as error:
+        raise OutOfMemory(str(error)) from error
+    log.info("activations: %s", choice.reason)
+    return choice.activations
 
 
 def _draw_samples(folder: Path, sampler: Sampler, stage: StageConfig, frames: int) -> None:

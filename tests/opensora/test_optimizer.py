@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from opensora.config import OptimizerConfig
 from opensora.optimizer import AdamW, learning_rate
@@ -21,6 +21,10 @@ def give_gradients(weights: dict[str, nn.Parameter], seed: int) -> None:
         weight.grad = torch.randn(weight.shape, generator=generator)
 
 
+def gradients(weights: dict[str, nn.Parameter]) -> list[Tensor]:
+    return [weight.grad for weight in weights.values() if weight.grad is not None]
+
+
 def test_it_computes_what_torch_computes() -> None:
     config = OptimizerConfig(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
     ours, theirs = parameters(0), parameters(0)
@@ -29,7 +33,7 @@ def test_it_computes_what_torch_computes() -> None:
     for step in range(5):
         give_gradients(ours, step)
         give_gradients(theirs, step)
-        adamw.step(config.lr)
+        adamw.step(gradients(ours), config.lr)
         reference.step()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
@@ -39,15 +43,26 @@ def test_a_loaded_state_continues_bitwise() -> None:
     weights = parameters(0)
     adamw = AdamW(weights, OptimizerConfig())
     give_gradients(weights, 1)
-    adamw.step(1e-2)
+    adamw.step(gradients(weights), 1e-2)
     saved = {key: value.clone() for key, value in adamw.state().items()}
     copies = {name: nn.Parameter(weight.detach().clone()) for name, weight in weights.items()}
     other = AdamW(copies, OptimizerConfig())
     other.load(saved)
     for pair, optimizer in ((weights, adamw), (copies, other)):
         give_gradients(pair, 2)
-        optimizer.step(1e-2)
+        optimizer.step(gradients(pair), 1e-2)
     assert all(torch.equal(weights[name], copies[name]) for name in weights)
+
+
+def test_an_update_that_is_not_finite_is_not_made() -> None:
+    weights = parameters(0)
+    give_gradients(weights, 1)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    adamw = AdamW(weights, OptimizerConfig())
+    adamw.step(gradients(weights), 1e-2, found_inf=torch.ones(1))
+    assert all(torch.equal(weights[name], value) for name, value in before.items())
+    adamw.step(gradients(weights), 1e-2, found_inf=torch.zeros(1))
+    assert not any(torch.equal(weights[name], value) for name, value in before.items())
 
 
 def test_parameters_that_a_state_does_not_know_start_at_zero() -> None:
@@ -72,6 +87,6 @@ def test_a_trainer_does_not_pay_for_the_compiler() -> None:
     code = (
         "import sys, torch; from opensora import train; from opensora.optimizer import AdamW; from opensora.config import OptimizerConfig\n"
     )
-    code += "weight = torch.nn.Parameter(torch.zeros(2)); weight.grad = torch.ones(2); AdamW({'w': weight}, OptimizerConfig()).step(1.0)\n"
+    code += "weight = torch.nn.Parameter(torch.zeros(2)); AdamW({'w': weight}, OptimizerConfig()).step([torch.ones(2)], 1.0)\n"
     code += "sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
