@@ -61,8 +61,11 @@ class RunDirectory:
 
     @property
     def latents(self) -> Path:
-        """The stage's clips, encoded once; may be deleted at any time after the run."""
-        return self.path / "latents"
+        """Clips, encoded once: a folder that runs share (`OSCTL_LATENTS`, filled ahead by `osctl encode`), else this run's own.
+
+        May be deleted whenever nobody trains from it.
+        """
+        return Path(os.environ.get("OSCTL_LATENTS") or self.path / "latents")
 
     @property
     def parent(self) -> Path | None:

@@ -18,7 +18,7 @@ import typer
 
 from orchestrator.cli import options, output
 from orchestrator.cli.look import launched, stage_names, take
-from orchestrator.cli.workspace import Workspace, home
+from orchestrator.cli.workspace import Workspace, home, latents
 
 if TYPE_CHECKING:
     from orchestrator.config import Pipeline
@@ -158,6 +158,8 @@ def run_here(workspace: Workspace, target: str | None, *, dry_run: bool, quiet: 
         remote.check_store(workspace)
         with contextlib.closing(remote.connect(workspace)) as api:
             remote.check_none(api, workspace)
+    else:
+        os.environ["OSCTL_LATENTS"] = str(latents())  # attempts share what one of them, or `osctl encode`, has encoded
     workspace.store.probe()
     runner = Runner(pipeline, workspace.ledger, backend_of(pipeline, workspace.store, workspace.store_url))
     following = contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices)

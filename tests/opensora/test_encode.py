@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from opensora import train
 from opensora.config import StageConfig, write_stage
 from opensora.data.latents import prepare
 from opensora.encode import Progress, clock, main
@@ -38,6 +39,18 @@ def test_what_is_encoded_ahead_is_what_training_finds(
     assert str(prepare(tiny_stage(), tmp_path / "cache")) == told["directory"]
     assert told["built"] and told["clips"] == tiny_stage().data.source.clips and told["skipped"] == 0
     assert told["bytes"] == sum(path.stat().st_size for path in Path(told["directory"]).iterdir())
+
+
+def test_a_run_takes_what_was_encoded_for_all(
+    tmp_path: Path, tiny_stage: TinyStage, make_run: Callable[..., RunDirectory], stage_yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([str(stage_yaml), str(tmp_path / "cache")]) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    monkeypatch.setenv("OSCTL_LATENTS", str(tmp_path / "cache"))
+    run = make_run(tiny_stage())
+    assert train.run_reported(run, train.Notice()) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
+    assert not (run.path / "latents").exists()
 
 
 def test_encoding_again_encodes_nothing(tmp_path: Path, stage_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,20 @@ def test_a_stage_is_encoded_once_and_later_ones_wait_for_their_parents_encoders(
     assert [(row["state"], row["directory"]) for row in again] == [("there already", str(folder))]
 
 
+def test_a_launch_trains_on_what_was_encoded_and_leaves_its_own_for_the_next(osctl: Osctl) -> None:
+    osctl("encode", "stage1")
+    caches = osctl.folder / ".osctl/latents"
+    (encoded,) = caches.iterdir()
+    before = encoded.stat().st_mtime_ns
+    osctl("launch", "stage1", "-q")
+    assert list(caches.iterdir()) == [encoded] and encoded.stat().st_mtime_ns == before
+    assert not list(osctl.folder.glob(".osctl/runs/**/latents"))
+    (row,) = json.loads(osctl("encode", "stage2", "-o", "json").stdout)
+    assert row["state"] == "encoded", "its parent's encoders are committed now"
+    osctl("launch", "stage2", "-q")
+    assert {path.name for path in caches.iterdir()} == {encoded.name, Path(row["directory"]).name}
+
+
 def test_a_table_says_where_it_lies_and_how_large_it_is(osctl: Osctl) -> None:
     shown = osctl("encode", "stage1", "--into", "elsewhere").stdout
     (folder,) = (osctl.folder / "elsewhere").iterdir()
