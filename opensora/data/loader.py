@@ -64,36 +64,30 @@ class Batch:
         return replace(self, latents=self.latents.pin_memory(), vectors=self.vectors.pin_memory(), mask=mask)
 
 
-@lru_cache(maxsize=64)
-def _epoch(seed: int, epoch: int, bucket: int, clips: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch, bucket]).permutation(clips)
+class Stream:
+    """One bucket's clips, epoch after epoch, without end. Keeps two epochs' orders: a step may see the end of one and the next one."""
 
+    def __init__(self, seed: int, clips: int, bucket: int = 0) -> None:
+        self._clips = clips
+        self._order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch, bucket]).permutation(clips))
+        self._mirrors = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch, bucket, 1]).integers(0, 2, clips, np.int8))
 
-@lru_cache(maxsize=64)
-def _mirrors(seed: int, epoch: int, bucket: int, clips: int) -> NDArray[np.int64]:
-    """1 for each clip that is mirrored in this epoch, 0 for the others."""
-    return np.random.default_rng([seed, epoch, bucket, 1]).integers(0, 2, clips)
+    def take(self, start: int, count: int) -> NDArray[np.int64]:
+        """Clips at positions start..start+count−1."""
+        return np.concatenate([self._order(epoch)[part] for epoch, part in self._epochs(start, count)])
 
+    def mirrors(self, start: int, count: int) -> NDArray[np.int64]:
+        """1 where the clip at this position is mirrored, else 0."""
+        parts = [self._mirrors(epoch)[self._order(epoch)[part]] for epoch, part in self._epochs(start, count)]
+        return np.concatenate(parts).astype(np.int64)
 
-def _epochs(clips: int, start: int, count: int) -> Iterator[tuple[int, slice]]:
-    """Which epochs positions start..start+count−1 of a stream lie in, and where in each."""
-    while count > 0:
-        epoch, first = divmod(start, clips)
-        last = min(first + count, clips)
-        yield epoch, slice(first, last)
-        start, count = start + last - first, count - (last - first)
-
-
-def stream(seed: int, clips: int, start: int, count: int, bucket: int = 0) -> NDArray[np.int64]:
-    """Clips at positions start..start+count−1 of the endless stream over a bucket's clips."""
-    return np.concatenate([_epoch(seed, epoch, bucket, clips)[part] for epoch, part in _epochs(clips, start, count)])
-
-
-def mirrors(seed: int, clips: int, start: int, count: int, bucket: int = 0) -> NDArray[np.int64]:
-    """1 where the clip at this position of the stream is mirrored, else 0."""
-    return np.concatenate(
-        [_mirrors(seed, epoch, bucket, clips)[_epoch(seed, epoch, bucket, clips)[part]] for epoch, part in _epochs(clips, start, count)]
-    )
+    def _epochs(self, start: int, count: int) -> Iterator[tuple[int, slice]]:
+        """Which epochs these positions lie in, and where in each."""
+        while count > 0:
+            epoch, first = divmod(start, self._clips)
+            last = min(first + count, self._clips)
+            yield epoch, slice(first, last)
+            start, count = start + last - first, count - (last - first)
 
 
 class Loader:
@@ -101,9 +95,10 @@ class Loader:
 
     def __init__(self, prepared: Prepared, *, seed: int, rank: int = 0, world: int = 1) -> None:
         """`rank`, `world`: data-parallel ones."""
-        self._prepared, self._seed, self._rank, self._world = prepared, seed, rank, world
+        self._prepared, self._rank, self._world = prepared, rank, world
         self._counts = [len(part) for part in prepared.parts]
         self._sizes = [bucket.batch_size for bucket in prepared.buckets]
+        self._streams = [Stream(seed, clips, bucket) for bucket, clips in enumerate(self._counts)]
         self._lengths = prepared.offsets.diff()
 
     @property
@@ -136,10 +131,10 @@ class Loader:
         """
         bucket = self.bucket(seen)
         self._prepared.check(bucket)
-        part, clips, size = self._prepared.parts[bucket], self._counts[bucket], self._sizes[bucket]
+        part, stream, size = self._prepared.parts[bucket], self._streams[bucket], self._sizes[bucket]
         place = seen[bucket] + self._rank * size
-        index = torch.from_numpy(stream(self._seed, clips, place, size, bucket))
-        mirrored = torch.from_numpy(mirrors(self._seed, clips, place, size, bucket)) if self._prepared.mirrored else 0
+        index = torch.from_numpy(stream.take(place, size))
+        mirrored = torch.from_numpy(stream.mirrors(place, size)) if self._prepared.mirrored else 0
         latents = part.latents.index_select(0, part.rows[index, mirrored]).float()
         return Batch(latents, *self._text(part.caption_of[index]), index, bucket)
 

@@ -6,12 +6,13 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opensora.config import Bucket, DataConfig, DigitsSource
 from opensora.data.buckets import SAME_RATIO, Size, choose, frames_needed, sizes
 
+LAW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 side = st.integers(16, 2048)
 bucket = st.builds(Size, st.sampled_from((1, 2, 16, 64)), side, side)
 buckets = st.lists(bucket, min_size=1, max_size=6, unique=True)
@@ -66,6 +67,7 @@ def test_roundings_of_one_shape_count_as_one_shape() -> None:
     assert choose(Size(16, 360, 640), wide, 1) == 0
 
 
+@LAW
 @given(sources, buckets, intervals)
 def test_the_rule_holds_for_any_sizes(source: Size, all_: list[Size], interval: int) -> None:
     index = choose(source, all_, interval)
@@ -90,6 +92,7 @@ def test_the_rule_holds_for_any_sizes(source: Size, all_: list[Size], interval: 
     assert chosen in (fitting or longest)
 
 
+@LAW
 @given(sources, st.lists(bucket, min_size=2, max_size=4, unique=True), intervals)
 def test_the_order_of_the_buckets_decides_between_equals_alone(source: Size, all_: list[Size], interval: int) -> None:
     found = set()

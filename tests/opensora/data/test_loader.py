@@ -13,19 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from opensora.config import Bucket
 from opensora.data.latents import Part, Prepared
-from opensora.data.loader import Ahead, Batch, Loader, Position, mirrors, stream
+from opensora.data.loader import Ahead, Batch, Loader, Position, Stream
 from opensora.data.shard import Shard
 from opensora.errors import DataError
 
 LENGTHS = (1, 2, 3)
 """Tokens of the three captions; caption i's are all i + 1."""
 CPU = torch.device("cpu")
+LAW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Held(Shard):
@@ -76,6 +77,7 @@ with_empty = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 7)), min_size
 worlds, seeds = st.integers(1, 5), st.integers(0, 5)
 
 
+@LAW
 @given(with_empty, worlds, seeds)
 def test_no_clip_is_lost_or_doubled_within_an_epoch_of_a_bucket(sizes: list[tuple[int, int]], world: int, seed: int) -> None:
     data = prepared(*sizes)
@@ -92,6 +94,7 @@ def test_no_clip_is_lost_or_doubled_within_an_epoch_of_a_bucket(sizes: list[tupl
         assert len(set(rest)) == len(rest)
 
 
+@LAW
 @given(with_empty, worlds, seeds)
 def test_all_ranks_take_every_step_from_one_bucket_in_one_shape(sizes: list[tuple[int, int]], world: int, seed: int) -> None:
     data = prepared(*sizes)
@@ -108,6 +111,7 @@ def test_all_ranks_take_every_step_from_one_bucket_in_one_shape(sizes: list[tupl
         seen = after
 
 
+@LAW
 @given(several, worlds, st.integers(1, 200))
 def test_the_buckets_progress_never_differs_by_more_than_one_steps_worth(sizes: list[tuple[int, int]], world: int, steps: int) -> None:
     loader = Loader(prepared(*sizes), seed=0, world=world)
@@ -118,6 +122,7 @@ def test_the_buckets_progress_never_differs_by_more_than_one_steps_worth(sizes: 
         assert max(progress) - min(progress) <= worth
 
 
+@LAW
 @given(several, worlds, seeds, st.integers(0, 60))
 def test_a_resume_at_any_position_continues_bitwise(sizes: list[tuple[int, int]], world: int, seed: int, steps: int) -> None:
     data = prepared(*sizes, mirrored=True)
@@ -132,6 +137,7 @@ def test_a_resume_at_any_position_continues_bitwise(sizes: list[tuple[int, int]]
         assert torch.equal(one, other)
 
 
+@LAW
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 4)), min_size=1, max_size=3), seeds, st.integers(0, 20), st.integers(1, 4))
 def test_another_number_of_ranks_continues_the_same_stream(sizes: list[tuple[int, int]], seed: int, before: int, fewer: int) -> None:
     """With the clips of a step kept (batches `fewer` times as large on as many times fewer ranks) even the steps are the same."""
@@ -144,6 +150,7 @@ def test_another_number_of_ranks_continues_the_same_stream(sizes: list[tuple[int
         assert torch.cat([batch.index for batch in one]).equal(torch.cat([batch.index for batch in other]))
 
 
+@LAW
 @given(st.lists(bucket, min_size=1, max_size=3), seeds, st.integers(1, 5), worlds, worlds, worlds)
 def test_no_clip_is_lost_when_the_number_of_ranks_changes(
     sizes: list[tuple[int, int]], seed: int, each: int, first: int, second: int, third: int
@@ -159,6 +166,7 @@ def test_no_clip_is_lost_when_the_number_of_ranks_changes(
         assert {seen[number] // clips, -(-seen[number] // clips)} >= set(counts)
 
 
+@LAW
 @given(bucket, worlds, seeds, st.integers(0, 500))
 def test_one_bucket_is_the_plain_stream(size: tuple[int, int], world: int, seed: int, position: int) -> None:
     clips, batch = size
@@ -189,7 +197,7 @@ def test_ranks_of_a_step_have_different_clips() -> None:
 
 
 def test_epochs_seeds_and_buckets_have_orders_of_their_own() -> None:
-    orders = [tuple(stream(seed, 50, epoch * 50, 50, bucket)) for seed in range(3) for epoch in range(3) for bucket in range(3)]
+    orders = [tuple(Stream(seed, 50, bucket).take(epoch * 50, 50)) for seed in range(3) for epoch in range(3) for bucket in range(3)]
     assert len(set(orders)) == 27
     assert tuple(np.arange(50)) not in orders
 
@@ -245,9 +253,10 @@ def test_a_batch_that_is_there_already_is_not_copied() -> None:
 
 def test_a_clip_is_mirrored_by_a_draw_of_its_own_in_each_epoch() -> None:
     clips = 400
+    stream = Stream(0, clips)
     by_clip = np.empty((6, clips), np.int64)
     for epoch in range(6):
-        by_clip[epoch, stream(0, clips, epoch * clips, clips)] = mirrors(0, clips, epoch * clips, clips)
+        by_clip[epoch, stream.take(epoch * clips, clips)] = stream.mirrors(epoch * clips, clips)
     shares = by_clip.mean(1)
     assert ((shares > 0.4) & (shares < 0.6)).all()
     alike = [(one == other).mean() for one, other in itertools.combinations(by_clip, 2)]

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from opensora.data.shard import Shard, Writer
 from opensora.errors import DataError, DiskFull
+
+LAW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def write(path: Path, rows: torch.Tensor, dtype: torch.dtype = torch.float32, at_once: int = 2) -> None:
@@ -24,6 +26,7 @@ def write(path: Path, rows: torch.Tensor, dtype: torch.dtype = torch.float32, at
         writer.finish({"numbers": torch.arange(len(rows))})
 
 
+@LAW
 @given(st.integers(0, 9), st.integers(1, 4), st.sampled_from((torch.float32, torch.float16, torch.bfloat16)))
 def test_what_is_written_row_by_row_is_read_as_a_whole(count: int, at_once: int, dtype: torch.dtype) -> None:
     with tempfile.TemporaryDirectory() as folder:
