@@ -89,6 +89,19 @@ def test_a_committed_stage_draws_a_video(launched: Osctl, tmp_path: Path) -> Non
     assert "zebra" in refused.stderr and not (tmp_path / "zebra.mp4").exists()
 
 
+def test_a_committed_stage_is_exported_once(launched: Osctl, tmp_path: Path) -> None:
+    target = tmp_path / "exported"
+    done = launched("export", "--format", "diffusers", str(target))
+    assert done.stdout == f"{target}\n" and "/stage3@" in done.stderr and "(ema)" in done.stderr
+    index = json.loads((target / "model_index.json").read_text())
+    assert all((target / part).is_dir() for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler") if part in index)
+    assert sum(isinstance(value, list) for value in index.values()) == 6
+    assert "frames: 6" in (target / "stage.yaml").read_text()
+    assert "nothing is written over" in launched("export", str(target), expect=2).stderr
+    launched("export", str(tmp_path / "first"), "--stage", "stage1", "--weights", "model", "--dtype", "bf16")
+    assert "frames: 1\n" in (tmp_path / "first" / "stage.yaml").read_text()
+
+
 def test_the_launch_leaves_pictures(launched: Osctl) -> None:
     folder = launched.folder / ".osctl/samples/tiny/stage3"
     assert (folder / "sheet.png").read_bytes()[:4] == b"\x89PNG"

@@ -18,6 +18,7 @@ import pytest
 import torch
 from einops import rearrange
 from safetensors.torch import load_file
+from tiny_encoders import WIDTH, make_autoencoder, make_text
 
 from opensora import checkpoint, export, sample, train, weights
 from opensora.config import StageConfig, write_stage
@@ -66,13 +67,25 @@ def test_a_stock_diffusers_draws_the_same_frames(video: Path, tmp_path: Path, ti
     sampling = {"steps": 5, "method": "ancestral", "guidance": 3.0, "guidance_channels": "first3"}
     upstream = tiny_stage(data={"frames": 4}, steps=2, optimizer={"warmup_steps": 0, "lr": 0.1}, objective=noisy, sampling=sampling)
     diffusion = trained(tmp_path / "diffusion", upstream)
-    flow, bf16, chain, again = (tmp_path / name for name in ("flow", "bf16", "chain", "again"))
-    export.export(video, flow)
-    export.export(video, bf16, dtype="bf16", weights="model")
-    export.export(diffusion, chain)
-    for folder in (flow, bf16, chain):
-        folder.rename(tmp_path / f"moved-{folder.name}")
-    flow, bf16, chain = (tmp_path / f"moved-{name}" for name in ("flow", "bf16", "chain"))
+    make_autoencoder(tmp_path / "published" / "vae", scaling_factor=0.7)
+    make_text(tmp_path / "published" / "text_encoder", tmp_path / "published" / "tokenizer")
+    path = str(tmp_path / "published")
+    named = tiny_stage(
+        data={"frames": 4},
+        steps=2,
+        optimizer={"warmup_steps": 0, "lr": 0.1},
+        model={"caption_width": WIDTH, "caption_tokens": 24},
+        autoencoder={"kind": "kl", "path": path, "factor": 2, "scale": 0.3, "micro_batch": 3, "dtype": "bf16"},
+        text={"kind": "t5", "path": path, "dtype": "bf16"},
+    )
+    published = trained(tmp_path / "by name", named)
+    export.export(video, tmp_path / "0")
+    export.export(video, tmp_path / "1", dtype="bf16", weights="model")
+    export.export(diffusion, tmp_path / "2")
+    export.export(published, tmp_path / "3")
+    for number in range(4):
+        (tmp_path / f"{number}").rename(tmp_path / f"moved-{number}")
+    flow, bf16, chain, whole, again = (tmp_path / name for name in ("moved-0", "moved-1", "moved-2", "moved-3", "again"))
 
     def job(folder: Path, name: str, seeds: list[int], opened: dict[str, Any], **draw: Any) -> dict[str, Any]:
         shown = {"prompt": PROMPTS[: len(seeds)], "output_type": "pt", **draw}
@@ -87,12 +100,14 @@ def test_a_stock_diffusers_draws_the_same_frames(video: Path, tmp_path: Path, ti
         job(flow, "wide", [3], {}, height=16, width=32),
         job(bf16, "bf16", [3], {}),
         job(chain, "chain", [3, 4], {"custom_pipeline": str(chain)}),
+        job(whole, "whole", [3], {"custom_pipeline": str(whole)}, prompt=["A  digit 3&nbsp;moving left <br/>"]),
     ]
     stock_diffusers(jobs, tmp_path)
-    found = {name: np.load(tmp_path / f"{name}.npy") for name in ("plain", "asked", "pil", "np", "wide", "bf16", "chain")}
+    found = {name: np.load(tmp_path / f"{name}.npy") for name in ("plain", "asked", "pil", "np", "wide", "bf16", "chain", "whole")}
     ours = drawn(video, [3, 4])
     assert np.array_equal(found["plain"], ours) and ours.std() > 10
     assert np.array_equal(found["chain"], drawn(diffusion, [3, 4]))
+    assert np.array_equal(found["whole"], drawn(published, [3])) and found["whole"].std() > 10
     assert np.array_equal(found["asked"], drawn(video, [5], frames=6, steps=3, guidance=1.0))
     first = drawn(video, [3])
     assert np.array_equal(found["pil"], first)
