@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from opensora.config import Bucket, ModelConfig, StageConfig
+from opensora.config import Activations, Bucket, DataConfig, ModelConfig, StageConfig
 
 TIME_WAVES = 256
 """Sines and cosines of the time embedding."""
@@ -102,6 +102,15 @@ def step_flops(stage: StageConfig, devices: int, clips: Sequence[int] | None = N
 def stage_flops(stage: StageConfig, devices: int) -> float:
     """Every step of a stage: the global batch is a rank's batch times devices over `parallel.sequence`."""
     return step_flops(stage, devices) * stage.steps
+
+
+def executed(stage: StageConfig, size: Bucket | DataConfig, activations: Activations) -> float:
+    """FLOPs of a training step over the useful ones: what recomputation adds. `selective` and a compiler add next to nothing."""
+    frames, tokens = stage.tokens_of(size)
+    forward = forward_flops(stage.model, stage.out_channels, frames, tokens, temporal=stage.freeze != "temporal")
+    mlp = 2 * _linear(frames * tokens, stage.model.width, int(stage.model.width * stage.model.mlp_ratio)) * stage.model.depth
+    again = forward * (activations.recompute == "full") + mlp * (activations.mlp_chunks > 1)
+    return 1 + again / (forward * (1 + BACKWARD))
 
 
 def _weights(rows: int, columns: int) -> int:

@@ -153,7 +153,11 @@ class Choice:
 
 
 class DoesNotFit(ValueError):
-    """No policy makes the stage fit; the message has both numbers."""
+    """No policy makes the stage fit; the message has both numbers. The policy that needs least, and what it needs."""
+
+    def __init__(self, message: str, activations: Activations, memory: Memory) -> None:
+        super().__init__(message)
+        self.activations, self.memory = activations, memory
 
 
 def policies(stage: StageConfig, device: DeviceKind = "cuda") -> list[Activations]:
@@ -190,7 +194,9 @@ def choose(stage: StageConfig, device_bytes: int, devices: int, *, device: Devic
     policy, memory = min(tried, key=lambda one: one[1].total)
     raise DoesNotFit(
         f"activations: nothing fits, {describe(policy)} needs {_gb(memory.total)} and the device has {_gb(limit)} "
-        f"({_gb(device_bytes)} less {RESERVE:.0%}). Lower batch_size, or raise parallel.sequence or the number of devices"
+        f"({_gb(device_bytes)} less {RESERVE:.0%}). Lower batch_size, or raise parallel.sequence or the number of devices",
+        policy,
+        memory,
     )
 
 

@@ -6,13 +6,16 @@ encoding (once, cached), checkpoints, waiting and retries come on top and show i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+import math
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Literal
 
-from opensora.config import StageConfig
-from opensora.flops import BACKWARD, stage_flops, train_flops_per_clip
+from opensora import memory
+from opensora.calibration import Calibration, Point, nearest
+from opensora.config import Activations, Parallel, StageConfig
+from opensora.flops import BACKWARD, executed, parameters, stage_flops, step_flops, train_flops_per_clip
 from orchestrator.config import Pipeline, Published, Stage
 from orchestrator.errors import Refused, UsageError
 from orchestrator.prices import Device, Prices, cost
@@ -20,7 +23,12 @@ from orchestrator.prices import Device, Prices, cost
 MEASURED_SPREAD = 0.1
 """A measured step gives its hours to ±10%. Arbitrary: about what a shared machine's step times vary between runs."""
 
-Basis = Literal["given", "measured", "assumed", "committed", "import"]
+FAR = 30.0
+"""A calibrated point stands for a stage up to this ratio of their FLOPs a clip or tokens a batch. Arbitrary: beyond it the shapes of the
+matrix products, and so their speed, have nothing to do with each other."""
+
+Basis = Literal["given", "measured", "calibrated", "assumed", "committed", "import"]
+"""given: --mfu. measured: steps of this stage's own attempts. calibrated: the nearest point of a calibration. assumed: the price list."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,21 @@ class Estimate:
 
 
 NOTHING = Estimate(0.0, 0.0, 0.0, Decimal(0))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a stage needs of each device's memory, under the policy that it names or that was chosen for it."""
+
+    activations: Activations
+    memory: memory.Memory
+    device_bytes: int | None
+    """None: the price list does not know."""
+    reason: str
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.device_bytes is None else self.memory.total <= self.device_bytes * (1 - memory.RESERVE)
 
 
 @dataclass(frozen=True)
@@ -63,6 +86,10 @@ class Row:
     high: Estimate
     """Pessimistic."""
     published: Published | None
+    source: str
+    """Of the speed, in words."""
+    fit: Fit | None
+    """None where nothing is computed."""
 
     @property
     def ratio(self) -> float | None:
@@ -101,20 +128,22 @@ def plan(
     *,
     mfu: float | Mapping[str, float] | None = None,
     measured: Mapping[str, float] | None = None,
+    calibrations: Sequence[Calibration] = (),
     committed: Set[str] = frozenset(),
 ) -> Plan:
     """Plan what is left of a pipeline.
 
     Args:
         mfu: useful FLOPs over peak, in (0, 1], for all stages or by stage; wins over `measured`.
-        measured: wall seconds of a training step by stage, waiting included; wins over the price list's assumption.
+        measured: wall seconds of a training step by stage, waiting included; wins over `calibrations`.
+        calibrations: steps that were timed on some machine; the nearest point wins over the price list's assumption.
         committed: stages that have a result already: they cost nothing more.
 
     Raises:
-        UsageError: a device is not in the price list, or an MFU is not in (0, 1].
+        UsageError: a device is not in the price list, an MFU is not in (0, 1], or the devices do not divide.
     """
     rows = tuple(
-        _row(stage, prices, _of_stage(mfu, stage.name), (measured or {}).get(stage.name), stage.name in committed)
+        _row(stage, prices, _of_stage(mfu, stage.name), (measured or {}).get(stage.name), calibrations, stage.name in committed)
         for stage in pipeline.stages
     )
     return Plan(
@@ -149,47 +178,292 @@ def extra_flops(config: StageConfig) -> float:
 
 def _of_stage(mfu: float | Mapping[str, float] | None, stage: str) -> float | None:
     value = mfu.get(stage) if isinstance(mfu, Mapping) else mfu
-    if value is not None and not 0 < value <= 1:
-        raise UsageError(f"mfu: {value} is not in (0, 1]. Give a fraction, e.g. 0.45 for 45%")
+    _check_mfu(value)
     return value
 
 
-def _row(stage: Stage, prices: Prices, mfu: float | None, step_s: float | None, committed: bool) -> Row:
-    device = prices.device(stage.spec.resources.device)
+def _check_mfu(value: float | None) -> None:
+    if value is not None and not 0 < value <= 1:
+        raise UsageError(f"mfu: {value} is not in (0, 1]. Give a fraction, e.g. 0.45 for 45%")
+
+
+def fit(config: StageConfig, devices: int, device: Device) -> Fit:
+    """What the stage needs of a device's memory; `auto` is decided as the trainer decides it.
+
+    Raises:
+        UsageError: the devices do not divide as the stage's `parallel` says.
+    """
+    kind: memory.DeviceKind = "cuda" if device.is_gpu else "cpu"
+    size = round(device.hardware.memory_gib * 2**30) if device.hardware else None
+    policy, reason = config.activations, "as the stage says"
+    try:
+        if policy.recompute == "auto":
+            policy, reason = Activations(), "nothing is computed again where the memory is not known"
+            if size is not None:
+                choice = memory.choose(config, size, devices, device=kind)
+                return Fit(choice.activations, choice.memory, size, choice.reason)
+        return Fit(policy, memory.predict(memory.with_policy(config, policy), devices=devices, device=kind), size, reason)
+    except memory.DoesNotFit as error:
+        return Fit(error.activations, error.memory, size, str(error))
+    except ValueError as error:
+        raise UsageError(f"{error}. Use another number of devices") from error
+
+
+def _row(
+    stage: Stage, prices: Prices, mfu: float | None, step_s: float | None, calibrations: Sequence[Calibration], committed: bool
+) -> Row:
+    name = stage.spec.resources.device
+    device = prices.device(name)
     training = stage_flops(stage.config, stage.devices)
     flops = training + extra_flops(stage.config)
     peak = device.peak_tflops * 1e12 * stage.devices
-    speeds = _speeds(device, mfu, training / (stage.config.steps * step_s * peak) if step_s and training else None)
-    basis: Basis = "committed" if committed else "import" if not flops else speeds[0]
+    needs = fit(stage.config, stage.devices, device) if training else None
+    measured = training / (stage.config.steps * step_s * peak) if step_s and training else None
+    speed = _speed(stage.config, name, device, mfu, measured, calibrations, needs.activations if needs else Activations())
+    basis: Basis = "committed" if committed else "import" if not flops else speed.basis
     idle = basis in ("committed", "import")
 
-    def at(speed: float) -> Estimate:
-        return NOTHING if idle else _estimate(flops / (peak * speed), stage.devices, device)
+    def at(reached: float) -> Estimate:
+        return NOTHING if idle else _estimate(flops / (peak * reached), stage.devices, device)
 
-    _, pessimistic, expected, optimistic = speeds
     return Row(
         stage=stage.name,
         parent=stage.spec.parent,
-        device=stage.spec.resources.device,
+        device=name,
         devices=stage.devices,
         steps=stage.config.steps,
         flops=flops,
         basis=basis,
-        mfu=None if idle else expected,
-        expected=at(expected),
-        low=at(optimistic),
-        high=at(pessimistic),
+        mfu=None if idle else speed.expected,
+        expected=at(speed.expected),
+        low=at(speed.high),
+        high=at(speed.low),
         published=stage.spec.published,
+        source=basis if idle else speed.source,
+        fit=None if idle else needs,
     )
 
 
-def _speeds(device: Device, given: float | None, measured: float | None) -> tuple[Basis, float, float, float]:
-    """(basis, pessimistic MFU, expected MFU, optimistic MFU). A given one is taken at its word."""
+@dataclass(frozen=True)
+class Speed:
+    """Useful FLOPs over peak, from the pessimistic end to the optimistic one, and who says so."""
+
+    basis: Basis
+    low: float
+    expected: float
+    high: float
+    source: str
+
+
+def _speed(
+    config: StageConfig,
+    name: str,
+    device: Device,
+    given: float | None,
+    measured: float | None,
+    calibrations: Sequence[Calibration],
+    activations: Activations,
+) -> Speed:
+    """A given speed and the stage's own are taken at their word; others are of other work, and slower by what is computed again."""
     if given is not None:
-        return "given", given, given, given
+        return Speed("given", given, given, given, "--mfu")
     if measured is not None:
-        return "measured", measured / (1 + MEASURED_SPREAD), measured, measured / (1 - MEASURED_SPREAD)
-    return "assumed", device.mfu.low, device.mfu.expected, device.mfu.high
+        return Speed("measured", measured / (1 + MEASURED_SPREAD), measured, measured / (1 - MEASURED_SPREAD), "steps of its own attempts")
+    slower = executed(config, config.data, activations)
+    found = calibrated(config, name, calibrations)
+    if found is None:
+        low, expected, high = (end / slower for end in (device.mfu.low, device.mfu.expected, device.mfu.high))
+        return Speed("assumed", low, expected, high, f"assumed: {device.mfu_source.removeprefix('assumption: ')}")
+    point, far, origin = found
+    expected = min(1.0, point.tflops / device.peak_tflops * (4 / 3 if point.recompute.startswith("full") else 1) / slower)
+    spread = MEASURED_SPREAD * math.sqrt(far)  # arbitrary: the farther, the less it says
+    return Speed("calibrated", expected / (1 + spread), expected, min(1.0, expected / max(0.1, 1 - spread)), origin)
+
+
+def calibrated(config: StageConfig, device: str, calibrations: Sequence[Calibration]) -> tuple[Point, float, str] | None:
+    """The point that stands for a stage on a device, how far it is (`opensora.calibration.nearest`), and where it comes from in words."""
+    points = {
+        id(point): (point, calibration) for calibration in calibrations if calibration.device == device for point in calibration.points
+    }
+    frames, tokens = config.tokens
+    batch = config.buckets[0].batch_size if config.data.buckets else config.batch_size
+    found = nearest(
+        [point for point, _ in points.values()],
+        model=config.model,
+        out_channels=config.out_channels,
+        frames=frames,
+        tokens=tokens,
+        batch=batch,
+    )
+    if found is None or found[1] > FAR:
+        return None
+    point, far = found
+    calibration = points[id(point)][1]
+    return point, far, f"{point.frames}x{point.tokens} tokens at {point.tflops:.3g} TFLOP/s on {calibration.machine}, {calibration.date}"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# One size of clip on so many devices
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Option:
+    """One policy for one size of clip."""
+
+    activations: Activations
+    memory: memory.Memory
+    fits: bool | None
+    step_s: float
+
+
+@dataclass(frozen=True)
+class SizePlan:
+    """What one size of clip takes on so many devices."""
+
+    stage: StageConfig
+    device: str
+    devices: int
+    device_bytes: int | None
+    frames: int
+    """T: tokens along time."""
+    tokens: int
+    """S: tokens of a frame."""
+    flops: float
+    """Useful FLOPs of a step, on all devices."""
+    mfu: float
+    """Without recomputation."""
+    source: str
+    options: tuple[Option, ...]
+    """From fast to slow."""
+    chosen: Option | None
+    """None: nothing fits."""
+    reason: str
+    exchanged: int
+    """Bytes that a device sends in a step to those it shares a clip with."""
+    state_exchanged: int
+    """Bytes that it sends for weights and gradients."""
+    step_s: float | None
+    """Of what was chosen: computing, and exchanging clips, which nothing hides. The way to the host is hidden where it is shorter."""
+
+    @property
+    def clip_tokens(self) -> int:
+        return self.frames * self.tokens
+
+
+def size_plan(
+    config: StageConfig,
+    prices: Prices,
+    device_name: str,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    devices: int,
+    batch_size: int = 1,
+    mfu: float | None = None,
+    calibrations: Sequence[Calibration] = (),
+) -> SizePlan:
+    """Plan training steps on clips of one size: the fewest devices that share a clip such that some policy fits.
+
+    Args:
+        config: whose model, autoencoder and objective.
+        frames, height, width: of the clips, in pixels.
+        batch_size: clips of each group of devices.
+
+    Raises:
+        UsageError: the size does not divide into patches, or the device is not in the price list.
+    """
+    device = prices.device(device_name)
+    _check_mfu(mfu)
+    factor, (pt, ph, pw) = config.autoencoder.factor, config.model.patch
+    for text, pixels, unit in (("frames", frames, pt), ("height", height, factor * ph), ("width", width, factor * pw)):
+        if pixels % unit:
+            raise UsageError(f"--shape: {text} {pixels} is not a multiple of {unit}. Use {-(-pixels // unit) * unit}")
+    shares = [share for share in range(1, devices + 1) if devices % share == 0]
+    plans = (_shared(config, device_name, device, frames, height, width, devices, share, batch_size, mfu, calibrations) for share in shares)
+    last = None
+    for last in plans:
+        if last.chosen is not None:
+            break
+    assert last is not None, "one device at least"
+    return last
+
+
+def _shared(
+    config: StageConfig,
+    name: str,
+    device: Device,
+    frames: int,
+    height: int,
+    width: int,
+    devices: int,
+    share: int,
+    batch_size: int,
+    mfu: float | None,
+    calibrations: Sequence[Calibration],
+) -> SizePlan:
+    data = config.data.model_copy(update={"frames": frames, "height": height, "width": width, "buckets": ()})
+    parallel = Parallel(strategy="fsdp" if devices > 1 else "ddp", sequence=share)
+    stage = config.model_copy(update={"data": data, "parallel": parallel, "batch_size": batch_size, "freeze": "none"})
+    kind: memory.DeviceKind = "cuda" if device.is_gpu else "cpu"
+    size = round(device.hardware.memory_gib * 2**30) if device.hardware else None
+    token_frames, tokens = stage.tokens
+    flops = step_flops(stage, devices)
+    speed = _speed(stage, name, device, mfu, None, calibrations, Activations())
+    stream = batch_size * math.ceil(token_frames / share) * tokens * stage.model.width * (memory.BF16 if device.is_gpu else memory.FP32)
+
+    def exchanged(policy: Activations) -> int:
+        passes = 1 + 1 + (policy.recompute == "full")
+        return round(2 * stage.model.depth * passes * stream * (share - 1) / share)
+
+    def seconds(policy: Activations) -> float:
+        computing = flops * executed(stage, stage.data, policy) / (device.peak_tflops * 1e12 * speed.expected * devices)
+        if device.hardware is None:
+            return computing
+        sent = 2 * stage.model.depth * stream / policy.every if policy.offload else 0
+        hidden = max(computing, sent / (device.hardware.host_gb_s * 1e9))
+        return hidden + exchanged(policy) / (device.hardware.link_gb_s * 1e9)
+
+    options = tuple(
+        Option(policy, needs, None if size is None else needs.total <= size * (1 - memory.RESERVE), seconds(policy))
+        for policy, needs in memory.options(stage, devices, device=kind)
+    )
+    fitting = [option for option in options if option.fits is not False]
+    chosen = fitting[0] if fitting else None
+    weights = parameters(stage.model, stage.out_channels)
+    # weights gathered for the forward and again for the backward pass, gradients divided in fp32
+    state = (
+        0
+        if devices == 1
+        else round(weights * (devices - 1) / devices * (2 * (memory.BF16 if device.is_gpu else memory.FP32) + memory.FP32))
+    )
+    return SizePlan(
+        stage=stage,
+        device=name,
+        devices=devices,
+        device_bytes=size,
+        frames=token_frames,
+        tokens=tokens,
+        flops=flops,
+        mfu=speed.expected,
+        source=speed.source,
+        options=options,
+        chosen=chosen,
+        reason=_reason(options, chosen, size),
+        exchanged=exchanged(chosen.activations if chosen else Activations(recompute="full")),
+        state_exchanged=state,
+        step_s=chosen.step_s if chosen else None,
+    )
+
+
+def _reason(options: Sequence[Option], chosen: Option | None, size: int | None) -> str:
+    if size is None:
+        return "the device's memory is not in the price list"
+    limit = f"{size * (1 - memory.RESERVE) / 1e9:.1f} GB ({size / 1e9:.1f} GB less {memory.RESERVE:.0%})"
+    best = chosen or min(options, key=lambda option: option.memory.total)
+    text = f"{memory.describe(best.activations)} needs {best.memory.total / 1e9:.1f} GB of {limit}"
+    return f"the fastest that fits: {text}" if chosen else f"nothing fits: {text}. Use more devices, or shorter clips"
 
 
 def _estimate(wall_s: float, devices: int, device: Device) -> Estimate:

@@ -1,6 +1,7 @@
 """The price list: what a device costs an hour, how fast it is at most, and who says so.
 
-Owns the schema of `prices.yaml` and its reading. Refuses a price without a source and a date. Money is Decimal, always.
+Owns the schema of `prices.yaml` and its reading, and the reading of calibrations (`opensora.calibration`): what a device's hour is worth.
+Refuses a price without a source and a date. Money is Decimal, always.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
+from opensora.calibration import Calibration
+from opensora.calibration import read as read_calibration
 from opensora.config import Frozen
 from orchestrator.cluster import ClusterProfile
 from orchestrator.config import shipped_folder
-from orchestrator.document import closest, read, validate
+from orchestrator.document import closest, read, usage_error, validate
 from orchestrator.errors import UsageError
 
 Utilisation = Annotated[float, Field(gt=0, le=1)]
@@ -36,6 +39,19 @@ class MfuRange(Frozen):
         if not self.low <= self.expected <= self.high:
             raise ValueError(f"low {self.low}, expected {self.expected}, high {self.high} do not ascend")
         return self
+
+
+class Hardware(Frozen):
+    """What a device can hold and pass on."""
+
+    memory_gib: PositiveFloat
+    """Memory of one device."""
+    link_gb_s: PositiveFloat
+    """What it sends to the other devices of its node in a second, and receives meanwhile."""
+    host_gb_s: PositiveFloat
+    """What it sends to host memory in a second."""
+    source: str
+    """Who says so."""
 
 
 class Device(Frozen):
@@ -59,6 +75,8 @@ class Device(Frozen):
     """What a plan assumes where neither --mfu nor a measured step is known."""
     mfu_source: str
     """Who says so."""
+    hardware: Hardware | None = None
+    """None: unknown, and a plan does not say what fits."""
 
 
 class Prices(Frozen):
@@ -85,6 +103,24 @@ def load_prices(path: Path | None = None) -> Prices:
     """A price list; none named: the shipped one. Raises UsageError."""
     document = read(path if path is not None else shipped_folder() / "prices.yaml")
     return validate(Prices, document, "prices")
+
+
+def load_calibrations(path: Path | None = None) -> tuple[Calibration, ...]:
+    """What steps took: the file that is named, and of the shipped ones those of other devices. Raises UsageError."""
+    own = _calibration(path) if path is not None else None
+    shipped = [_calibration(file) for file in sorted((shipped_folder() / "calibration").glob("*.json"))]
+    return tuple([own] if own else []) + tuple(one for one in shipped if own is None or one.device != own.device)
+
+
+def _calibration(path: Path) -> Calibration:
+    try:
+        return read_calibration(path)
+    except OSError as error:
+        raise UsageError(f"calibration {path}: {error.strerror}. Name a file that bench/step.py or bench/gpu.py wrote") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise usage_error(f"calibration {path}: {place}: {first['msg']}. Name a file that bench/step.py or bench/gpu.py wrote") from error
 
 
 def cost(device_seconds: Decimal, usd_per_hour: Decimal) -> Decimal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -83,5 +84,14 @@ Mfu = Annotated[
         min=0.001,
         max=1.0,
         help="Model FLOPs utilisation to plan with, as a fraction, e.g. 0.45. Default: measured, else the price list's.",
+    ),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        envvar="OSCTL_CALIBRATION",
+        help="Steps measured on your device, as bench/step.py and bench/gpu.py write them. Default: the shipped ones.",
     ),
 ]

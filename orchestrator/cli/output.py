@@ -125,6 +125,13 @@ def hours(value: float) -> str:
     return f"{value:.4f}" if 0 < value < 10 else f"{value:,.0f}"
 
 
+def gigabytes(size: float | None) -> str:
+    """Of 10^9 bytes; a demo's in thousandths."""
+    if size is None:
+        return "·"
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
 def dollars(value: Decimal | float | None) -> str:
     """Four digits below a dollar: a demo costs cents, and a bill that says $0.00 says nothing."""
     if value is None:
