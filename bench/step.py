@@ -1,6 +1,7 @@
 """A training step on one thread of a CPU, fp32: forward, backward and AdamW. As a share of sgemm, and beside diffusers' Latte.
 
-sgemm is torch.mm of 2048 x 2048 matrices in the same process. Latte (LatteTransformer3DModel: spatial and temporal blocks in turn, each
+sgemm is torch.mm of 2048 x 2048 matrices in the same process; our own layers use a faster one on some CPUs (`opensora.linear`), so a step
+can be above it: the share of that product is told beside it. Latte (LatteTransformer3DModel: spatial and temporal blocks in turn, each
 with an MLP of its own) has the same width, heads, tokens and captions, and as many blocks as make the same FLOPs; torch's FlopCounterMode
 counts both, and a difference above 2% is refused. Both are updated by the same AdamW and see the same latents, times and captions.
 Floors 80% of sgemm and 1.05x Latte, goals 90% and 1.2x. `--calibration FILE` also writes the points that `osctl plan` reads.
@@ -13,7 +14,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from harness import Measured, Row
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from opensora import linear
 from opensora.config import ModelConfig, OptimizerConfig
 from opensora.flops import BACKWARD, forward_flops
 from opensora.model import STDiT
@@ -135,15 +138,28 @@ def latte(size: Size) -> Callable[[], None]:
 
 
 def counted(step: Callable[[], None]) -> int:
-    """FLOPs of one call, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs of one call, as torch counts them, who has no formula for the product of `opensora.linear`."""
+
+    def product(x: Sequence[int], weight: Sequence[int], *_: object, out_shape: object = None, **__: object) -> int:
+        return 2 * math.prod(x) * weight[0]
+
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: product} if linear.AVAILABLE else {}
+    ) as counter:
         step()
     return int(counter.get_total_flops())
 
 
 def square(side: int) -> Callable[[], object]:
+    """torch.mm: MKL on x86."""
     a, b = torch.randn(side, side), torch.randn(side, side)
     return lambda: a @ b
+
+
+def square_of_linear(side: int) -> Callable[[], object]:
+    """The product that our layers use on a CPU: oneDNN."""
+    layer, a = linear.Linear(side, side), torch.randn(side, side)
+    return torch.no_grad()(lambda: layer(a))
 
 
 def compare(size: Size, rounds: int, side: int) -> dict[str, float]:
@@ -153,8 +169,8 @@ def compare(size: Size, rounds: int, side: int) -> dict[str, float]:
     apart = flops["latte"] / flops["ours"] - 1
     if abs(apart) > 0.02:
         raise SystemExit(f"bench/step: Latte's FLOPs are {apart:+.1%} of ours, at most 2% is equal work; choose other depths")
-    seconds = harness.interleaved(ways | {"sgemm": square(side)}, rounds)
-    done = flops | {"sgemm": 2 * side**3}
+    seconds = harness.interleaved(ways | {"sgemm": square(side), "own_sgemm": square_of_linear(side)}, rounds)
+    done = flops | {"sgemm": 2 * side**3, "own_sgemm": 2 * side**3}
     speeds = {f"{name}_gflops": done[name] / took / 1e9 for name, took in seconds.items()}
     return speeds | {f"{name}_s": took for name, took in seconds.items()} | {f"{name}_flops": float(count) for name, count in flops.items()}
 
@@ -169,6 +185,7 @@ def measure(quick: bool) -> Measured:
         raw[name] = found = compare(size, rounds if size is not WIDE else 3, side)
         rows += [
             Row(f"CPU step, {name}: share of sgemm", found["ours_gflops"] / found["sgemm_gflops"], "x", 0.8, 0.9),
+            Row(f"CPU step, {name}: share of the product that its own layers use", found["ours_gflops"] / found["own_sgemm_gflops"], "x"),
             Row(f"CPU step, {name}: against Latte at equal FLOPs", found["ours_gflops"] / found["latte_gflops"], "x", 1.05, 1.2),
         ]
     return rows, raw
