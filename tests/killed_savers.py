@@ -1,10 +1,12 @@
 """Ranks that do nothing but save in the background, as fast as they can, and are killed: for tests/opensora/test_saver.py.
 
-    python tests/killed_savers.py STAGE_YAML FOLDER ROUNDS RANKS WHO
+    python tests/killed_savers.py STAGE_YAML FOLDER ROUNDS RANKS [WHO]
+    python tests/killed_savers.py STAGE_YAML FOLDER
 
 Each round forks the ranks anew (a fork of a process that has imported torch costs milliseconds), kills all of them or the one of number
 WHO at a random moment, and looks at what is left: every checkpoint must be whole, and none may be lost that was there. The others of a
-killed one must end by themselves. Prints what it saw; ends with a traceback where a law is broken.
+killed one must end by themselves. Without ROUNDS, one rank is killed before each of the calls that change a directory, one after the other.
+Prints what it saw; ends with a traceback where a law is broken.
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ PEER_FAILED = 75
 PATIENCE_S = 10
 
 
+def pieces_of(step: int, rank: int, ranks: int) -> dict[str, dict[str, checkpoint.Piece]]:
+    tensors = {"w": torch.full((5, 3000), float(step)), "b": torch.full((), float(step))}
+    return {part: checkpoint.share(tensors, rank, ranks) for part in checkpoint.TENSORS}
+
+
 def save_for_ever(stage: StageConfig, folder: Path, encoders: Path, rank: int, ranks: int, step: int, made: int, go: int) -> None:
     saver = Saver(folder, stage, shard=rank, shards=ranks, here=tuple(range(ranks)), device=torch.device("cpu"))
     os.write(made, b".")
     os.read(go, 1)
     while True:
-        tensors = {"w": torch.full((5, 3000), float(step)), "b": torch.full((), float(step))}
-        pieces = {part: checkpoint.share(tensors, rank, ranks) for part in checkpoint.TENSORS}
-        saver.save(pieces, encoders, step=step, world_size=ranks, seen=(step,), carried=(), reset=())
+        saver.save(pieces_of(step, rank, ranks), encoders, step=step, world_size=ranks, seen=(step,), carried=(), reset=())
         step += 1
 
 
@@ -75,6 +80,39 @@ def one_round(stage: StageConfig, folder: Path, encoders: Path, ranks: int, who:
     return look(folder, before)
 
 
+CALLS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link")
+"""Audit events of what makes, renames or removes files; what is written lies in files that these have made."""
+
+
+def one_call(stage: StageConfig, folder: Path, encoders: Path, last: int) -> bool:
+    """One life of one rank, which ends before call `last` of its second save; whether it came to that."""
+    before = checkpoint.latest(folder)
+    step = 1 if before is None else checkpoint.step_of(before) + 1
+    pid = os.fork()
+    if pid == 0:
+        saver = Saver(folder, stage, shard=0, shards=1, here=(0,), device=torch.device("cpu"))
+        counted = -1
+
+        def count(event: str, _arguments: object) -> None:
+            nonlocal counted
+            if counted >= 0 and event in CALLS:
+                counted += 1
+                if counted > last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        for number in (step, step + 1):
+            saver.wait()
+            counted = 0 if number > step else -1
+            saver.save(pieces_of(number, 0, 1), encoders, step=number, world_size=1, seen=(number,), carried=(), reset=())
+        saver.wait()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, -signal.SIGKILL), code
+    assert look(folder, before) >= step, "the save before the last was whole"
+    return code != 0
+
+
 def look(folder: Path, before: Path | None) -> int:
     found = [path for path in folder.iterdir() if path.name.startswith("step-")]
     for path in found:
@@ -89,13 +127,18 @@ def look(folder: Path, before: Path | None) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
-    stage, folder, rounds, ranks = read_stage(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    who = int(sys.argv[5]) if len(sys.argv) > 5 else None
+    stage, folder = read_stage(Path(sys.argv[1])), Path(sys.argv[2])
     encoders = folder.parent / "encoders"
-    halves, steps = 0, []
-    for number in range(rounds):
-        steps.append(one_round(stage, folder, encoders, ranks, who, number))
-        halves += any(path.name.endswith((".partial", ".failed")) for path in folder.iterdir())
+    halves = 0
+    steps: list[int] = []
+    if len(sys.argv) == 3:
+        while one_call(stage, folder, encoders, len(steps)):
+            steps.append(look(folder, None))
+    else:
+        rounds, ranks, who = int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]) if len(sys.argv) > 5 else None
+        for number in range(rounds):
+            steps.append(one_round(stage, folder, encoders, ranks, who, number))
+            halves += any(path.name.endswith((".partial", ".failed")) for path in folder.iterdir())
     print(json.dumps({"steps": steps, "halves": halves}))
 
 

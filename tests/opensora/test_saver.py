@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -385,19 +386,30 @@ def test_what_a_failed_run_left_is_gone_when_the_next_begins(tiny_stage: Stages,
     assert torch.equal(checkpoint.load(checkpoint.directory(folder, 1), "model")["w"], torch.ones(2))
 
 
-@pytest.mark.parametrize(("ranks", "who"), [(1, None), (3, None), (3, 0), (3, 2)])
-def test_a_kill_at_any_moment_leaves_whole_checkpoints_and_no_rank_that_waits(
-    ranks: int, who: int | None, tiny_stage: Stages, tmp_path: Path, encoders: Path
-) -> None:
-    write_stage(tiny_stage(steps=100_000, checkpoint={"every_steps": 1, "keep_last": 2, "keep_every": 50}), tmp_path / "stage.yaml")
-    script = Path(__file__).parents[1] / "killed_savers.py"
-    command = [sys.executable, str(script), str(tmp_path / "stage.yaml"), str(tmp_path / "checkpoints"), "12", str(ranks)]
+def killed(tmp_path: Path, stage: StageConfig, *how: int) -> dict[str, Any]:
+    """What tests/killed_savers.py saw."""
+    write_stage(stage, tmp_path / "stage.yaml")
+    command = [str(Path(__file__).parents[1] / "killed_savers.py"), str(tmp_path / "stage.yaml"), str(tmp_path / "checkpoints")]
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *([] if who is None else [str(who)])], capture_output=True, text=True, env=variables, timeout=120)
+    done = subprocess.run([sys.executable, *command, *map(str, how)], capture_output=True, text=True, env=variables, timeout=200)
     assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
+    seen: dict[str, Any] = json.loads(done.stdout)
+    return seen
+
+
+@pytest.mark.parametrize("who", [(), (0,), (2,)])
+def test_a_kill_at_a_random_moment_leaves_whole_checkpoints_and_no_rank_that_waits(
+    who: tuple[int, ...], tiny_stage: Stages, tmp_path: Path, encoders: Path
+) -> None:
+    seen = killed(tmp_path, tiny_stage(steps=100_000, checkpoint={"every_steps": 1, "keep_last": 2}), 8, 3, *who)
     assert seen["halves"] > 0, "some were killed in the middle of a save"
     assert seen["steps"][-1] > 0 and seen["steps"] == sorted(seen["steps"])
+
+
+def test_a_kill_before_any_call_leaves_the_old_checkpoint_or_the_new_one(tiny_stage: Stages, tmp_path: Path, encoders: Path) -> None:
+    seen = killed(tmp_path, tiny_stage(steps=100_000, checkpoint={"every_steps": 1, "keep_last": 1}))
+    assert len(seen["steps"]) > 20, "calls"
+    assert len(set(seen["steps"])) == len(seen["steps"])
 
 
 # --- What is kept ----------------------------------------------------------------------------------------------------------
