@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -197,14 +198,16 @@ def prepare(stage: StageConfig, cache: Path, carried: Path | None = None, *, pro
     directory = _find(cache, inputs, taken)
     if directory is not None:
         try:
-            Prepared.open(directory, stage)
+            prepared = Prepared.open(directory, stage)
         except DataError as error:
             broken = str(error).removesuffix(f" {AGAIN}")
             log.warning("%s It is built again now", broken)
         else:
+            if stage.text.kind == "words":
+                prepared.text.encode(stage.prompts)
             return directory
-    partial = cache / f".{inputs[:16]}.{os.getpid()}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    _sweep(cache)
+    partial = cache / f".{socket.gethostname()}.{os.getpid()}.partial"
     with writing(cache):
         partial.mkdir(parents=True)
     try:
@@ -218,19 +221,28 @@ def prepare(stage: StageConfig, cache: Path, carried: Path | None = None, *, pro
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _sweep(cache: Path) -> None:
+    """Remove what killed builders left: those of this machine whose processes are gone, or whose number this one has now."""
+    for left in cache.glob(f".{socket.gethostname()}.*.partial"):
+        process = int(left.name.split(".")[-2])
+        if process == os.getpid() or not Path(f"/proc/{process}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _inputs(stage: StageConfig, clips: Clips) -> str:
-    """Digest over what the cache is made of, but for the encoders' weights; cheap, so that a resume decodes nothing."""
+    """Digest over what the cache is made of, but for the encoders' weights; cheap, so that a resume decodes nothing. Prompts are no part:
+    whoever asks for another clip at the end of a stage need not encode the others again."""
+    drawn = stage.autoencoder.kind == "kl" and stage.autoencoder.posterior == "sample"
     made_of = {
         "version": VERSION,
         "clips": clips.digest,
         "sizes": clips.sizes,
         "horizontal_flip": stage.data.horizontal_flip,
-        "autoencoder": stage.autoencoder.model_dump(mode="json"),
+        "autoencoder": stage.autoencoder.model_dump(mode="json", exclude={"micro_batch"}),
         "text": stage.text.model_dump(mode="json"),
         "channels": stage.model.latent_channels,
         "caption": [stage.model.caption_width, stage.model.caption_tokens],
-        "seed": stage.seed,
-        "prompts": stage.prompts,
+        "seed": stage.seed if drawn else None,
     }
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import shutil
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -198,12 +200,17 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leftovers_of_a_killed_builder_do_not_count(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_builder_do_not_count_and_do_not_stay(tmp_path: Path) -> None:
     directory = prepare(stage(), tmp_path / "good")
-    partial = tmp_path / "new" / f".{directory.name}.99999.partial"
-    shutil.copytree(directory, partial)
-    (partial / BUCKET).write_bytes(b"half")
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    names = [f".{socket.gethostname()}.{process}.partial" for process in (killed.pid, os.getpid(), os.getppid())]
+    for name in names:
+        partial = tmp_path / "new" / name
+        shutil.copytree(directory, partial)
+        (partial / BUCKET).write_bytes(b"half")
     assert files(prepare(stage(), tmp_path / "new")) == files(directory)
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {directory.name, names[2]}  # whose process lives, and may be building
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -240,9 +247,10 @@ def test_a_checkpoint_without_encoders_is_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_an_unknown_word_of_a_prompt_is_said_before_anything_is_trained(tmp_path: Path) -> None:
-    prepare(stage(prompts=("a digit 3 moving left",)), tmp_path)
-    with pytest.raises(ConfigError, match="'dragon'"):
-        prepare(stage(prompts=("a dragon 3",)), tmp_path)
+    assert prepare(stage(prompts=("a digit 3 moving left",)), tmp_path) == prepare(stage(), tmp_path)  # the cache is not the prompts'
+    for cache in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ConfigError, match="'dragon'"):
+            prepare(stage(prompts=("a dragon 3",)), cache)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
