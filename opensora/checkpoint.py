@@ -141,7 +141,7 @@ def is_disk_full(error: Exception) -> bool:
 
 def finished(folder: Path) -> list[Path]:
     """The whole checkpoints of a run directory, oldest first."""
-    return sorted((path for path in folder.glob("step-*") if (path / RECORD).is_file()), key=step_of)
+    return sorted((path for path in folder.glob("step-*") if path.name[5:].isdigit() and (path / RECORD).is_file()), key=step_of)
 
 
 def step_of(path: Path) -> int:

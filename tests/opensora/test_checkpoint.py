@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def test_what_is_not_whole_is_not_the_latest(tiny_stage: Stages, tmp_path: Path,
     write(folder, tiny_stage(), encoders, 1)
     (write(folder, tiny_stage(), encoders, 2) / checkpoint.RECORD).unlink()
     (folder / ".step-00000003.partial").mkdir()
+    shutil.copytree(checkpoint.directory(folder, 1), folder / "step-00000004-copy")
     assert checkpoint.latest(folder) == checkpoint.directory(folder, 1)
 
 
