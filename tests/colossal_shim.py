@@ -14,7 +14,7 @@ import torch
 from opensora import colossal
 
 
-class Stream:
+class EmptyStream:
     """A queue that is always empty."""
 
     def wait_stream(self, other: object) -> None: ...
@@ -52,11 +52,11 @@ def install() -> None:
         def manual_seed(self, seed: int) -> None:
             torch.manual_seed(seed)
 
-        def Stream(self, *_: object, **__: object) -> Stream:
-            return Stream()
+        def Stream(self, *_: object, **__: object) -> EmptyStream:
+            return EmptyStream()
 
-        def current_stream(self, device: object = None) -> Stream:
-            return Stream()
+        def current_stream(self, device: object = None) -> EmptyStream:
+            return EmptyStream()
 
         def stream(self, stream_: object) -> Any:
             return nullcontext()
@@ -71,7 +71,7 @@ def install() -> None:
 
     accelerator.set_accelerator(Pretender())
     cpu_adam.CPUAdamLoader = NoKernel
-    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign,assign]
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
     Chunk.__init__ = on_a_device(Chunk.__init__)
     Chunk.shard_move = lambda *_, **__: None
     colossal.ON_CPU.update(("low_level_zero", "gemini", "hybrid_parallel"))
