@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from opensora.errors import ConfigError, DiskFull, ParentError
 from opensora.exported.rearrange import rearrange as stand_in
 from opensora.model import STDiT
 from opensora.run_directory import RunDirectory
+from opensora.saver import Saver
 
 PROMPTS = ["a digit 3 moving left", "a digit 7 moving up"]
 STOCK = {"torch", "diffusers", "transformers", "numpy", "PIL"}
@@ -127,6 +129,27 @@ def test_an_export_is_loaded_as_weights(video: Path, tmp_path: Path) -> None:
             assert weights.load(path, model).format == "osctl export"
             for name, tensor in model.state_dict().items():
                 assert torch.equal(tensor, reader.tensor(source, name).to(export.TYPES[dtype]).float()), name
+
+
+def test_a_checkpoint_of_two_nodes_is_exported_as_one_of_one(video: Path, tmp_path: Path) -> None:
+    reader, both = checkpoint.open_(video), tmp_path / "both"
+    both.mkdir()
+    files: dict[str, int] = {}
+    for node in (0, 1):
+        saver = Saver(tmp_path / f"node{node}", reader.stage, shard=node, shards=2, here=(node,), device=torch.device("cpu"))
+        pieces = {part: checkpoint.share(reader.part(part), node, 2) for part in checkpoint.TENSORS}
+        saver.save(pieces, video, step=2, world_size=2, seen=reader.record.seen, carried=(), reset=(), node=node)
+        saver.wait()
+        for file in checkpoint.directory(tmp_path / f"node{node}", 2).iterdir():
+            shutil.copyfile(file, both / file.name)
+            files |= {file.name: file.stat().st_size} if file.name != checkpoint.RECORD else {}
+    record = json.loads((both / checkpoint.RECORD).read_text())
+    (both / checkpoint.RECORD).write_text(json.dumps(record | {"files": files}))
+    assert (both / "ema-00002-of-00002.safetensors").is_file()
+    export.export(video, tmp_path / "of one")
+    export.export(both, tmp_path / "of two")
+    one, two = (load_file(tmp_path / name / "transformer" / export.WEIGHTS) for name in ("of one", "of two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_every_file_imports_what_lies_beside_it_and_stock_packages_alone(video: Path, tmp_path: Path) -> None:

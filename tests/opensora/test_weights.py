@@ -175,6 +175,18 @@ def test_what_is_no_state_dict_is_refused(tmp_path: Path) -> None:
         weights.load(whole | {"null_caption": torch.zeros(12, 32, dtype=torch.int8)}, model())
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+def test_files_are_mapped_and_not_read(upstream: dict[str, Tensor], tmp_path: Path) -> None:
+    """760M parameters are never in memory twice. A file before torch 1.6 cannot be mapped."""
+    torch.save({"state_dict": upstream}, tmp_path / "x.pth")
+    save_file(upstream, tmp_path / "x.safetensors")
+    for path in (tmp_path / "x.pth", tmp_path / "x.safetensors"):
+        tensors = weights.read(path)
+        assert str(path) in Path("/proc/self/maps").read_text()
+        del tensors
+        assert str(path) not in Path("/proc/self/maps").read_text()
+
+
 # --- PixArt-α ---
 
 
