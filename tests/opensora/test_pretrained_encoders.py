@@ -135,6 +135,17 @@ def test_the_scale_is_the_models_own_unless_the_stage_says_another(tmp_path: Pat
     assert torch.equal(kl(tmp_path, scale=3.0).decode(latents * 6), kl(tmp_path).decode(latents))
 
 
+def test_a_config_of_the_time_before_scales_means_stable_diffusions(tmp_path: Path, vae: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    shutil.copytree(vae, tmp_path / "old")
+    content = json.loads((tmp_path / "old" / "config.json").read_text())
+    for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"):
+        del content[name]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(content))
+    assert kl(tmp_path / "old").scale == AutoencoderKL.from_pretrained(tmp_path / "old").config.scaling_factor == 0.18215
+
+
 def test_a_shifted_autoencoders_latents_are_centred(tmp_path: Path, vae: Path) -> None:
     make_autoencoder(tmp_path, shift_factor=0.25)
     shifted = kl(tmp_path)
