@@ -29,6 +29,8 @@ from opensora.model import STDiT
 from opensora.ranks import Ranks, join
 from opensora.saver import Saver
 
+pytestmark = pytest.mark.timeout(600)
+"""45 CPU-seconds, of which most are imports; ranks that wait for each other and for a core take several times as long."""
 STEPS = 3
 LR = 1e-2
 CLIP = 0.5
@@ -270,7 +272,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory, require: Callable[[str, st
         with log:
             ranks.append(subprocess.Popen(command, env=os.environ | launched | {"RANK": rank, "LOCAL_RANK": rank}, stdout=log, stderr=log))
     try:
-        codes = [rank.wait(timeout=280) for rank in ranks]
+        codes = [rank.wait(timeout=560) for rank in ranks]
     finally:
         for rank_ in ranks:
             rank_.kill()
