@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,14 @@ from orchestrator.ledger import Ledger
 
 RANKS, STEPS, EVERY, BATCH = 4, 60, 7, 2
 SEED = 20261124
-PATIENCE_S = 240.0
-HANG_S = 25.0
+PATIENCE_S = 280.0
+HANG_S = 40.0
 """Longer than a start on a machine that runs other tests beside this one: who has not spoken yet counts as silent."""
 
-STRATEGIES: dict[str, dict[str, Any]] = {"ddp": {}}
-"""By name, what a stage says to have its work shared so."""
+STRATEGIES: dict[str, dict[str, Any]] = {"ddp": {"strategy": "ddp"}, "fsdp": {"strategy": "fsdp"}, "sequence": {"sequence": 2}}
+"""By name, what a stage says under `parallel`."""
 
-SIGNALS = (signal.SIGSTOP, signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV)
+SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGSEGV)
 ENDS = {
     signal.SIGKILL: {"signal": "SIGKILL", "peer": "a rank"},
     signal.SIGSEGV: {"signal": "SIGSEGV", "peer": "a rank"},
@@ -78,35 +77,36 @@ class Run:
             "freeze": "none",
             "checkpoint": {"every_steps": EVERY, "keep_last": 2},
             "prompts": [],
-            **STRATEGIES[strategy],
+            "parallel": STRATEGIES[strategy],
         }
         write(folder, devices=RANKS, stages=1, changes=changes, trainer=list(trainer), spec={"hang_timeout_s": HANG_S})
         self.osctl = Osctl(folder)
         self.ledger = Ledger(FolderStore(folder / ".osctl/store"), "tiny")
+        self.hit = 0
+        """The attempt that was hit. On a busy machine it need not be the first: a start may be too slow for HANG_S."""
 
-    def launch(self) -> Run:
-        self.osctl("launch", "-q", timeout=PATIENCE_S)
-        return self
-
-    def launch_and(self, kill: Kill) -> Run:
-        """Launch; signal one rank of the first attempt after the step. The launch must come to its end by itself."""
+    def launch(self, kill: Kill | None = None) -> Run:
+        """Launch, and signal one rank after a step. The launch must come to its end by itself."""
         launcher = self.osctl.start("launch", "-q")
         try:
-            os.kill(self._pid_after(kill, launcher), kill.signal)
+            if kill is not None:
+                self._hit(kill, launcher)
             assert launcher.wait(PATIENCE_S) == 0, (kill, (self.osctl.folder / "launch.log").read_text())
         finally:
             launcher.kill()
             launcher.wait()
         return self
 
-    def _pid_after(self, kill: Kill, launcher: subprocess.Popen[bytes]) -> int:
+    def _hit(self, kill: Kill, launcher: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline and launcher.poll() is None:
-            for path in self.osctl.folder.glob(f".osctl/runs/*_a1/heartbeat-{kill.rank}.json"):
-                with suppress(FileNotFoundError, json.JSONDecodeError):
+            for path in self.osctl.folder.glob(f".osctl/runs/*/heartbeat-{kill.rank}.json"):
+                with suppress(FileNotFoundError, json.JSONDecodeError, ProcessLookupError):
                     beat = json.loads(path.read_text())
                     if beat["step"] >= kill.step:
-                        return int(beat["pid"])
+                        os.kill(beat["pid"], kill.signal)
+                        self.hit = int(path.parent.name.rpartition("_a")[2])
+                        return
             time.sleep(0.002)
         raise AssertionError(f"{kill}: rank {kill.rank} was not met at step {kill.step}")
 
@@ -167,26 +167,29 @@ def check(kill: Kill, run: Run, undisturbed: Run) -> None:
     for bill, lines in zip(bills, run.repeated(), strict=True):
         lost, spent = bill["device_seconds"]["lost"], RANKS * sum(line["step_s"] for line in lines)
         assert lost >= 0.5 * spent and (lost > 0) >= bool(lines), (kill, lost, spent)
-    # The first attempt ended by what was done to it, the second by itself.
-    (first, second) = (run.ledger.outcome("stage1", run.inputs, attempt) for attempt in run.ledger.attempts("stage1", run.inputs))
-    assert first is not None and second is not None and second.class_ == "completed", kill
-    assert ENDS[kill.signal].get(first.class_, "another class") in first.reason, (kill, first)
-    assert all(before <= after for before, after in pairwise(run.starts())), kill
+    # The attempt that was hit ended by that, the last one by itself.
+    ends = [run.ledger.outcome("stage1", run.inputs, attempt) for attempt in run.ledger.attempts("stage1", run.inputs)]
+    hit, last = ends[run.hit - 1], ends[-1]
+    assert hit is not None and last is not None and last.class_ == "completed" and run.hit < len(ends), (kill, ends)
+    assert ENDS[kill.signal].get(hit.class_, "another class") in hit.reason, (kill, hit)
+    next_start = run.starts()[run.hit]
     if kill.signal is signal.SIGTERM:
-        assert run.repeated() == [[], []] and run.starts()[1] >= kill.step, f"{kill}: who is asked to leave loses nothing"
+        assert run.repeated()[run.hit - 1] == [] and next_start >= kill.step, f"{kill}: who is asked to leave loses nothing"
     else:
-        assert kill.step - EVERY <= run.starts()[1], f"{kill}: a checkpoint was lost"
+        assert next_start >= kill.step - 2 * EVERY, f"{kill}: more is lost than a checkpoint that was being written, and the steps after it"
 
 
-def survive(folder: Path, kills: Sequence[Kill], trainer: Sequence[str] = (), workers: int = 3) -> None:
-    """All kills, each in a run of its own, three at a time: who waits leaves the machine to the others."""
-    with ThreadPoolExecutor(workers) as pool:
-        runs = [pool.submit(Run(folder / f"{i}", kill.strategy, trainer).launch_and, kill) for i, kill in enumerate(kills)]
-        whole = {name: pool.submit(Run(folder / name, name, trainer).launch) for name in {kill.strategy for kill in kills}}
-        for kill, run in zip(kills, runs, strict=True):
-            check(kill, run.result(), whole[kill.strategy].result())
+def survive(folder: Path, kills: Sequence[Kill], trainer: Sequence[str] = ()) -> None:
+    """All kills, each in a run of its own, three at a time: who waits for a hang leaves the machine to the others, and begins first."""
+    with ThreadPoolExecutor(3) as pool:
+        order = sorted(range(len(kills)), key=lambda i: kills[i].signal is not signal.SIGSTOP)
+        runs = {i: pool.submit(Run(folder / f"{i}", kills[i].strategy, trainer).launch, kills[i]) for i in order}
+        whole = {name: pool.submit(Run(folder / name, name, trainer).launch) for name in sorted({kill.strategy for kill in kills})}
+        for i, kill in enumerate(kills):
+            check(kill, runs[i].result(), whole[kill.strategy].result())
 
 
+@pytest.mark.timeout(900)
 def test_five_times_one_of_four_ranks_ends_and_the_weights_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:
     kills = draw(5, SEED)
     assert {kill.signal for kill in kills} == set(SIGNALS) and {kill.strategy for kill in kills} == set(STRATEGIES)
