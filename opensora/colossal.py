@@ -59,11 +59,6 @@ ROWS = ("spatial_attention.proj", "temporal_attention.proj", "cross_attention.pr
 """Layers of a block whose inputs are divided and whose outputs are added up. Their biases are whole on every rank."""
 
 
-def ranks_of_a_clip(stage: StageConfig) -> int:
-    """Neighbouring ranks that see the same clips, because they share layers."""
-    return TENSOR_RANKS if stage.parallel.strategy == "colossalai" and stage.parallel.plugin == "hybrid_parallel" else 1
-
-
 class Colossal:
     """A model and its optimizer in the hands of a Booster plugin; `opensora.parallel.Strategy` says what the methods are.
 

@@ -101,7 +101,7 @@ class FolderSource(Frozen):
 
 
 class ManifestSource(Frozen):
-    """A CSV of clips at scale (path, text, frames), as the published stages used; its size is all that a plan needs."""
+    """A CSV of clips at scale (path, text), as the published stages used. Paths may lie anywhere; a plan needs its size alone."""
 
     kind: Literal["manifest"]
     path: str
@@ -166,8 +166,8 @@ class KLAutoencoder(Frozen):
     """Latents are multiplied by this; none: `scaling_factor` of its own config.json (0.18215 for Stable Diffusion's)."""
     posterior: Literal["sample", "mode"] = "sample"
     """Which point of the encoder's distribution is a clip's latent. Drawn once, from the clip's index, when the clip is cached."""
-    micro_batch: PositiveInt | None = None
-    """Frames encoded at once; none: all."""
+    micro_batch: PositiveInt | None = 16
+    """Frames encoded or decoded at once; none: all."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type that it computes in."""
 
@@ -258,6 +258,11 @@ class Parallel(Frozen):
     """fsdp: ranks that divide one copy of the weights; the others hold further copies (HSDP). Must divide their number; none: all."""
     plugin: Literal["torch_ddp", "low_level_zero", "gemini", "hybrid_parallel"] = "torch_ddp"
     """colossalai: the Booster plugin. All but torch_ddp need CUDA."""
+
+    @property
+    def ranks_a_clip(self) -> int:
+        """Neighbouring ranks that see the same clips: they share each, or the layers that it goes through (hybrid_parallel: two)."""
+        return self.sequence * (2 if self.plugin == "hybrid_parallel" else 1)
 
     @model_validator(mode="after")
     def _belong_together(self) -> Parallel:

@@ -88,8 +88,8 @@ def step_shares(stage: StageConfig, clips: Sequence[int] | None = None) -> tuple
 
 
 def data_ranks(stage: StageConfig, devices: int) -> float:
-    """Groups of devices with clips of their own. Not whole where `parallel.sequence` does not divide: the trainer refuses that."""
-    return devices / stage.parallel.sequence
+    """Groups of devices with clips of their own. Not whole where `ranks_a_clip` does not divide: the trainer refuses that."""
+    return devices / stage.parallel.ranks_a_clip
 
 
 def step_flops(stage: StageConfig, devices: int, clips: Sequence[int] | None = None) -> float:

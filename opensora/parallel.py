@@ -93,15 +93,15 @@ def build(model: STDiT, stage: StageConfig, ranks: Ranks) -> Strategy:
     return Replicated(model, stage, ranks)
 
 
-def data_ranks(ranks: Ranks, sequence: int) -> tuple[int, int]:
-    """This rank's number among those with clips of their own, and how many such there are: neighbours share a clip.
+def data_ranks(ranks: Ranks, sharing: int) -> tuple[int, int]:
+    """This rank's number among those with clips of their own, and how many such there are: so many neighbours share theirs.
 
     Raises:
         ConfigError: the ranks do not divide.
     """
-    if ranks.world % sequence:
-        raise ConfigError(f"parallel.sequence {sequence} does not divide {ranks.world} ranks; use a divisor, or another number of devices")
-    return ranks.rank // sequence, ranks.world // sequence
+    if ranks.world % sharing:
+        raise ConfigError(f"parallel: {sharing} ranks share a clip, which does not divide {ranks.world} ranks; use another number of devices")
+    return ranks.rank // sharing, ranks.world // sharing
 
 
 def share_clips(ranks: Ranks, count: int) -> Sequence:

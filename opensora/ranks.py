@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,9 @@ from opensora.errors import ConfigError
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PEER_LOST = 75
 """Exit code of a rank that ended because another one was gone: whoever looks for the cause has to look elsewhere."""
+PATIENCE = timedelta(days=7)
+"""For other ranks while one encodes a stage's clips. That one is watched by its heartbeats; if it dies, the wait ends at once."""
+POLL_S, BEAT_S = 0.01, 1.0
 LONGEST_TEXT = 4096
 """Bytes that `Ranks.share` carries: a path's limit on Linux."""
 
@@ -45,6 +50,8 @@ class Ranks:
     device: torch.device
     node: int = 0
     nodes: int = 1
+    patient: dist.ProcessGroup | None = None
+    """All ranks over gloo, for waits that may take hours; none where there is one rank."""
 
     @property
     def is_first(self) -> bool:
@@ -78,12 +85,27 @@ class Ranks:
         """Return when every rank got here. Raises PeerLost."""
         self.sum_(torch.zeros(1, device=self.device))
 
-    def share(self, text: str) -> str:
-        """The text of a node's first rank, on every rank of that node. Raises PeerLost."""
+    def share(self, text: str, beat: Callable[[], None] = lambda: None) -> str:
+        """The text of a node's first rank, on every rank of that node, once every node's has come here, however long that takes.
+
+        `beat` is called about every second while this waits. Raises PeerLost.
+        """
+        if self.patient is None:
+            return text
         content = torch.zeros(self.nodes, LONGEST_TEXT, dtype=torch.uint8)
         if self.is_first_here:
             content[self.node, : len(text.encode())] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        return bytes(self.sum_(content.to(self.device))[self.node].tolist()).rstrip(b"\0").decode()
+        try:
+            work, beaten = dist.all_reduce(content, group=self.patient, async_op=True), time.monotonic()
+            while not work.is_completed():
+                time.sleep(POLL_S)
+                if time.monotonic() - beaten > BEAT_S:
+                    beat()
+                    beaten = time.monotonic()
+            work.wait()
+        except RuntimeError as error:
+            raise PeerLost(str(error)) from error
+        return bytes(content[self.node].tolist()).rstrip(b"\0").decode()
 
     def hand_out(self, data: bytes) -> bytes:
         """The first rank's bytes, on every rank of every node; what the others bring is not looked at. Raises PeerLost."""
@@ -112,7 +134,7 @@ def join() -> Iterator[Ranks]:
         yield Ranks(rank, world, device, node, nodes)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, timeout=timedelta(minutes=10))
-    yield Ranks(rank, world, device, node, nodes)
+    yield Ranks(rank, world, device, node, nodes, cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE)))
     dist.destroy_process_group()  # only after a good end: with a peer gone this would wait for it
 
 

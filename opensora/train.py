@@ -212,7 +212,7 @@ class Trainer:
 
     def __init__(self, run: RunDirectory, stage: StageConfig, ranks: Ranks, notice: Notice, prepared: Prepared, start: Start) -> None:
         self.run, self.stage, self.ranks, self.notice, self.prepared, self.start = run, stage, ranks, notice, prepared, start
-        self.data_rank, data_world = parallel.data_ranks(ranks, stage.parallel.sequence)
+        self.data_rank, data_world = parallel.data_ranks(ranks, stage.parallel.ranks_a_clip)
         self.loader = Ahead(Loader(prepared, seed=stage.seed, rank=self.data_rank, world=data_world), ranks.device)
         self.objective = objective.build(stage.objective)
         self.model = _model(stage, ranks, start, prepared)
@@ -452,7 +452,8 @@ def _model(stage: StageConfig, ranks: Ranks, start: Start, prepared: Prepared) -
         model.freeze_temporal()
     model.keep(_activations(stage, ranks))
     model.to(ranks.device).train()
-    if ranks.device.type == "cuda" and stage.compile and stage.parallel.sequence == 1:  # exchanges would cut each block's graph in three
+    plain = stage.parallel.sequence == 1 and stage.parallel.plugin == "torch_ddp"  # exchanges inside of a block cut its graph in three
+    if ranks.device.type == "cuda" and stage.compile and plain:
         for block in model.blocks:
             block.compile()
     return model
@@ -568,8 +569,12 @@ def _prepare(run: RunDirectory, stage: StageConfig, ranks: Ranks, start: Start) 
     carried = start.encoders
     if carried is None and ranks.nodes > 1:
         carried = _encoders_for_all(run, stage, ranks)
-    directory = prepare(stage, run.latents, carried) if ranks.is_first_here else ""
-    prepared = Prepared.open(Path(ranks.share(str(directory))), stage)
+
+    def beat() -> None:
+        run.heartbeat(start.step, "init")
+
+    directory = prepare(stage, run.latents, carried, progress=lambda _done, _of: beat()) if ranks.is_first_here else ""
+    prepared = Prepared.open(Path(ranks.share(str(directory), beat)), stage)
     for clip, reason in list(prepared.skipped.items())[:SKIPPED]:
         log.info("skipped %s: %s", clip, reason)
     return prepared

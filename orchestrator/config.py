@@ -136,7 +136,9 @@ _TEXTS = ("name", "backend", "store", "tracking", "experiment", "cluster")
 
 
 _PATHS: tuple[Loc, ...] = (("data", "source", "path"), ("weights",))
-"""Local paths of a stage file. Encoders are not among them: `org/name` is a model of the hub as well as a path."""
+"""Local paths of a stage file."""
+_PATHS_OR_NAMES: tuple[Loc, ...] = (("autoencoder", "path"), ("text", "path"))
+"""`org/name` is a model of the hub as well as a path: these are paths where they begin with a dot or a tilde."""
 
 
 def home(env: Mapping[str, str]) -> Path:
@@ -199,7 +201,7 @@ def load(path: Path, *, overrides: Mapping[str, str] | None = None, env: Mapping
         if target is None:
             document = document.with_value(place, value, label)
         else:
-            is_path = place in _PATHS and isinstance(value, str)
+            is_path = isinstance(value, str) and _is_path(place, value)
             stage_overrides.append((target, place, _absolute(value, Path.cwd()) if is_path else value, label))
     file = validate(PipelineFile, document, "pipeline")
     specs = _parents_first(file.stages, document)
@@ -342,7 +344,7 @@ def on_devices(pipeline: Pipeline, gpus: int) -> Pipeline:
 
 def _on_machine(stage: Stage, gpus: int) -> Stage:
     asked, config = stage.spec.resources, stage.config
-    shared = config.parallel.sequence
+    shared = config.parallel.ranks_a_clip
     sizes = [config.batch_size, *(bucket.batch_size for bucket in config.data.buckets)]
     totals = [size * (asked.devices_per_node // shared) for size in sizes]
     counts = range(shared, min(gpus, asked.devices_per_node) + 1, shared)
@@ -411,13 +413,17 @@ def _stage_document(spec: StageSpec, pipeline: Path, document: Document, overrid
 
 def _with_absolute_paths(document: Document, folder: Path) -> Document:
     """A trainer runs elsewhere, so the paths of a stage file, which are relative to the file, are made absolute."""
-    for loc in _PATHS:
+    for loc in (*_PATHS, *_PATHS_OR_NAMES):
         inner: Any = document.value
         for part in loc:
             inner = inner.get(part) if isinstance(inner, dict) else None
-        if isinstance(inner, str):
+        if isinstance(inner, str) and _is_path(loc, inner):
             document = document.with_value(loc, _absolute(inner, folder))
     return document
+
+
+def _is_path(place: Loc, value: str) -> bool:
+    return place in _PATHS or (place in _PATHS_OR_NAMES and value.startswith(("./", "../", "~")))
 
 
 def _absolute(path: str, folder: Path) -> str:

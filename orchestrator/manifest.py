@@ -503,7 +503,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differen
 def stage_differences(old: Intent, new: Intent) -> list[Difference]:
     """Of what is trained. Whatever changes the stage's inputs is another result; the rest waits for the next attempt."""
     before, after = old.nodes * old.devices_per_node, new.nodes * new.devices_per_node
-    batch = tuple(one.config.batch_size * devices // one.config.parallel.sequence for one, devices in ((old, before), (new, after)))
+    batch = tuple(one.config.batch_size * devices // one.config.parallel.ranks_a_clip for one, devices in ((old, before), (new, after)))
     config = list(_changes(_flat(old.config.model_dump(mode="json"), "stage"), _flat(new.config.model_dump(mode="json"), "stage")))
     found = [Difference("global batch", batch[0], batch[1], f"exact resume is not possible; {ANEW}")] if batch[0] != batch[1] else []
     found += [Difference(path, was, now, ANEW) for path, was, now in config]
