@@ -341,7 +341,7 @@ pipeline = DiffusionPipeline.from_pretrained(DIR, custom_pipeline=DIR, trust_rem
 frames = pipeline({prompt!r}, generator=torch.Generator().manual_seed(0)).frames[0]  # PIL images
 ```
 
-The code beside the weights is osctl's own, copied; it needs torch, diffusers and transformers.
+The code beside the weights is osctl's own, copied; it needs torch 2.11 or newer, diffusers and transformers.
 """
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from opensora.config import Activations, Bucket, StageConfig
@@ -100,6 +101,7 @@ def predict(
     return max((_predict(stage, devices, one, length, device) for one in sizes), key=lambda memory: memory.total)
 
 
+@lru_cache(maxsize=256)
 def _predict(stage: StageConfig, devices: int, size: Bucket, captions: int, device: DeviceKind) -> Memory:
     whole = parameters(stage.model, stage.out_channels)
     trained = whole - (stage.model.depth * temporal_parameters(stage.model) if stage.freeze == "temporal" else 0)

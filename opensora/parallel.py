@@ -100,7 +100,7 @@ def data_ranks(ranks: Ranks, sharing: int) -> tuple[int, int]:
         ConfigError: the ranks do not divide.
     """
     if ranks.world % sharing:
-        raise ConfigError(f"parallel: {sharing} ranks share a clip, which does not divide {ranks.world} ranks; use another number of devices")
+        raise ConfigError(f"parallel: {sharing} ranks share a clip, which does not divide {ranks.world} ranks; use other numbers")
     return ranks.rank // sharing, ranks.world // sharing
 
 

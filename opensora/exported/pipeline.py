@@ -89,7 +89,7 @@ class OpenSoraPipeline(DiffusionPipeline):
             raise ValueError(f"output_type {output_type}: give pil, np or pt")
         if isinstance(generator, list) and len(generator) != len(prompts):
             raise ValueError(f"{len(generator)} generators for {len(prompts)} prompts: give one for each, or one for all")
-        generators = generator if isinstance(generator, list) else [generator or torch.Generator().manual_seed(torch.seed())] * len(prompts)
+        generators = generator if isinstance(generator, list) else [generator or _unseeded()] * len(prompts)
 
         captions, mask = self._encode(prompts)
         noise = self.scheduler.draw_noise(generators, self._latent_shape(num_frames, height, width))
@@ -154,3 +154,9 @@ class OpenSoraPipeline(DiffusionPipeline):
             parts.append(((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
         frames = torch.cat(parts)
         return frames.reshape(clips, count, *frames.shape[1:]).permute(0, 1, 3, 4, 2).contiguous()
+
+
+def _unseeded() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator

@@ -123,7 +123,7 @@ class Alone:
 
 def take_steps(strategy: colossal.Colossal, stage: StageConfig, ranks: Ranks, numbers: range) -> tuple[list[float], list[float]]:
     """Losses over all ranks and norms, as the trainer takes its steps."""
-    losses, norms, shared = [], [], colossal.ranks_of_a_clip(stage)
+    losses, norms, shared = [], [], stage.parallel.ranks_a_clip
     here, count = ranks.rank // shared, ranks.world // shared
     for step in numbers:
         own = tuple(part.chunk(count)[here] for part in batch_of(stage, step))
@@ -362,8 +362,8 @@ def test_what_a_plugin_cannot_do_is_refused() -> None:
 
 
 def test_ranks_that_share_layers_see_the_same_clips() -> None:
-    assert [colossal.ranks_of_a_clip(stage_of(case)) for case in ("hybrid_fp32", "zero2_fp32", "torch_ddp")] == [2, 1, 1]
-    assert colossal.ranks_of_a_clip(stage_of("torch_ddp", parallel={"strategy": "ddp"})) == 1
+    assert [stage_of(case).parallel.ranks_a_clip for case in ("hybrid_fp32", "zero2_fp32", "torch_ddp")] == [2, 1, 1]
+    assert stage_of("torch_ddp", parallel={"strategy": "ddp"}).parallel.ranks_a_clip == 1
 
 
 if __name__ == "__main__":

@@ -131,6 +131,14 @@ def test_an_export_is_loaded_as_weights(video: Path, tmp_path: Path) -> None:
                 assert torch.equal(tensor, reader.tensor(source, name).to(export.TYPES[dtype]).float()), name
 
 
+def test_of_a_checkpoint_the_moving_average_is_loaded_as_weights(video: Path) -> None:
+    reader = checkpoint.open_(video)
+    model = STDiT(reader.stage.model, reader.stage.latent_shape[1:], reader.stage.out_channels)
+    assert weights.load(video, model).format == "opensora"
+    assert all(torch.equal(tensor, reader.tensor("ema", name)) for name, tensor in model.state_dict().items())
+    assert not all(torch.equal(tensor, reader.tensor("model", name)) for name, tensor in model.state_dict().items())
+
+
 def test_a_checkpoint_of_two_nodes_is_exported_as_one_of_one(video: Path, tmp_path: Path) -> None:
     reader, both = checkpoint.open_(video), tmp_path / "both"
     both.mkdir()

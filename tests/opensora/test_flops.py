@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from opensora import flops, linear
-from opensora.config import ModelConfig, StageConfig
+from opensora.config import Activations, ModelConfig, StageConfig
 from opensora.model import STDiT
 
 XL = ModelConfig()
@@ -83,6 +83,35 @@ def test_a_stage_costs_its_steps_its_batch_and_its_devices() -> None:
     clip = flops.train_flops_per_clip(stage())
     assert flops.stage_flops(stage(), devices=2) == clip * 10 * 3 * 2
     assert flops.stage_flops(stage(steps=0), devices=64) == 0  # an import
+
+
+def test_ranks_that_share_a_clip_have_one_batch() -> None:
+    alone, shared = stage(), stage(parallel={"sequence": 2})
+    assert flops.data_ranks(shared, 8) == 4
+    assert flops.stage_flops(shared, devices=8) == flops.stage_flops(alone, devices=4)
+
+
+def test_buckets_have_the_steps_that_their_clips_fill() -> None:
+    buckets = [{"frames": 1, "height": 64, "width": 64, "batch_size": 8}, {"frames": 4, "height": 64, "width": 128, "batch_size": 2}]
+    data = {"source": {"kind": "digits", "clips": 10}, "frames": 4, "height": 64, "width": 64, "buckets": buckets}
+    several = stage(data=data)
+    image, clip = (flops.train_flops_per_clip(several, bucket) for bucket in several.buckets)
+    assert clip > 7 * image
+    assert flops.step_shares(several) == pytest.approx((1 / 5, 4 / 5))  # 100 clips each: 12.5 batches of 8, 50 of 2
+    assert flops.step_flops(several, 2) == pytest.approx(2 * (8 * image / 5 + 2 * clip * 4 / 5))
+    # 16 images make as many batches as 4 clips
+    assert flops.step_flops(several, 1, clips=(16, 4)) == pytest.approx((8 * image + 2 * clip) / 2)
+
+
+def test_recomputation_costs_a_third_and_the_mlp_in_chunks_a_little_more() -> None:
+    config = stage(model=XL.model_dump())
+    cost = [
+        flops.executed(config, config.data, Activations(**policy))
+        for policy in ({}, {"recompute": "selective"}, {"recompute": "full", "every": 2}, {"recompute": "full", "mlp_chunks": 4})
+    ]
+    assert cost[:2] == [1, 1]
+    assert cost[2] == pytest.approx(4 / 3)
+    assert cost[3] == pytest.approx(4 / 3 + 0.44 / 3, abs=0.01), "an MLP is 16 of the 36 D² of a token"
 
 
 @pytest.mark.parametrize(

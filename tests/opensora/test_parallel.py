@@ -118,7 +118,7 @@ def test_large_gradients_travel_in_buckets_of_fixed_order(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("parts", "world", "words"),
-    [({"sequence": 2}, 3, "2 ranks share a clip, which does not divide 3 ranks"), ({"strategy": "fsdp", "shard": 2}, 3, "parallel.shard 2")],
+    [({"sequence": 2}, 3, "2 ranks share a clip, which does not divide 3"), ({"strategy": "fsdp", "shard": 2}, 3, "parallel.shard 2")],
 )
 def test_ranks_that_cannot_be_divided_are_refused(parts: dict[str, object], world: int, words: str) -> None:
     with pytest.raises(ConfigError, match=words):

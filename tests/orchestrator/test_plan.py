@@ -8,11 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opensora.config import EvaluateConfig
+from opensora.calibration import Calibration
+from opensora.config import Activations, EvaluateConfig, ModelConfig
 from opensora.flops import stage_flops, train_flops_per_clip
 from orchestrator.config import Pipeline, find, load
 from orchestrator.errors import Refused, UsageError
-from orchestrator.plan import NOTHING, check_budget, extra_flops, plan
+from orchestrator.plan import NOTHING, check_budget, extra_flops, plan, size_plan
 from orchestrator.prices import load_prices
 
 LAW = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -138,6 +139,118 @@ def test_judging_and_drawing_are_planned_too() -> None:
 def test_the_flops_of_a_row_are_the_stages() -> None:
     for stage, row in zip(OPEN_SORA.stages, plan(OPEN_SORA, PRICES).rows, strict=True):
         assert row.flops == stage_flops(stage.config, stage.devices)
+
+
+def calibrated(device: str = "h800", tflops: float = 300.0, recompute: str = "none") -> Calibration:
+    """Stage 2's own size, timed at so many TFLOP/s."""
+    config = OPEN_SORA.stage("stage2").config
+    frames, tokens = config.tokens
+    work = train_flops_per_clip(config) * config.batch_size
+    point = {
+        "model": config.model,
+        "out_channels": config.out_channels,
+        "frames": frames,
+        "tokens": tokens,
+        "captions": config.model.caption_tokens,
+        "batch": config.batch_size,
+        "dtype": "bf16",
+        "recompute": recompute,
+        "step_s": work / tflops / 1e12,
+        "tflops": tflops,
+        "mfu": tflops / 989.5,
+    }
+    return Calibration(device=device, machine="a node", date="2026-11-23", command="bench/gpu.py", points=(point,))
+
+
+def test_a_calibrated_step_wins_over_the_assumption_and_loses_to_the_stages_own() -> None:
+    row = plan(OPEN_SORA, PRICES, calibrations=[calibrated()]).rows[1]
+    assert row.basis == "calibrated"
+    assert row.mfu == pytest.approx(300 / 989.5)
+    assert "on a node, 2026-11-23" in row.source
+    assert row.low.wall_h == pytest.approx(0.9 * row.expected.wall_h)
+    own = plan(OPEN_SORA, PRICES, calibrations=[calibrated()], measured={"stage2": 1.974}).rows
+    assert [one.basis for one in own[1:3]] == ["measured", "calibrated"]
+
+
+def test_a_calibration_of_another_device_or_of_quite_another_size_says_nothing() -> None:
+    assert plan(OPEN_SORA, PRICES, calibrations=[calibrated("h100")]).rows[1].basis == "assumed"
+    small = OPEN_SORA.stage("stage2").config.model_copy(update={"model": ModelConfig(depth=2, width=64, heads=4)})
+    stage = OPEN_SORA.stage("stage2").model_copy(update={"config": small})
+    pipeline = OPEN_SORA.model_copy(update={"stages": (stage,)})
+    assert plan(pipeline, PRICES, calibrations=[calibrated()]).rows[0].basis == "assumed"
+
+
+def test_a_speed_of_another_policy_is_corrected_by_what_is_computed_again() -> None:
+    """A third more FLOPs under full recomputation, of the measured step or of the planned one."""
+    assert plan(OPEN_SORA, PRICES, calibrations=[calibrated(recompute="full")]).rows[1].mfu == pytest.approx(300 / 989.5 * 4 / 3)
+    full = load(find("open-sora-1.0"), overrides={"stage2.activations.recompute": "full"})
+    assert plan(full, PRICES, calibrations=[calibrated()]).rows[1].mfu == pytest.approx(300 / 989.5 * 3 / 4)
+
+
+def test_every_stage_says_what_it_needs_of_a_device() -> None:
+    rows = plan(OPEN_SORA, PRICES).rows
+    assert rows[0].fit is None, "an import computes nothing"
+    for row in rows[1:]:
+        assert row.fit is not None
+        assert row.fit.device_bytes == 80 * 2**30
+        assert row.fit.activations == Activations(), "16 frames fit without recomputation"
+        assert row.fit.fits
+
+
+def test_auto_takes_what_fits_and_a_named_policy_is_not_changed() -> None:
+    long = {"stage3b.data.frames": "64"}
+    auto = plan(load(find("open-sora-1.0"), overrides=long), PRICES).rows[3].fit
+    assert auto is not None
+    assert auto.fits
+    assert auto.activations.recompute == "full"
+    named = plan(load(find("open-sora-1.0"), overrides=long | {"stage3b.activations.recompute": "none"}), PRICES).rows[3].fit
+    assert named is not None
+    assert named.activations == Activations()
+    assert named.fits is False
+
+
+def test_a_device_of_unknown_memory_fits_neither_well_nor_badly() -> None:
+    pipeline = load(find("open-sora-1.0"), overrides={"stage2.resources.device": "local-gpu"})
+    needs = plan(pipeline, PRICES).rows[1].fit
+    assert needs is not None
+    assert needs.fits is None
+    assert needs.memory.total > 10**10
+
+
+def test_devices_that_share_clips_must_divide() -> None:
+    pipeline = load(find("open-sora-1.0"), overrides={"stage2.parallel.sequence": "3"})
+    with pytest.raises(UsageError, match=r"parallel\.sequence 3 does not divide 64 devices"):
+        plan(pipeline, PRICES)
+
+
+def test_a_minute_of_1080p_is_planned_as_computed_by_hand() -> None:
+    """11.75M tokens; 91.4 PFLOP useful; two all-to-alls a block in three passes, 200 GB/s; boundaries of 94.8 GB a device on the host."""
+    found = size_plan(OPEN_SORA.stage("stage3b").config, PRICES, "h800", frames=1440, height=1088, width=1920, devices=8)
+    assert (found.frames, found.tokens, found.clip_tokens) == (1440, 8160, 11_750_400)
+    assert found.flops == pytest.approx(91.4e15, rel=1e-3)
+    assert found.stage.parallel.sequence == 8
+    assert found.chosen is not None
+    assert found.chosen.activations == Activations(recompute="full", offload=True, mlp_chunks=16)
+    stream = 11_750_400 / 8 * 1152 * 2
+    assert found.chosen.memory.host > 28 * stream
+    assert found.exchanged == pytest.approx(2 * 28 * 3 * stream * 7 / 8)
+    forward = found.flops / 3
+    computing = (found.flops + forward) / (8 * 989.5e12 * 0.40)
+    assert found.options[1].step_s == pytest.approx(computing + found.exchanged / 200e9)
+    assert found.step_s == pytest.approx(43, abs=1)
+    assert [option.fits for option in found.options].count(True) == 1
+
+
+def test_a_short_clip_needs_nobody_to_share_it() -> None:
+    found = size_plan(OPEN_SORA.stage("stage3b").config, PRICES, "h800", frames=16, height=256, width=448, devices=8)
+    assert found.stage.parallel.sequence == 1
+    assert found.exchanged == 0
+    assert found.chosen == found.options[0]
+
+
+def test_a_size_that_does_not_divide_is_refused_with_the_next_one() -> None:
+    with pytest.raises(UsageError, match=r"^--shape: height 1080 is not a multiple of 16\. Use 1088$"):
+        size_plan(OPEN_SORA.stage("stage3b").config, PRICES, "h800", frames=1440, height=1080, width=1920, devices=8)
 
 
 @pytest.mark.parametrize("mfu", [0.0, -0.1, 1.01, float("nan")])

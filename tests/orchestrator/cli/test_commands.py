@@ -24,6 +24,41 @@ def test_plan_puts_the_published_run_beside_its_own(osctl: Osctl) -> None:
     assert "2,808" in shown and "$11,500.00" in shown and "64 x h800" in shown
 
 
+def test_plan_says_what_fits(osctl: Osctl) -> None:
+    plan = json.loads(osctl("plan", "-f", "open-sora-1.0", "-o", "json").stdout)
+    assert plan["stages"][0]["memory"] is None, "nothing is computed"
+    needs = plan["stages"][1]["memory"]
+    assert needs["fits"] is True and needs["policy"] == "none"
+    assert needs["total_bytes"] < needs["device_bytes"] == 80 * 2**30
+    refused = osctl("plan", "-f", "open-sora-1.0", "--set", "stage2.activations.recompute=none", "--set", "stage2.batch_size=64")
+    assert "stage2" in refused.stdout and "no" in refused.stdout.split()
+
+
+def test_plan_of_a_size(osctl: Osctl) -> None:
+    plan = json.loads(osctl("plan", "--shape", "1440x1088x1920", "--devices", "8", "-o", "json").stdout)
+    assert plan["clip_tokens"] == 11_750_400
+    assert plan["chosen"] == "full offload, MLP in 16"
+    assert next(one for one in plan["options"] if one["policy"] == plan["chosen"])["fits"] is True
+    shown = osctl("plan", "--shape", "64x512x512", "--devices", "1")
+    assert "full" in shown.stdout and "not measured" in shown.stderr
+    assert "is not frames x height x width" in osctl("plan", "--shape", "64x512", expect=2).stderr
+
+
+def test_plan_takes_measured_steps(osctl: Osctl, tmp_path: Path) -> None:
+    stage = json.loads(osctl("plan", "-f", "open-sora-1.0", "-o", "json").stdout)["stages"][1]
+    flops = stage["flops"] / stage["steps"] / stage["devices"]  # of one device's step
+    model = {"depth": 28, "width": 1152, "heads": 16}
+    point = {"model": model, "out_channels": 8, "frames": 16, "tokens": 256, "captions": 120, "batch": 8, "dtype": "bf16"}
+    point |= {"step_s": flops / 4e14, "tflops": 400.0, "mfu": 0.404}
+    content = {"schema": 1, "device": "h800", "machine": "a node", "date": "2026-11-23", "command": "bench/gpu.py", "points": [point]}
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(content))
+    planned = json.loads(osctl("plan", "-f", "open-sora-1.0", "--calibration", str(file), "-o", "json").stdout)["stages"][1]
+    assert planned["basis"] == "calibrated" and planned["mfu"] == pytest.approx(400 / 989.5, rel=0.01)
+    file.write_text(json.dumps(content | {"points": []}))
+    assert "points" in osctl("plan", "--calibration", str(file), expect=2).stderr
+
+
 @pytest.mark.parametrize("format", ["json", "yaml"])
 def test_results_are_read_by_machines(osctl: Osctl, format: str) -> None:
     read = {"json": json.loads, "yaml": yaml.safe_load}[format]
