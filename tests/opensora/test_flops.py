@@ -104,14 +104,14 @@ def test_buckets_have_the_steps_that_their_clips_fill() -> None:
 
 
 def test_recomputation_costs_a_third_and_the_mlp_in_chunks_a_little_more() -> None:
-    config = stage(model=XL.model_dump())
+    config = stage(model=XL.model_dump(), data={"source": {"kind": "digits", "clips": 10}, "frames": 16, "height": 256, "width": 256})
     cost = [
         flops.executed(config, config.data, Activations(**policy))
         for policy in ({}, {"recompute": "selective"}, {"recompute": "full", "every": 2}, {"recompute": "full", "mlp_chunks": 4})
     ]
     assert cost[:2] == [1, 1]
     assert cost[2] == pytest.approx(4 / 3)
-    assert cost[3] == pytest.approx(4 / 3 + 0.44 / 3, abs=0.01), "an MLP is 16 of the 36 D² of a token"
+    assert cost[3] == pytest.approx(4 / 3 + 0.427 / 3, abs=0.001), "an MLP is 16 of the 36 D² of a token, and attention comes on top"
 
 
 @pytest.mark.parametrize(
