@@ -14,7 +14,7 @@ WORKDIR /src
 COPY pyproject.toml uv.lock ./
 RUN mkdir /locked && export="/opt/uv/bin/uv export --quiet --frozen --no-default-groups --no-emit-project --no-header" && \
     $export --output-file /locked/trainer.txt && \
-    $export --prune torch --prune einops --prune safetensors --prune av --prune fsspec --prune s3fs --output-file /locked/slim.txt && \
+    $export --prune torch --prune einops --prune safetensors --prune av --prune fsspec --prune s3fs --prune diffusers --prune transformers --prune sentencepiece --output-file /locked/slim.txt && \
     touch -d @0 /locked/*.txt /locked
 
 # The project alone, as it will lie in the images' environment: the one layer that a change of code makes anew.
