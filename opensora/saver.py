@@ -48,6 +48,7 @@ from opensora.errors import DiskFull, NotFinite, OutOfMemory
 
 POLL_S = 0.01
 """Between two looks at what the other ranks of the node have done."""
+BEAT_S = 1.0
 WRITE_BYTES = 8 << 20
 """Bytes handed to the kernel at once."""
 
@@ -278,10 +279,13 @@ class Saver:
         if failure is not None:
             raise failure
 
-    def wait(self) -> None:
-        """Return when nothing is being written and every checkpoint is there. Raises as `check`."""
+    def wait(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Return when nothing is being written and every checkpoint is there; `beat` is called each second of it. Raises as `check`."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(BEAT_S)
+            while self._thread.is_alive():
+                beat()
+                self._thread.join(BEAT_S)
             self._thread = None
         self.check()
 

@@ -224,6 +224,8 @@ class Trainer:
         writer = self.strategy.writer
         here = tuple(writer(rank) for rank in ranks.here)
         self.saver = Saver(run.checkpoints, stage, shard=writer(ranks.rank), shards=ranks.world, here=here, device=ranks.device)
+        self.saver.reserve(self.strategy.pieces())
+        ranks.barrier()  # the first rank of a node has removed what a killed run left: nobody saves before that
         half = ranks.device.type == "cuda" and stage.dtype == "bf16"
         self.autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=half)
         self.under_way: deque[Step] = deque()
@@ -254,7 +256,7 @@ class Trainer:
             self._report(lines, checkpoint_s)
         if saved != self.step:  # a stage without steps
             self.save()
-        self.saver.wait()
+        self.saver.wait(self.beat)
         self.book("checkpoint")
         return drained and self.step < self.stage.steps
 
@@ -357,7 +359,8 @@ class Trainer:
             DiskFull, NotFinite: the last one could not be written, or this one.
         """
         began = time.time()
-        self.run.heartbeat(self.step, "checkpoint")
+        self.beat()
+        self.saver.wait(self.beat)
         self.saver.save(
             self.strategy.pieces(),
             self.prepared.directory,
@@ -369,6 +372,10 @@ class Trainer:
             node=self.ranks.node,
         )
         return time.time() - began
+
+    def beat(self) -> None:
+        """Say that this rank lives while it waits for a disk."""
+        self.run.heartbeat(self.step, "checkpoint")
 
     def judge(self) -> dict[str, float]:
         """Readings of the finished stage on generated clips, the work split over the ranks; the same on every rank but for the ceilings."""
@@ -558,7 +565,7 @@ def _train(trainer: Trainer) -> bool:
             return trainer.train()
     except Exception:
         try:  # a checkpoint that is being written when a step fails is as good as any other; if it fails too, it failed first
-            trainer.saver.wait()
+            trainer.saver.wait(trainer.beat)
         except PeerFailed as error:
             log.info("the checkpoint that was being written is lost: %s", error)
         raise

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opensora import linear, weights
 from opensora import model as model_module
-from opensora import weights
 from opensora.config import ModelConfig
 from opensora.model import STDiT, TimeEmbedder, sincos, spatial_table, temporal_table
 
@@ -321,6 +321,20 @@ def test_weights_loaded_into_a_frozen_model_keep_their_temporal_effect() -> None
 
 
 # --- what does not fit is said with both numbers ---
+
+
+def test_a_block_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where linear layers are torch's; `fullgraph` fails where Python would have to step in."""
+    monkeypatch.setattr(linear, "AVAILABLE", False)
+    plain, compiled = randomised(tiny()), randomised(tiny())
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    x, time, captions, mask = inputs(plain)
+    for model in (plain, compiled):
+        model(x, time, captions, mask).square().mean().backward()
+    for ours, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert error(ours.grad, theirs.grad) < 1e-5 or float(theirs.grad.abs().max()) < 1e-9
 
 
 def test_odd_latents_are_refused() -> None:

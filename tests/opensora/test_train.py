@@ -18,6 +18,7 @@ import gang
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora import checkpoint, train
 from opensora.config import StageConfig
@@ -99,6 +100,36 @@ def test_every_trained_weight_moves_but_the_frozen_ones(objective: str, tiny_sta
     stayed = {name for name, weight in trainer.model.named_parameters() if torch.equal(before[name], weight)}
     assert stayed == {name for name in before if "temporal_attention" in name}
     assert not any("temporal_attention" in key for key in trainer.strategy.optimizer.state())
+
+
+class Waits(TorchDispatchMode):
+    """Notices operations for which a host would have to wait for its GPU."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "item", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if any(name in str(func) for name in self.NAMES):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", ["flow", "iddpm"])
+def test_nothing_in_a_step_waits_for_the_device(objective: str, tiny_stage: Stages, make_run: Runs, make_trainer: Trainers) -> None:
+    stage = tiny_stage(data=VIDEO, objective={"kind": objective}, sampling={"method": "euler" if objective == "flow" else "ancestral"})
+    trainer = make_trainer(make_run(stage))
+    trainer.loader.batch(trainer.seen)  # clips come from the CPU
+    with Waits() as waits:
+        trainer.launch()
+        trainer.launch()
+    assert waits.found == []
+    with waits:
+        bool(trainer.strategy.norm() > 0)
+    assert waits.found  # it would have noticed
+    assert [line["step"] for line in trainer.settle(0)[0]] == [1, 2]
 
 
 class Recorder:
