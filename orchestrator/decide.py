@@ -188,7 +188,7 @@ RULES: dict[ExitClass, Rule] = {
     "parent":    Rule("stop", "always", "`osctl lineage --verify` shows what is wrong with the parent"),
     "data":      Rule("retry once", "always", "look at the disk that holds the cache; `osctl logs` names the shard"),
     "nan":       Rule("stop", "always", "lower the learning rate or look at the data"),
-    "spike":     Rule("stop", "always", "lower optimizer.lr, look at the clips of these steps, or raise loss_spike"),
+    "spike":     Rule("stop", "always", "raise loss_spike to let it pass; any change of the stage starts it anew"),
     "oom":       Rule("stop", "always", "lower batch_size or set activations.recompute; `osctl plan` shows what fits"),
     "disk":      Rule("stop", "always", "make space"),
     "hang":      Rule("retry", "always"),
