@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from opensora import checkpoint, encoders, evaluate, guidance, memory, objective, parallel, weights
-from opensora.config import Activations, StageConfig
+from opensora.config import Activations, Autoencoder, StageConfig, TextEncoder
 from opensora.data.latents import Prepared, prepare
 from opensora.data.loader import Ahead, Batch, Loader
 from opensora.data.source import open_clips
@@ -146,7 +146,7 @@ def _chain(path: Path, stage: StageConfig) -> Start:
         raise ParentError(f"parent {path}: it stopped at step {record.step} of {record.steps}; finish that stage first")
     pairs = [(f"model.{name}", getattr(stage.model, name), getattr(parent.model, name)) for name in SAME_AS_PARENT]
     pairs += [("objective.kind", stage.objective.kind, parent.objective.kind)]
-    pairs += [("autoencoder", stage.autoencoder, parent.autoencoder), ("text", stage.text, parent.text)]
+    pairs += [("autoencoder", _what(stage.autoencoder), _what(parent.autoencoder)), ("text", _what(stage.text), _what(parent.text))]
     for name, ours, theirs in pairs:
         if ours != theirs:
             raise ParentError(f"parent {path}: its {name} is {theirs}, this stage's is {ours}; no rule turns one into the other")
@@ -155,6 +155,11 @@ def _chain(path: Path, stage: StageConfig) -> Start:
     (carried if carry else reset).append("optimizer")
     reset.append(f"position tables ({_size(parent)} -> {_size(stage)})")
     return Start(reader, source, optimizer=carry, carried=tuple(carried), reset=tuple(reset))
+
+
+def _what(encoder: Autoencoder | TextEncoder) -> dict[str, object]:
+    """Of an encoder's configuration what its latents or vectors depend on, and not how they are computed."""
+    return encoder.model_dump(exclude={"micro_batch", "dtype", "posterior"})
 
 
 def _size(stage: StageConfig) -> str:
@@ -284,8 +289,9 @@ class Trainer:
 
         clips = self.loader.clips(self.seen)
         frames, spatial = self.stage.tokens_of(self.stage.buckets[batch.bucket])
-        came_to, there = torch.cat([norm[None], flags]).to("cpu", non_blocking=True), None
-        if self.ranks.device.type == "cuda":
+        came_to, there = torch.cat([norm[None], flags]), None
+        if self.ranks.device.type == "cuda":  # into page-locked memory: the host would wait for a copy into any other
+            came_to = torch.empty(came_to.shape, pin_memory=True).copy_(came_to, non_blocking=True)
             there = torch.cuda.Event()  # type: ignore[no-untyped-call]
             there.record()
         self.step += 1
