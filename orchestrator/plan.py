@@ -380,37 +380,23 @@ def size_plan(
     for text, pixels, unit in (("frames", frames, pt), ("height", height, factor * ph), ("width", width, factor * pw)):
         if pixels % unit:
             raise UsageError(f"--shape: {text} {pixels} is not a multiple of {unit}. Use {-(-pixels // unit) * unit}")
-    shares = [share for share in range(1, devices + 1) if devices % share == 0]
-    plans = (_shared(config, device_name, device, frames, height, width, devices, share, batch_size, mfu, calibrations) for share in shares)
-    last = None
-    for last in plans:
-        if last.chosen is not None:
-            break
-    assert last is not None, "one device at least"
-    return last
-
-
-def _shared(
-    config: StageConfig,
-    name: str,
-    device: Device,
-    frames: int,
-    height: int,
-    width: int,
-    devices: int,
-    share: int,
-    batch_size: int,
-    mfu: float | None,
-    calibrations: Sequence[Calibration],
-) -> SizePlan:
-    data = config.data.model_copy(update={"frames": frames, "height": height, "width": width, "buckets": ()})
-    parallel = Parallel(strategy="fsdp" if devices > 1 else "ddp", sequence=share)
-    stage = config.model_copy(update={"data": data, "parallel": parallel, "batch_size": batch_size, "freeze": "none"})
     kind: memory.DeviceKind = "cuda" if device.is_gpu else "cpu"
     size = round(device.hardware.memory_gib * 2**30) if device.hardware else None
-    token_frames, tokens = stage.tokens
+    data = config.data.model_copy(update={"frames": frames, "height": height, "width": width, "buckets": ()})
+    whole = config.model_copy(update={"data": data, "batch_size": batch_size, "freeze": "none"})
+    shares = [share for share in range(1, devices + 1) if devices % share == 0]
+    stages = [
+        whole.model_copy(update={"parallel": Parallel(strategy="fsdp" if devices > 1 else "ddp", sequence=share)}) for share in shares
+    ]
+
+    def fits(stage: StageConfig) -> bool:
+        least = memory.with_policy(stage, memory.policies(stage, kind)[-1])
+        return size is None or memory.predict(least, devices=devices, device=kind).total <= size * (1 - memory.RESERVE)
+
+    stage = next((stage for stage in stages if fits(stage)), stages[-1])
+    share, (token_frames, tokens) = stage.parallel.sequence, stage.tokens
     flops = step_flops(stage, devices)
-    speed = _speed(stage, name, device, mfu, None, calibrations, Activations())
+    speed = _speed(stage, device_name, device, mfu, None, calibrations, Activations())
     stream = batch_size * math.ceil(token_frames / share) * tokens * stage.model.width * (memory.BF16 if device.is_gpu else memory.FP32)
 
     def exchanged(policy: Activations) -> int:
@@ -440,7 +426,7 @@ def _shared(
     )
     return SizePlan(
         stage=stage,
-        device=name,
+        device=device_name,
         devices=devices,
         device_bytes=size,
         frames=token_frames,
