@@ -22,12 +22,13 @@ from typing import Any
 
 import harness
 import torch
+from gpu import training
 from harness import Measured, Row
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from opensora import linear
-from opensora.config import ModelConfig, OptimizerConfig
+from opensora.config import ModelConfig, OptimizerConfig, StageConfig, read_stage
 from opensora.flops import BACKWARD, forward_flops
 from opensora.model import STDiT
 from opensora.optimizer import AdamW
@@ -48,7 +49,6 @@ class Size:
     side: int
     """Tokens along rows and columns."""
     captions: int
-    batch: int = 1
 
     @property
     def tokens(self) -> int:
@@ -64,7 +64,7 @@ class Size:
 FULL = Size(width=384, heads=6, depth=3, pairs=2, frames=16, side=8, captions=32)
 WIDE = Size(width=768, heads=12, depth=3, pairs=2, frames=16, side=8, captions=32)
 QUICK = Size(width=192, heads=3, depth=3, pairs=2, frames=8, side=4, captions=8)
-DEMO = Size(width=128, heads=4, depth=4, pairs=0, frames=8, side=2, captions=6, batch=16)
+DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo" / "stage2.yaml"
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ def inputs(size: Size) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     shape = (size.frames, 2 * size.side, 2 * size.side)
     return Inputs(
-        torch.randn(size.batch, 4, *shape, generator=generator),
-        torch.randint(0, 1000, (size.batch,), generator=generator),
-        torch.randn(size.batch, size.captions, size.width, generator=generator),
-        torch.randn(size.batch, 8, *shape, generator=generator),
+        torch.randn(1, 4, *shape, generator=generator),
+        torch.randint(0, 1000, (1,), generator=generator),
+        torch.randn(1, size.captions, size.width, generator=generator),
+        torch.randn(1, 8, *shape, generator=generator),
     )
 
 
@@ -191,22 +191,35 @@ def measure(quick: bool) -> Measured:
     return rows, raw
 
 
+def calibrated_stages(quick: bool) -> list[StageConfig]:
+    """The demo's videos, and wider models on more tokens."""
+    demo = read_stage(DEMO)
+    if quick:
+        return [demo.model_copy(update={"batch_size": 1})]
+    wide = [demo.model.model_copy(update={"width": size.width, "heads": size.heads, "depth": size.depth}) for size in (FULL, WIDE)]
+    larger = demo.data.model_copy(update={"frames": FULL.frames, "height": 8 * FULL.side, "width": 8 * FULL.side})
+    return [demo, *(demo.model_copy(update={"model": model, "data": larger, "batch_size": 1}) for model in wide)]
+
+
 def calibrate(path: Path, quick: bool) -> None:
-    """The points of one CPU core, for `osctl plan`. CPU-seconds of a process of one thread: its wall time on an idle core."""
+    """The points of one CPU core, for `osctl plan`: the trainer's whole step, moving average included, on cached clips. CPU-seconds of a
+    process of one thread: its wall time on an idle core."""
     torch.set_num_threads(1)
     points = []
-    for size in (QUICK,) if quick else (DEMO, FULL, WIDE):
-        seconds = harness.interleaved({"ours": ours(size)}, 1 if quick else 8)["ours"]
-        forward = forward_flops(size.model, 8, size.frames, size.tokens, captions=size.captions)
-        tflops = forward * (1 + BACKWARD) * size.batch / seconds / 1e12
+    for stage in calibrated_stages(quick):
+        captions, (frames, tokens) = stage.model.caption_tokens, stage.tokens
+        steps = training(stage, captions, torch.device("cpu"))
+        seconds = harness.interleaved({"ours": lambda steps=steps: next(steps)}, 1 if quick else 8)["ours"]
+        forward = forward_flops(stage.model, stage.out_channels, frames, tokens, captions=captions)
+        tflops = forward * (1 + BACKWARD) * stage.batch_size / seconds / 1e12
         points.append(
             {
-                "model": size.model.model_dump(mode="json"),
-                "out_channels": 8,
-                "frames": size.frames,
-                "tokens": size.tokens,
-                "captions": size.captions,
-                "batch": size.batch,
+                "model": stage.model.model_dump(mode="json"),
+                "out_channels": stage.out_channels,
+                "frames": frames,
+                "tokens": tokens,
+                "captions": captions,
+                "batch": stage.batch_size,
                 "dtype": "fp32",
                 "step_s": seconds,
                 "tflops": tflops,
