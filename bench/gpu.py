@@ -44,7 +44,7 @@ PEAK = 989.5e12  # FLOP/s of an H100 or H800, bf16, dense
 WARM = 5  # steps that compile, choose algorithms and fill the allocator
 LIMIT = 75e9  # bytes for the part of the long clip
 RANKS = 8  # that share it
-SKIPPED = "no CUDA device here, so nothing was measured; `--device cpu --tiny` runs its code."
+SKIPPED = "not run on a GPU: no CUDA device here. `bench/gpu.py --device cpu --tiny` runs its code."
 
 
 @dataclass(frozen=True)

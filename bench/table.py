@@ -22,6 +22,9 @@ FOLDER = ROOT / "docs" / "benchmarks"
 BENCHES = ("step", "attention", "recipe", "exchange", "save", "resume", "loader", "gpu", "cli", "render")
 """submit, watch, overhead and shared_cluster need the test cluster; their readings are in docs/benchmarks too."""
 
+CONTROL_PLANE = ("cli", "render")
+"""Of these; the README has a table of their own."""
+
 Reading = dict[str, Any]
 """What a bench prints: bench, quick, rows, raw, about; `skipped` where it cannot run here."""
 
@@ -84,6 +87,15 @@ def table(readings: Mapping[str, Reading]) -> str:
     return "\n".join(lines + (["", *skipped] if skipped else [])) + "\n"
 
 
+def summary(readings: Mapping[str, Reading]) -> dict[str, Reading]:
+    """What the README shows: the trainer's rows that have a floor or a goal."""
+    return {
+        name: reading | {"rows": [row for row in reading["rows"] if row["floor"] is not None or row["goal"] is not None]}
+        for name, reading in readings.items()
+        if name not in CONTROL_PLANE
+    }
+
+
 def write(readings: Mapping[str, Reading], date: str) -> dict[str, Reading]:
     """Put the readings into the day's file and make the tables from it; all of the day's readings."""
     raw = FOLDER / f"{date}-trainer.json"
@@ -101,7 +113,7 @@ def write(readings: Mapping[str, Reading], date: str) -> dict[str, Reading]:
     )
     (FOLDER / f"{date}-trainer.md").write_text(head + table(known))
     told = f"{about['machine']}, {date}; raw numbers: [docs/benchmarks](docs/benchmarks/{date}-trainer.md)."
-    (FOLDER / "trainer-table.md").write_text(f"{told}\n\n{table(known)}")
+    (FOLDER / "trainer-table.md").write_text(f"{told}\n\n{table(summary(known))}")
     return known
 
 

@@ -82,6 +82,11 @@ def test_the_table_tells_measured_floor_and_goal_and_what_was_skipped() -> None:
     assert text.endswith("`gpu`: no device.\n")
 
 
+def test_the_summary_leaves_out_rows_that_have_no_bar() -> None:
+    told = table.summary({"step": reading(row(3.0), row(1.0, floor=None, goal=None)), "cli": reading(row(1.0))})
+    assert {name: [each["measured"] for each in part["rows"]] for name, part in told.items()} == {"step": [3.0]}
+
+
 def test_a_bench_run_again_replaces_its_own_reading_of_the_day(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(table, "FOLDER", tmp_path)
     table.write({"step": reading(row(3.0), libraries={"torch": "1"}), "save": reading(row(7.0))}, "2026-01-02")
@@ -160,7 +165,7 @@ def test_the_gpu_bench_runs_its_own_code_on_a_cpu() -> None:
 def test_without_a_gpu_its_bench_says_so() -> None:
     found = table.measured("gpu", quick=False)
     assert found["rows"] == []
-    assert "no CUDA device" in found["raw"]["skipped"]
+    assert "not run on a GPU" in found["raw"]["skipped"]
 
 
 def test_the_full_variant_does_the_work_that_is_counted_for_it() -> None:
