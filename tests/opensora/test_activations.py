@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from opensora import parallel
 from opensora.activations import Host, in_chunks, run_blocks
-from opensora.config import Activations, ModelConfig
+from opensora.config import Activations, ModelConfig, StageConfig
 from opensora.model import STDiT, STDiTBlock
+from opensora.ranks import Ranks
 
 TINY = ModelConfig(depth=4, width=64, heads=4, caption_width=32, caption_tokens=12)
 POLICIES = {
@@ -104,6 +111,50 @@ def test_only_the_boundaries_wait_on_the_host(monkeypatch: pytest.MonkeyPatch, e
     train(model(), Activations(recompute="full", every=every, offload=True))
     assert kept == [(2, 4, 16, TINY.width)] * boundaries
     assert fetched == list(reversed(range(boundaries)))
+
+
+DIVIDED = [Activations(), *POLICIES.values()]
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    content = {
+        "model": TINY.model_dump(),
+        "objective": {"kind": "flow"},
+        "sampling": {"method": "euler"},
+        "data": {"source": {"kind": "digits", "clips": 10}, "frames": 4, "height": 64, "width": 64},
+        "autoencoder": {"kind": "kl", "path": "vae"},
+        "text": {"kind": "words"},
+        "steps": 10,
+        "batch_size": 2,
+        "checkpoint": {"every_steps": 5},
+        "parallel": {"strategy": "fsdp", "sequence": 2},
+    }
+    after = {}
+    for number, policy in enumerate(DIVIDED):
+        network = model()
+        network.keep(policy)
+        strategy = parallel.build(network, StageConfig.model_validate(content), Ranks(rank, 2, torch.device("cpu")))
+        generator = torch.Generator().manual_seed(3)
+        x, captions = torch.randn(2, 4, 4, 8, 8, generator=generator), torch.randn(2, 7, 32, generator=generator)
+        out = strategy.model(x, torch.tensor([1.0, 900.0]), captions)
+        strategy.backward(out.square().mean())
+        strategy.reduce(torch.zeros(1))
+        after[f"{number}"] = torch.cat([strategy.norm()[None], *(weight.grad.to_local().flatten() for weight in network.parameters())])
+    save_file(after, f"{folder}/{rank}.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks_that_divide_weights_and_clips_get_the_bits_of_keeping_everything(tmp_path: Path) -> None:
+    """fsdp gathers a block's weights, and the ranks of a clip exchange it, once more where a block is computed again."""
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    for rank in range(2):
+        first, *others = (load_file(tmp_path / f"{rank}.safetensors")[f"{number}"] for number in range(len(DIVIDED)))
+        assert first[0] > 0
+        for policy, one in zip(POLICIES, others, strict=True):
+            assert torch.equal(one, first), policy
 
 
 def test_auto_is_no_policy() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import UsageError
-from orchestrator.prices import cost, load_prices
+from orchestrator.prices import cost, load_calibrations, load_prices
 
 DEVICE = """\
 devices:
@@ -86,3 +86,16 @@ def test_a_mistake_in_a_price_list_is_one_line(tmp_path: Path, old: str, new: st
     with pytest.raises(UsageError) as caught:
         load_prices(path)
     assert str(caught.value) == message.format(path=path)
+
+
+def test_shipped_calibrations_are_of_devices_that_have_a_price() -> None:
+    for one in load_calibrations():
+        assert one.device in load_prices().devices
+
+
+def test_a_calibration_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^calibration .*nowhere\.json: No such file"):
+        load_calibrations(tmp_path / "nowhere.json")
+    (tmp_path / "bad.json").write_text('{"schema": 2}')
+    with pytest.raises(UsageError, match=r"^calibration .*bad\.json: schema: .*bench/step\.py"):
+        load_calibrations(tmp_path / "bad.json")
