@@ -30,6 +30,7 @@ UNITS_BY_SUFFIX = {
     "_hours": "hours",
     "_steps": "steps",
     "_tflops": "TFLOP/s",
+    "_gib": "GiB",
     "usd_per_hour": "US dollars an hour",
 }
 UNITS = {
