@@ -88,12 +88,8 @@ def table(readings: Mapping[str, Reading]) -> str:
 
 
 def summary(readings: Mapping[str, Reading]) -> dict[str, Reading]:
-    """What the README shows: the trainer's rows that have a floor or a goal."""
-    return {
-        name: reading | {"rows": [row for row in reading["rows"] if row["floor"] is not None or row["goal"] is not None]}
-        for name, reading in readings.items()
-        if name not in CONTROL_PLANE
-    }
+    """What the README shows of the trainer."""
+    return {name: reading for name, reading in readings.items() if name not in CONTROL_PLANE}
 
 
 def write(readings: Mapping[str, Reading], date: str) -> dict[str, Reading]:
