@@ -229,6 +229,7 @@ class STDiT(nn.Module):
             area get positions spread over the same range.
         out_channels: channels of the prediction, of which the first `latent_channels` are guided.
         generator: draws the initial weights; none: torch's global one.
+        initial: whether to draw them. Not where a whole state dict follows: until then weights are whatever lies in memory.
 
     Raises:
         ValueError: the latents do not divide into patches, or the width has no whole sine-cosine halves.
@@ -243,6 +244,7 @@ class STDiT(nn.Module):
         out_channels: int,
         *,
         generator: torch.Generator | None = None,
+        initial: bool = True,
     ) -> None:
         super().__init__()
         if config.width % 4:
@@ -266,7 +268,8 @@ class STDiT(nn.Module):
 
         self.temporal_frozen = False
         self.register_load_state_dict_post_hook(_refresh_skip)  # type: ignore[no-untyped-call]
-        self.initialise(generator)
+        if initial:
+            self.initialise(generator)
 
     def grid_of(self, latent_size: tuple[int, ...]) -> tuple[int, int, int]:
         """Tokens along frames, rows and columns of latents (T, H, W).

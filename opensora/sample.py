@@ -69,7 +69,7 @@ class Sampler:
                 raise ConfigError(
                     f"frames {frames}: not a multiple of the model's patch of {self.stage.model.patch[0]} frames; ask for one"
                 )
-            model = STDiT(self.stage.model, (frames, *self.stage.latent_shape[2:]), self.stage.out_channels)
+            model = STDiT(self.stage.model, (frames, *self.stage.latent_shape[2:]), self.stage.out_channels, initial=False)
             checkpoint.compare(model.state_dict(), self._weights, "weights to sample from")
             model.load_state_dict(self._weights)
             model.freeze_temporal()  # an image model asked for video: what has no effect is not computed

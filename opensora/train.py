@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from opensora import checkpoint, encoders, evaluate, guidance, memory, objective, parallel, weights
+from opensora import checkpoint, encoders, guidance, memory, objective, parallel, weights
 from opensora.config import Activations, Autoencoder, StageConfig, TextEncoder
 from opensora.data.latents import Prepared, prepare
 from opensora.data.loader import Ahead, Batch, Loader
@@ -385,6 +385,8 @@ class Trainer:
 
     def judge(self) -> dict[str, float]:
         """Readings of the finished stage on generated clips, the work split over the ranks; the same on every rank but for the ceilings."""
+        from opensora import evaluate  # the judge brings scikit-learn, which takes a second that no step should wait for
+
         config = self.stage.evaluate
         sampler = self._sampler()
         if self.stage.prompts and self.ranks.is_first:
@@ -454,6 +456,7 @@ def _model(stage: StageConfig, ranks: Ranks, start: Start, prepared: Prepared) -
             stage.latent_shape[1:],
             stage.out_channels,
             generator=generator_for(stage.seed, "weights", 0, 0, torch.device("cpu")),
+            initial=start.reader is None,
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
