@@ -31,7 +31,9 @@ class Progress:
         self._terminal = sys.stderr.isatty()
 
     def __call__(self, clips: int, total: int) -> None:
-        """So many more of `total` clips are encoded."""
+        """So many more of `total` clips are encoded; none: a sign of life, of which there is nothing to say."""
+        if not clips:
+            return
         self.clips += clips
         now = time.monotonic()
         pause = SPOKEN_TERMINAL_S if self._terminal else SPOKEN_S

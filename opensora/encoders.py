@@ -102,7 +102,21 @@ def load(directory: Path, stage: config.StageConfig, device: torch.device | None
         found = encoder_files.told_by(directory / name).get("kind")
         if found != wanted:
             raise ParentError(f"{directory / name}: kind is {found}, the stage wants {wanted}. Take the right checkpoint")
-    autoencoder, text = read(directory, device)
+    autoencoder: Autoencoder
+    text: TextEncoder
+    # named encoders compute as this stage says (type, batch, point of the distribution), and are the models that the checkpoint names
+    if isinstance(stage.autoencoder, config.KLAutoencoder):
+        named = KLAutoencoder(stage.autoencoder, stage.model.latent_channels, device)
+        named.source.refuse_other(encoder_files.told_by(directory / AUTOENCODER_FILE), directory / AUTOENCODER_FILE)
+        autoencoder = named
+    else:
+        autoencoder = _read_autoencoder(directory / AUTOENCODER_FILE, device)
+    if isinstance(stage.text, config.T5Encoder):
+        speaker = T5Encoder(stage.text, stage.model.caption_width, stage.model.caption_tokens, device)
+        speaker.source.refuse_other(encoder_files.told_by(directory / TEXT_FILE), directory / TEXT_FILE)
+        text = speaker
+    else:
+        text = _read_text(directory / TEXT_FILE, device)
     for key, ours, theirs in (
         ("autoencoder.factor", stage.autoencoder.factor, autoencoder.factor),
         ("model.latent_channels", stage.model.latent_channels, autoencoder.channels),

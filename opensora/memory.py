@@ -108,6 +108,8 @@ def _predict(stage: StageConfig, devices: int, size: Bucket, captions: int, devi
     parallel = stage.parallel
     divided = parallel.strategy == "fsdp" or (parallel.strategy == "colossalai" and parallel.plugin != "torch_ddp")
     shards = (parallel.shard or devices) if divided else 1
+    if parallel.plugin == "hybrid_parallel":
+        shards = parallel.ranks_a_clip
     compute = BF16 if device == "cuda" and stage.dtype == "bf16" else FP32
     weights, gradients = FP32 * whole / shards, FP32 * trained / shards
     optimizer, ema = MOMENTS * FP32 * trained / shards, FP32 * whole / shards
@@ -115,7 +117,7 @@ def _predict(stage: StageConfig, devices: int, size: Bucket, captions: int, devi
     block = block_parameters(stage.model)
     if divided:
         ends = whole - stage.model.depth * block
-        weights += compute * (ends + WHOLE_BLOCKS * block)
+        weights += compute * (whole if parallel.plugin == "low_level_zero" else ends + WHOLE_BLOCKS * block)
     weights += null
 
     tape = Tape(host_apart=device == "cuda")

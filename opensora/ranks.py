@@ -81,9 +81,12 @@ class Ranks:
                 raise PeerLost(str(error)) from error
         return tensor
 
-    def barrier(self) -> None:
-        """Return when every rank got here. Raises PeerLost."""
-        self.sum_(torch.zeros(1, device=self.device))
+    def barrier(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Return when every rank got here, however long that takes; `beat` as in `share`. Raises PeerLost.
+
+        Over gloo on every device: with NCCL a host goes on as soon as its stream has been told to wait.
+        """
+        self.share("", beat)
 
     def share(self, text: str, beat: Callable[[], None] = lambda: None) -> str:
         """The text of a node's first rank, on every rank of that node, once every node's has come here, however long that takes.
@@ -93,7 +96,7 @@ class Ranks:
         if self.patient is None:
             return text
         content = torch.zeros(self.nodes, LONGEST_TEXT, dtype=torch.uint8)
-        if self.is_first_here:
+        if text and self.is_first_here:
             content[self.node, : len(text.encode())] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         try:
             work, beaten = dist.all_reduce(content, group=self.patient, async_op=True), time.monotonic()

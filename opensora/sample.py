@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -77,9 +77,14 @@ class Sampler:
         return self._models[frames]
 
 
-def draw(sampler: Sampler, prompts: Sequence[str], frames: int, seeds: Sequence[int], batch: int = 16) -> Tensor:
-    """`generate` in batches of so many clips."""
-    parts = [sampler.generate(prompts[i : i + batch], frames, seeds[i : i + batch]) for i in range(0, len(prompts), batch)]
+def draw(
+    sampler: Sampler, prompts: Sequence[str], frames: int, seeds: Sequence[int], batch: int = 16, beat: Callable[[], None] = lambda: None
+) -> Tensor:
+    """`generate` in batches of so many clips; `beat` is called before each."""
+    parts = []
+    for first in range(0, len(prompts), batch):
+        beat()
+        parts.append(sampler.generate(prompts[first : first + batch], frames, seeds[first : first + batch]))
     return torch.cat(parts)
 
 

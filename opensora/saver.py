@@ -122,6 +122,7 @@ class _Direct:
 
     layout: _Layout
     pieces: Mapping[str, Piece]
+    beat: Callable[[], None]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -130,6 +131,7 @@ class _Direct:
     def chunks(self) -> Iterator[memoryview]:
         yield memoryview(self.layout.head)
         for tensor in self.tensors.values():
+            self.beat()
             yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -207,6 +209,7 @@ class Saver:
         carried: tuple[str, ...],
         reset: tuple[str, ...],
         node: int = 0,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         """Begin a checkpoint of this rank's `pieces` of TENSORS, and return when they may change; not in the background: when it is there.
 
@@ -215,12 +218,13 @@ class Saver:
         Args:
             encoders: directory that holds autoencoder.safetensors and text.safetensors; it must stay as it is until the save is done.
             node: 0 writes the encoders and stage.yaml too.
+            beat: is called now and then while this waits or writes.
 
         Raises:
             DiskFull, NotFinite, PeerFailed: this save failed, or the one before in the background; what was written is removed.
             OutOfMemory: there is no room for the copy.
         """
-        self.wait()
+        self.wait(beat)
         stage = self._stage
 
         def record(files: dict[str, int]) -> Record:
@@ -244,7 +248,9 @@ class Saver:
             )
 
         if not stage.checkpoint.background:
-            self._publish(_Job(step, node, encoders, {part: _Direct(lay_out(pieces[part]), pieces[part]) for part in TENSORS}, record))
+            self._publish(
+                _Job(step, node, encoders, {part: _Direct(lay_out(pieces[part]), pieces[part], beat) for part in TENSORS}, record)
+            )
             return
         self.reserve(pieces)
         self._copy(pieces)
@@ -309,6 +315,7 @@ class Saver:
     def _run(self, job: _Job) -> None:
         try:
             if self.copied is not None:
+                torch.cuda.set_device(self._device)  # a thread begins on the first one
                 self.copied.synchronize()
             self._publish(job)
         except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to: the next step does

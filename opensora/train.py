@@ -22,13 +22,14 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import statistics
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -40,7 +41,7 @@ from opensora.config import Activations, Autoencoder, StageConfig, TextEncoder
 from opensora.data.latents import Prepared, prepare
 from opensora.data.loader import Ahead, Batch, Loader
 from opensora.data.source import open_clips
-from opensora.errors import ConfigError, Kind, LossSpike, NotFinite, OutOfMemory, ParentError, TrainerError
+from opensora.errors import ConfigError, DataError, Kind, LossSpike, NotFinite, OutOfMemory, ParentError, TrainerError
 from opensora.model import STDiT
 from opensora.optimizer import learning_rate
 from opensora.pictures import write_mp4, write_sheet
@@ -216,7 +217,7 @@ class Trainer:
     """The pieces of one stage, put together for one rank."""
 
     def __init__(self, run: RunDirectory, stage: StageConfig, ranks: Ranks, notice: Notice, prepared: Prepared, start: Start) -> None:
-        self.run, self.stage, self.ranks, self.notice, self.prepared, self.start = run, stage, ranks, notice, prepared, start
+        self.run, self.stage, self.ranks, self.notice, self.prepared = run, stage, ranks, notice, prepared
         self.data_rank, data_world = parallel.data_ranks(ranks, stage.parallel.ranks_a_clip)
         self.loader = Ahead(Loader(prepared, seed=stage.seed, rank=self.data_rank, world=data_world), ranks.device)
         self.objective = objective.build(stage.objective)
@@ -224,6 +225,7 @@ class Trainer:
         self.strategy = parallel.build(self.model, stage, ranks)
         if start.reader is not None:
             self.strategy.load(start.reader, ema=start.ema, optimizer=start.optimizer)
+        self.start = replace(start, reader=None)  # as long as its files are mapped, their disk is not free
         self.step = start.step
         self.seen = start.seen if start.seen is not None else self.loader.start
         writer = self.strategy.writer
@@ -370,6 +372,7 @@ class Trainer:
         self.saver.save(
             self.strategy.pieces(),
             self.prepared.directory,
+            beat=self.beat,
             step=self.step,
             world_size=self.ranks.world,
             seen=self.seen,
@@ -390,7 +393,7 @@ class Trainer:
         config = self.stage.evaluate
         sampler = self._sampler()
         if self.stage.prompts and self.ranks.is_first:
-            _draw_samples(self.run.samples, sampler, self.stage, config.frames if config else self.stage.data.frames)
+            _draw_samples(self.run, self.step, sampler, self.stage, config.frames if config else self.stage.data.frames)
         if config is None:
             return {}
 
@@ -400,8 +403,12 @@ class Trainer:
 
         rank, world = self.ranks.rank, self.ranks.world
         images_too = self.stage.data.frames == 1
-        video = self.ranks.sum_(evaluate.tally(generate, config, images=False, rank=rank, world=world))
-        images = self.ranks.sum_(evaluate.tally(generate, config, images=True, rank=rank, world=world)) if images_too else None
+        tallies = [
+            evaluate.tally(generate, config, images=of_images, rank=rank, world=world) for of_images in (False, True)[: 1 + images_too]
+        ]
+        self.ranks.barrier(lambda: self.run.heartbeat(self.step, "evaluate"))  # the first rank has drawn samples, too
+        video, *rest = (self.ranks.sum_(counts.to(self.ranks.device)).cpu() for counts in tallies)
+        images = rest[0] if rest else None
         if not self.ranks.is_first:
             return {}
         return evaluate.readings(video, images, evaluate.ceilings(self.stage, self.prepared.autoencoder, images=images_too))
@@ -468,11 +475,24 @@ def _model(stage: StageConfig, ranks: Ranks, start: Start, prepared: Prepared) -
         model.freeze_temporal()
     model.keep(_activations(stage, ranks))
     model.to(ranks.device).train()
-    plain = stage.parallel.sequence == 1 and stage.parallel.plugin == "torch_ddp"  # exchanges inside of a block cut its graph in three
-    if ranks.device.type == "cuda" and stage.compile and plain:
+    if ranks.device.type == "cuda" and stage.compile and (reason := _not_compiled(stage)):
+        log.info("compile: off, %s", reason)
+    elif ranks.device.type == "cuda" and stage.compile:
+        torch._dynamo.config.recompile_limit = 64  # of all blocks together: sizes, lengths of captions, with and without mask or position
         for block in model.blocks:
             block.compile()
     return model
+
+
+def _not_compiled(stage: StageConfig) -> str | None:
+    """Why blocks stay as they are on CUDA; none: nothing speaks against compiling them."""
+    if stage.parallel.sequence > 1 or stage.parallel.plugin != "torch_ddp":
+        return "exchanges inside of a block would cut its graph in three"
+    if stage.activations.recompute == "selective":
+        return "torch does not see into a compiled block what `selective` would keep, and would compute all of it again"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "this machine has no C compiler, which Triton needs"
+    return None
 
 
 @torch.no_grad()
@@ -507,14 +527,17 @@ def _activations(stage: StageConfig, ranks: Ranks) -> Activations:
         choice = memory.choose(stage, torch.cuda.get_device_properties(ranks.device).total_memory, ranks.world)
     except memory.DoesNotFit as error:
         raise OutOfMemory(str(error)) from error
+    except ValueError as error:  # ranks that do not divide
+        raise ConfigError(str(error)) from error
     log.info("activations: %s", choice.reason)
     return choice.activations
 
 
-def _draw_samples(folder: Path, sampler: Sampler, stage: StageConfig, frames: int) -> None:
+def _draw_samples(run: RunDirectory, step: int, sampler: Sampler, stage: StageConfig, frames: int) -> None:
+    folder = run.samples
     folder.mkdir(exist_ok=True)
     seeds = [generator_for(stage.seed, "sample", 0, i, torch.device("cpu")).initial_seed() for i in range(len(stage.prompts))]
-    clips = draw(sampler, stage.prompts, frames, seeds)
+    clips = draw(sampler, stage.prompts, frames, seeds, beat=lambda: run.heartbeat(step, "evaluate"))
     names = [f"{i:02d}-{'-'.join(prompt.lower().split())[:60]}.mp4" for i, prompt in enumerate(stage.prompts)]
     for name, clip in zip(names, clips, strict=True):
         write_mp4(folder / name, clip)
@@ -553,6 +576,7 @@ def run_stage(run: RunDirectory, ranks: Ranks, notice: Notice, born: float) -> N
     start = find_start(run, stage)
     prepared = _prepare(run, stage, ranks, start)
     trainer = Trainer(run, stage, ranks, notice, prepared, start)
+    del start
     if ranks.is_first:
         _announce(trainer)
     trainer.begin(born)
@@ -561,7 +585,7 @@ def run_stage(run: RunDirectory, ranks: Ranks, notice: Notice, born: float) -> N
     if not drained:
         readings = trainer.judge()
         trainer.book("evaluate")
-    ranks.barrier()  # every node has written its files, and the first one is done with judging
+    ranks.barrier(lambda: run.heartbeat(trainer.step, "evaluate"))  # every node has written its files, and the first is done with judging
     if ranks.is_first_here:
         run.finish("drained" if drained else "completed", evaluation=readings)
     if ranks.is_first:
@@ -591,9 +615,21 @@ def _prepare(run: RunDirectory, stage: StageConfig, ranks: Ranks, start: Start) 
 
     directory = prepare(stage, run.latents, carried, progress=lambda _done, _of: beat()) if ranks.is_first_here else ""
     prepared = Prepared.open(Path(ranks.share(str(directory), beat)), stage)
+    _same_clips(prepared, ranks)
     for clip, reason in list(prepared.skipped.items())[:SKIPPED]:
         log.info("skipped %s: %s", clip, reason)
     return prepared
+
+
+def _same_clips(prepared: Prepared, ranks: Ranks) -> None:
+    """Raises DataError where this node could read other clips than the first one: their orders would differ, and nobody would notice."""
+    own = hashlib.sha256(json.dumps([[len(part) for part in prepared.parts], sorted(prepared.skipped)]).encode()).hexdigest()
+    first = ranks.hand_out(own.encode()).decode() if ranks.nodes > 1 else own
+    if own != first:
+        raise DataError(
+            f"data.source: node {ranks.node} could read {len(prepared)} clips and left out {len(prepared.skipped)}, the first node others; "
+            "mend the files or the access to them, and launch again"
+        )
 
 
 def _encoders_for_all(run: RunDirectory, stage: StageConfig, ranks: Ranks) -> Path:
@@ -604,6 +640,7 @@ def _encoders_for_all(run: RunDirectory, stage: StageConfig, ranks: Ranks) -> Pa
     if ranks.is_first:
         for encoder in encoders.build(stage, open_clips(stage.data, stage.seed), None):
             encoder.save(folder)
+    ranks.barrier(lambda: run.heartbeat(0, "init"))
     for name in (encoders.AUTOENCODER_FILE, encoders.TEXT_FILE):
         content = ranks.hand_out((folder / name).read_bytes() if ranks.is_first else b"")
         if ranks.is_first_here:

@@ -64,7 +64,10 @@ class FileClips:
         source = data.source
         if not isinstance(source, FolderSource | ManifestSource):
             raise TypeError(f"no files: {source.kind}")
-        self._files, place = fsspec.core.url_to_fs(source.path)
+        try:
+            self._files, place = fsspec.core.url_to_fs(source.path)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(f"data.source {source.path}: {error}. Give a path, or an address that fsspec knows") from error
         if isinstance(source, FolderSource):
             self._root = place
             self._paths, self.captions = _read_folder(self._files, place)
@@ -256,6 +259,8 @@ def _read_csv(files: Any, name: str, *, inside: bool) -> tuple[list[str], list[s
             return _parse(csv.reader(file, strict=True), name, inside)
     except FileNotFoundError as error:
         raise ConfigError(f"{name}: no such file. Write one with the header path,text and a line per clip") from error
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({error.strerror or error}). Mend the access to it") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: not UTF-8 at byte {error.start}. Save it as UTF-8") from error
 

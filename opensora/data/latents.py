@@ -283,7 +283,7 @@ def _build(
     captions = [_write_bucket(stage, clips, autoencoder, bucket, directory, progress) for bucket in range(len(stage.buckets))]
     if not any(captions):
         raise none_usable(clips)
-    _write_captions(stage, text, captions, directory)
+    _write_captions(stage, text, captions, directory, progress)
     try:
         autoencoder.save(directory)
         text.save(directory)
@@ -331,7 +331,9 @@ def _write_bucket(
     return captions
 
 
-def _write_captions(stage: StageConfig, text: encoders.TextEncoder, captions: Sequence[Sequence[str]], directory: Path) -> None:
+def _write_captions(
+    stage: StageConfig, text: encoders.TextEncoder, captions: Sequence[Sequence[str]], directory: Path, progress: Progress | None
+) -> None:
     """`captions`: of each bucket's clips."""
     different = sorted({caption for each in captions for caption in each})
     number = {caption: index for index, caption in enumerate(different)}
@@ -339,6 +341,8 @@ def _write_captions(stage: StageConfig, text: encoders.TextEncoder, captions: Se
     offsets = [0]
     with Writer(directory / VECTORS, "vectors", (stage.model.caption_width,), torch.bfloat16 if half else torch.float32) as writer:
         for start in range(0, len(different), CAPTIONS_AT_ONCE):
+            if progress is not None:
+                progress(0, sum(map(len, captions)))  # no clip, but a sign of life
             for vectors in text.encode(different[start : start + CAPTIONS_AT_ONCE]):
                 writer.append(vectors)
                 offsets.append(writer.rows)

@@ -226,8 +226,8 @@ def report_of(case: str, ranks: Ranks, folder: Path) -> dict[str, float]:
     if stage.dtype == "fp32":
         loss = loss_of(strategy.model, batch_of(stage, 0)) * torch.inf
         strategy.backward(loss)
-        report["finite"] = float(strategy.finite())
         strategy.reduce(torch.zeros(1))
+        report["finite"] = float(strategy.norm().isfinite())
         strategy.step(LR, torch.ones(()), STEPS + 2)
         report["moved by inf"] = distance(all_of(strategy, ranks)["model"], right["model"])
     return report
