@@ -392,6 +392,18 @@ def test_a_checkpoint_holds_no_tensors_and_gives_the_same_encoders(vae: Path, t5
         assert torch.equal(words.encode(["a cat"])[0], text(t5).encode(["a cat"])[0])
 
 
+def test_a_stage_computes_its_parents_encoders_as_itself_says(vae: Path, t5: Path, tmp_path: Path) -> None:
+    """Type, batch and point of the distribution are how, not what: a child may choose its own."""
+    folder, parents = saved(tmp_path / "checkpoint", vae, t5), stage(vae, t5)
+    assert isinstance(parents.autoencoder, config.KLAutoencoder) and isinstance(parents.text, config.T5Encoder)
+    own = parents.autoencoder.model_copy(update={"posterior": "mode", "micro_batch": 1, "dtype": "bf16"})
+    child = parents.model_copy(update={"autoencoder": own, "text": parents.text.model_copy(update={"dtype": "bf16"})})
+    autoencoder, words = load(folder, child, CPU)
+    assert isinstance(autoencoder, KLAutoencoder) and isinstance(words, T5Encoder)
+    assert (autoencoder.stage, words.stage) == (child.autoencoder, child.text)
+    assert torch.equal(autoencoder.encode(frames(), seeded(1)[0]), autoencoder.encode(frames()))  # the mode draws nothing
+
+
 def test_equal_references_are_equal_bytes(vae: Path, t5: Path, tmp_path: Path) -> None:
     first = saved(tmp_path / "one", vae, t5)
     (tmp_path / "two").mkdir()

@@ -22,9 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora import checkpoint, train
 from opensora.config import StageConfig
-from opensora.errors import ParentError, WeightsRefused
+from opensora.errors import DataError, ParentError, WeightsRefused
 from opensora.model import STDiT
 from opensora.objective import Network, Objective
+from opensora.ranks import Ranks
 from opensora.run_directory import RunDirectory
 
 Stages = Callable[..., StageConfig]
@@ -244,6 +245,35 @@ def test_a_clip_is_lost_to_nobody_when_the_number_of_ranks_changes(tiny_stage: S
     trainer = make_trainer(run)
     assert trainer.seen == (8,)
     assert trainer.loader.clips(trainer.seen) == 4
+
+
+def test_why_blocks_are_not_compiled_is_said(tiny_stage: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = ["gcc"]
+    monkeypatch.setattr(train.shutil, "which", lambda name: name if name in found else None)
+    assert train._not_compiled(tiny_stage()) is None
+    reasons = [
+        train._not_compiled(tiny_stage(parallel={"sequence": 2})),
+        train._not_compiled(tiny_stage(activations={"recompute": "selective"})),
+    ]
+    found.clear()
+    reasons.append(train._not_compiled(tiny_stage()))
+    assert [reason is not None and word in reason for reason, word in zip(reasons, ("graph", "selective", "compiler"), strict=True)] == [
+        True
+    ] * 3
+
+
+def test_nodes_that_could_read_other_clips_do_not_train_together(tiny_stage: Stages, make_run: Runs, make_trainer: Trainers) -> None:
+    class Second(Ranks):
+        first = b""
+
+        def hand_out(self, data: bytes) -> bytes:
+            return type(self).first or data
+
+    trainer = make_trainer(make_run(tiny_stage()))
+    train._same_clips(trainer.prepared, Second(1, 2, torch.device("cpu"), node=1, nodes=2))
+    Second.first = b"other clips"
+    with pytest.raises(DataError, match=r"node 1 could read 16 clips and left out 0"):
+        train._same_clips(trainer.prepared, Second(1, 2, torch.device("cpu"), node=1, nodes=2))
 
 
 # ------------------------------------------------------------------------------------------------------------------
