@@ -5,7 +5,7 @@ on shadows (`opensora.shadow`): `_Shadow` below has to say what `opensora.model`
 
 What was measured and what was derived:
 - CPU, fp32: measured. tests/opensora/test_memory.py compares the prediction with the peak of torch's allocations in a real training step
-  over shapes, policies and strategies: within 10%, mostly within 1%.
+  over shapes, policies and strategies: within 10%, mostly within 1%. Sequence parallelism under fsdp could not be measured reliably.
 - CUDA, bf16 autocast: derived from what autocast casts and what the kernels save; not measured on a GPU. Compiled blocks: derived from
   what torch's partitioner keeps (results of matrix products and of attention; cheap operations on them are computed again), likewise not
   measured. Flash attention's backward pass is counted with its fp32 sum of query gradients, in blocks of 128 queries.

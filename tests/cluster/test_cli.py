@@ -107,7 +107,7 @@ def test_a_gang_that_does_not_fit_waits_and_says_why(site: Site, tmp_path: Path)
                 break
             assert time.monotonic() < deadline, line
         events = site.json("get", "events")["items"]
-        told = [pod["status"]["conditions"] for pod in site.pods("too-large")]
+        told = [pod["status"].get("conditions", []) for pod in site.pods("too-large")]
         messages = {one.get("message", "") for conditions in told for one in conditions if one["type"] == "PodScheduled"}
         messages |= {event["message"] for event in events if event["reason"] == "FailedScheduling"}
         assert waits[0]["why"] in {message.strip().partition("\n")[0] for message in messages}, "in the scheduler's own words"

@@ -149,10 +149,12 @@ def replace_with_older(folder: Path) -> None:
     shutil.copytree(older, folder)
 
 
+AVERAGE = "ema-00001-of-00002.safetensors"
+"""A file of weights: two ranks wrote them."""
 DAMAGE = {
-    "one flipped byte": lambda folder, osctl: flip(folder / "ema.safetensors"),
-    "a missing file": lambda folder, osctl: (folder / "ema.safetensors").unlink(),
-    "a truncated file": lambda folder, osctl: (folder / "ema.safetensors").write_bytes((folder / "ema.safetensors").read_bytes()[:-1]),
+    "one flipped byte": lambda folder, osctl: flip(folder / AVERAGE),
+    "a missing file": lambda folder, osctl: (folder / AVERAGE).unlink(),
+    "a truncated file": lambda folder, osctl: (folder / AVERAGE).write_bytes((folder / AVERAGE).read_bytes()[:-1]),
     "an edited manifest": lambda folder, osctl: (folder / "MANIFEST.json").write_text(
         (folder / "MANIFEST.json").read_text().replace('"complete":true', '"complete":false')
     ),
@@ -167,7 +169,7 @@ def test_a_damaged_parent_is_refused_and_named(copy: Osctl, damage: str) -> None
     DAMAGE[damage](folder, copy)
     found = copy("lineage", "stage2", "--verify", expect=4)
     refused = copy("launch", "stage3", "--set", "stage3.steps=4", expect=4)
-    name = "MANIFEST.json" if damage in ("an edited manifest", "another stage's checkpoint", "an older checkpoint") else "ema.safetensors"
+    name = "MANIFEST.json" if damage in ("an edited manifest", "another stage's checkpoint", "an older checkpoint") else AVERAGE
     assert name in refused.stderr and "stage2" in refused.stderr, refused.stderr
     assert name in found.stderr, found.stderr
     assert {stage["name"]: stage["state"] for stage in copy.json("status")["stages"]}["stage3"] != "committed"
