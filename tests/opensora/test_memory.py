@@ -133,8 +133,8 @@ TWO_DEVICES = {
     "sequence, not divisible": stage(7, 15, depth=3, divided={"sequence": 2}),
     "sequence, selective": stage(policy={"recompute": "selective"}, divided={"sequence": 2}),
 }
-"""Not sequence and fsdp together: they exchange so often that what gloo's threads free, unseen by the profiler, adds up to a third (counted on
-an idle machine; on a busy one, where those threads come late, it fitted)."""
+"""Not sequence and fsdp together: they exchange so often that what gloo's threads free, unseen by the profiler, adds up to a third (on an
+idle machine; on a busy one, where those threads come late, it fitted)."""
 
 
 def _rank(rank: int, folder: str) -> None:
