@@ -1,8 +1,9 @@
 """Writing checkpoints while training goes on: what `opensora.checkpoint` reads.
 
-Every rank has a Saver and writes its own rows into files of its own. In the background a save costs the step one copy: into host memory
-that was allocated once and already has the exact bytes of the files; a thread then writes, flushes and publishes. Not in the
-background, files are written straight from the tensors, and no copy of all of them ever exists.
+Every rank has a Saver and writes its own rows into files of its own. In the background a thread (on CUDA a stream) copies them into host
+memory that was allocated once and already has the exact bytes of the files, then writes, flushes and publishes. The copy runs beside the
+next step's forward and backward passes, which only read the weights: whoever changes them calls `ready`. Not in the background, files are
+written straight from the tensors, and no copy of all of them ever exists.
 
 The ranks of a node meet in the hidden directory that becomes the checkpoint. The lowest makes it, each leaves a mark there when its
 files are on the disk, and the lowest then writes the record and renames. The threads use no collectives: those belong to the step.
@@ -175,12 +176,6 @@ class _Job:
 class Saver:
     """Checkpoints of one rank. `folder`: the run directory's `checkpoints`, which the ranks of a node share."""
 
-    copied: torch.cuda.Event | None = None
-    """What the stream that changes the tensors must wait for before it does; none: there is nothing to wait for, as on a CPU.
-
-    `torch.cuda.current_stream().wait_event(saver.copied)` before the optimizer's step (not run on a GPU).
-    """
-
     def __init__(self, folder: Path, stage: StageConfig, *, shard: int, shards: int, here: tuple[int, ...], device: torch.device) -> None:
         """This rank is writer `shard` of `shards`; `here`: the writers of this node, whose lowest completes a checkpoint."""
         self._folder, self._stage, self._device = folder, stage, device
@@ -189,6 +184,9 @@ class Saver:
         self._images: dict[str, _Image] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()  # on a CPU: the tensors of the last save may change
+        self._copied.set()
+        self._event: torch.cuda.Event | None = None  # on CUDA: the same, for a stream
         self._failure: Exception | None = None
         folder.mkdir(parents=True, exist_ok=True)
         if len(here) > 1:
@@ -211,7 +209,7 @@ class Saver:
         node: int = 0,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
-        """Begin a checkpoint of this rank's `pieces` of TENSORS, and return when they may change; not in the background: when it is there.
+        """Begin a checkpoint of this rank's `pieces` of TENSORS, which may change after `ready`. Not in the background: make it.
 
         Waits first for a save that is still going on.
 
@@ -253,11 +251,22 @@ class Saver:
             )
             return
         self.reserve(pieces)
-        self._copy(pieces)
-        self._thread = threading.Thread(
-            target=self._run, args=(_Job(step, node, encoders, self._images, record),), name=f"save-{step}", daemon=True
-        )
+        self._copied.clear()
+        if self._stream is not None:
+            self._copy_on(self._stream, pieces)
+        job = _Job(step, node, encoders, self._images, record)
+        self._thread = threading.Thread(target=self._run, args=(job, pieces), name=f"save-{step}", daemon=True)
         self._thread.start()
+
+    def ready(self) -> None:
+        """Whoever changes the tensors of the last save calls this before: it returns when they are copied.
+
+        On CUDA it returns at once, and the current stream waits in its place (not run on a GPU).
+        """
+        if self._event is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._event)
+        else:
+            self._copied.wait()
 
     def reserve(self, pieces: Mapping[str, Mapping[str, Piece]]) -> None:
         """Allocate the memory for copies of such pieces, so that the first save does not have to. In the background alone.
@@ -295,28 +304,30 @@ class Saver:
             self._thread = None
         self.check()
 
-    def _copy(self, pieces: Mapping[str, Mapping[str, Piece]]) -> None:
-        if self._stream is None:
-            for part, image in self._images.items():
-                image.copy(pieces[part])
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+    def _copy_on(self, stream: torch.cuda.Stream, pieces: Mapping[str, Mapping[str, Piece]]) -> None:
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
             for part, image in self._images.items():
                 image.copy(pieces[part])
                 for piece in pieces[part].values():  # its memory is not given to others before the copy is done
                     if piece.tensor.is_cuda:
-                        piece.tensor.record_stream(self._stream)
-            self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.copied.record(self._stream)
+                        piece.tensor.record_stream(stream)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(stream)
 
     # What writes
 
-    def _run(self, job: _Job) -> None:
+    def _run(self, job: _Job, pieces: Mapping[str, Mapping[str, Piece]]) -> None:
         try:
-            if self.copied is not None:
-                torch.cuda.set_device(self._device)  # a thread begins on the first one
-                self.copied.synchronize()
+            try:
+                if self._event is not None:
+                    torch.cuda.set_device(self._device)  # a thread begins on the first one
+                    self._event.synchronize()
+                else:
+                    for part, image in self._images.items():
+                        image.copy(pieces[part])
+            finally:
+                self._copied.set()
             self._publish(job)
         except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to: the next step does
             self._failure = error

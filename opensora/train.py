@@ -285,8 +285,7 @@ class Trainer:
         lr = learning_rate(self.stage.optimizer, self.step, self.stage.steps)
         clip = self.stage.optimizer.grad_clip
         scale = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp(max=1)
-        if self.saver.copied is not None:
-            torch.cuda.current_stream(self.ranks.device).wait_event(self.saver.copied)
+        self.saver.ready()  # a checkpoint of the weights as they are may still be on its way
         self.strategy.step(lr, scale, self.step)
 
         clips = self.loader.clips(self.seen)

@@ -25,8 +25,6 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from opensora.config import DataConfig, DigitsSource
 from opensora.data.buckets import Size, sizes
@@ -59,6 +57,9 @@ def caption(digit: int, direction: int | None) -> str:
 @cache
 def handwritten(split: Split) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """8x8 images in [0, 1] and their digits, 70% train and 30% test, stratified by digit (UCI optdigits, as shipped by scikit-learn)."""
+    from sklearn.datasets import load_digits  # a second, which a run whose clips are cached does not pay
+    from sklearn.model_selection import train_test_split
+
     bunch = load_digits()
     images, digits = bunch.images.astype(np.float32) / 16, bunch.target.astype(np.int64)
     train, test = train_test_split(np.arange(len(digits)), test_size=0.3, stratify=digits, random_state=SPLIT_SEED)

@@ -254,6 +254,7 @@ def test_what_changes_after_a_save_began_is_not_in_it(tiny_stage: Stages, tmp_pa
     weights = torch.ones(4)
     pieces = alike({"w": Piece(weights)})
     begin(one, pieces, encoders, 1)
+    one.ready()
     weights.fill_(2)
     assert checkpoint.latest(tmp_path / "checkpoints") is None, "still being written"
     held.set()
