@@ -27,32 +27,9 @@ from torch import Tensor
 
 from opensora.config import ModelConfig
 from opensora.model import SelfAttention, STDiT, STDiTBlock, modulate
-from opensora.sequence import Cut, Sequence
+from opensora.sequence import Cut, Sequence, exchange
 
 FRAMES, SIDE = 8, 4  # tokens: along time, along rows and columns
-
-
-class AllToAll(torch.autograd.Function):
-    """Part i of rank r becomes part r of rank i; so does its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        received = torch.empty_like(parts)
-        dist.all_to_all_single(received, parts, group=group)
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        parts = gradients[0].contiguous()
-        received = torch.empty_like(parts)
-        dist.all_to_all_single(received, parts, group=ctx.group)
-        return received, None
-
-
-def exchanged(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    received: Tensor = AllToAll.apply(parts.contiguous(), group)
-    return received
 
 
 def ulysses(attention: SelfAttention, x: Tensor, cut: Cut, *, temporal: bool) -> Tensor:
@@ -61,12 +38,12 @@ def ulysses(attention: SelfAttention, x: Tensor, cut: Cut, *, temporal: bool) ->
     whole = []
     for part in attention.qkv(x).chunk(3, dim=-1):  # (B, T/n, S, D)
         parts = rearrange(part, "B T S (n N d) -> n B T S N d", n=n, N=heads // n)
-        whole.append(rearrange(exchanged(parts, group), "n B T S N d -> B (n T) S N d"))
+        whole.append(rearrange(exchange(parts, group), "n B T S N d -> B (n T) S N d"))
     order = "B T S N d -> (B S) N T d" if temporal else "B T S N d -> (B T) N S d"
     back = "(B S) N T d -> B T S N d" if temporal else "(B T) N S d -> B T S N d"
     attended = F.scaled_dot_product_attention(*(rearrange(each, order) for each in whole))
     parts = rearrange(rearrange(attended, back, B=len(x)), "B (n T) S N d -> n B T S N d", n=n)
-    out: Tensor = attention.proj(rearrange(exchanged(parts, group), "n B T S N d -> B T S (n N d)"))
+    out: Tensor = attention.proj(rearrange(exchange(parts, group), "n B T S N d -> B T S (n N d)"))
     return out
 
 

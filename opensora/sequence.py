@@ -61,14 +61,14 @@ class Cut:
         n = self.sequence.ranks
         share = -(-self.spatial // n)
         parts = rearrange(F.pad(x, (0, 0, 0, n * share - self.spatial)), "B T (n S) D -> n B T S D", n=n)
-        return rearrange(self._exchange(parts), "n B T S D -> B (n T) S D")[:, : self.frames]
+        return rearrange(exchange(parts, self.sequence.group), "n B T S D -> B (n T) S D")[:, : self.frames]
 
     def to_frames(self, x: Tensor) -> Tensor:
         """(B, T, S/n, D) own tokens -> (B, T/n, S, D) own frames: back from `to_tokens`."""
         n = self.sequence.ranks
         share = -(-self.frames // n)
         parts = rearrange(F.pad(x, (0, 0, 0, 0, 0, n * share - self.frames)), "B (n T) S D -> n B T S D", n=n)
-        return rearrange(self._exchange(parts), "n B T S D -> B T (n S) D")[:, :, : self.spatial]
+        return rearrange(exchange(parts, self.sequence.group), "n B T S D -> B T (n S) D")[:, :, : self.spatial]
 
     def collect(self, x: Tensor) -> Tensor:
         """(B, T/n, S, D) own frames -> (B, T, S, D), on every rank.
@@ -79,9 +79,11 @@ class Cut:
         whole: Tensor = _Collect.apply(x.contiguous(), self.sequence)
         return rearrange(whole, "n B T S D -> B (n T) S D")[:, : self.frames]
 
-    def _exchange(self, parts: Tensor) -> Tensor:
-        exchanged: Tensor = _Exchange.apply(parts.contiguous(), self.sequence.group)
-        return exchanged
+
+def exchange(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(n, ...): part i of rank r becomes part r of rank i, and so do their gradients."""
+    exchanged: Tensor = _Exchange.apply(parts.contiguous(), group)
+    return exchanged
 
 
 class _Exchange(torch.autograd.Function):

@@ -266,7 +266,7 @@ class Tape:
         try:
             frame.run(x)
         except _Enough:
-            pass
+            pass  # all that was kept is there again: the rest of the function is not needed
         finally:
             self._frame, self._again, self._seen = state
         frame.kept.clear()

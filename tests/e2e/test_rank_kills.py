@@ -202,5 +202,6 @@ def test_five_times_one_of_four_ranks_ends_and_the_weights_are_those_of_an_undis
 def test_fifty_times_under_plain_torchrun(tmp_path: Path) -> None:
     kills = draw(50, SEED + 1)
     began = time.monotonic()
+    assert len(kills) == 50
     survive(tmp_path, kills, at_once=2)
     print(f"seed {SEED + 1}: {len(kills)} kills, 0 failures, {time.monotonic() - began:.0f} s")
