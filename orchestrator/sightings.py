@@ -245,7 +245,11 @@ def read_life(
     bound = min((pod.bound for pod in pods if pod.bound is not None), default=None)
     living = [pod for pod in pods if not pod.over(now)]
     if living or (job is not None and not _is_over(job, pods, now)):
-        waits, waits_for, since = why_it_waits(job, living, notices, now) if job is not None and job.gone is None else ("", None, None)
+        if job is None or job.gone is not None:
+            return Life("running", bound)
+        if bound is not None and not living and len(pods) >= job.pods and not job.suspended:
+            return Life("running", bound)  # it has ended; an operator that was away has not even said yet that it ran
+        waits, waits_for, since = why_it_waits(job, living, notices, now)
         return Life("running", bound, waits=waits, waits_for=waits_for, since=since)
     ends = [pod.over_since() for pod in pods if pod.bound is not None]
     witnessed = max(ends, default=None)

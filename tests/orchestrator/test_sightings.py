@@ -119,6 +119,16 @@ def test_all_pods_over_and_a_silent_operator_is_an_end_after_a_while() -> None:
     assert read_life(silent, pods[:1], (), NOW + SETTLE_S + 1).state == "running", "one pod was never made"
 
 
+def test_a_gang_that_ended_while_its_operator_was_away_did_start() -> None:
+    """The operator came back too late to write Running: its silence then looked like pods that were never made, and the run was lost."""
+    pods = [over(0, 0, ago=0), over(1, 0, ago=0)]
+    met = job("Created", age=90)
+    assert read_life(met, pods, (), NOW) == Life("running", pods[0].bound)
+    assert read_life(met, pods, (), NOW + SETTLE_S + 1).state == "ended"
+    assert read_life(met, pods[:1], (), NOW).waits_for == "fault", "its other pod was never made"
+    assert read_life(met, (), (), NOW).waits_for == "fault"
+
+
 def test_a_pod_on_a_silent_node_is_given_up_some_time_after_its_grace() -> None:
     lost = pod(0, leaving=0)
     failed = job("Failed", pods=1)
