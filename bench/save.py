@@ -98,7 +98,7 @@ class Ways:
 
     def ours(self) -> Callable[[], object]:
         self.step += 1
-        self.saver.save(self.pieces, self.encoders, step=self.step, world_size=1, seen=(self.step,), carried=(), reset=())
+        self.saver.save(self.pieces, self.encoders, step=self.step, world_size=1, seen=(self.step,), clips="", carried=(), reset=())
         return self.saver.wait
 
     def work(self) -> None:

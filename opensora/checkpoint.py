@@ -53,6 +53,8 @@ class Record(Frozen):
     """Clips taken over all ranks, since the start of the stage: the sum of `seen`."""
     seen: tuple[NonNegativeInt, ...]
     """Position in the stream of clips: how many were taken of each of the stage's sizes (`StageConfig.buckets`)."""
+    clips: str
+    """Digest over the clips that could be used, in their order: `seen` is a position among these, and means nothing among others."""
     files: dict[str, NonNegativeInt]
     """Bytes of every other file."""
     model: ModelConfig

@@ -219,7 +219,7 @@ class CheckpointConfig(Frozen):
     every_steps: PositiveInt
     """A checkpoint each so many steps, and one at the end."""
     keep_last: PositiveInt = 2
-    """Checkpoints kept in the run directory; published ones are kept by the store's own rules."""
+    """Checkpoints kept in the run directory, on several nodes three at least; published ones are kept by the store's own rules."""
     keep_every: PositiveInt | None = None
     """Of the older ones, those whose step is a multiple of this are kept too; none: none of them."""
     background: bool = True

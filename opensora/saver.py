@@ -50,6 +50,9 @@ from opensora.errors import DiskFull, NotFinite, OutOfMemory
 POLL_S = 0.01
 """Between two looks at what the other ranks of the node have done."""
 BEAT_S = 1.0
+SLOWEST = 2
+"""Checkpoints that this node may have and another one not: that one begins none before it has finished the one before, and no rank
+takes a step without it."""
 WRITE_BYTES = 8 << 20
 """Bytes handed to the kernel at once."""
 
@@ -204,6 +207,7 @@ class Saver:
         step: int,
         world_size: int,
         seen: tuple[int, ...],
+        clips: str,
         carried: tuple[str, ...],
         reset: tuple[str, ...],
         node: int = 0,
@@ -214,6 +218,7 @@ class Saver:
         Waits first for a save that is still going on.
 
         Args:
+            clips: digest of those that are trained on.
             encoders: directory that holds autoencoder.safetensors and text.safetensors; it must stay as it is until the save is done.
             node: 0 writes the encoders and stage.yaml too.
             beat: is called now and then while this waits or writes.
@@ -235,6 +240,7 @@ class Saver:
                 world_size=world_size,
                 clips_seen=sum(seen),
                 seen=seen,
+                clips=clips,
                 files=files,
                 model=stage.model,
                 objective=stage.objective,
@@ -375,7 +381,7 @@ class Saver:
             _flush(path)
         partial.rename(target)
         _flush(self._folder)
-        _prune(self._folder, self._stage.checkpoint)
+        _prune(self._folder, self._stage.checkpoint, alone=len(self._here) == self._shards)
 
     def _abandon(self, partial: Path, failed: Path) -> None:
         """Take the directory away from the other ranks, which then fail too; the first one to come does."""
@@ -448,9 +454,12 @@ def _is_free(path: Path) -> bool:
     return True
 
 
-def _prune(folder: Path, keep: CheckpointConfig) -> None:
-    """Forget what is not kept. By a rename first, so that no half of one is ever taken for a checkpoint."""
-    for old in finished(folder)[: -keep.keep_last]:
+def _prune(folder: Path, keep: CheckpointConfig, *, alone: bool) -> None:
+    """Forget what is not kept. By a rename first, so that no half of one is ever taken for a checkpoint.
+
+    Not alone, this node keeps SLOWEST + 1 at least: a slower node may still be writing the last two, and fail.
+    """
+    for old in finished(folder)[: -max(keep.keep_last, 1 if alone else SLOWEST + 1)]:
         if keep.keep_every is None or step_of(old) % keep.keep_every:
             removed = old.with_name(f".{old.name}.removed")
             old.rename(removed)

@@ -105,6 +105,8 @@ class Start:
     step: int = 0
     seen: tuple[int, ...] | None = None
     """Position in the stream of clips; none: its start."""
+    clips: str | None = None
+    """Digest over the clips of that stream; none: any."""
     carried: tuple[str, ...] = ()
     reset: tuple[str, ...] = ()
 
@@ -137,7 +139,17 @@ def _resume(path: Path, stage: StageConfig) -> Start:
     differ = [name for name in StageConfig.model_fields if name not in MAY_DIFFER and getattr(saved, name) != getattr(stage, name)]
     if differ:
         raise ParentError(f"checkpoint {path}: made by another stage.yaml (different: {', '.join(differ)}); start the stage anew")
-    return Start(reader, "model", ema=True, optimizer=True, step=record.step, seen=record.seen, carried=record.carried, reset=record.reset)
+    return Start(
+        reader,
+        "model",
+        ema=True,
+        optimizer=True,
+        step=record.step,
+        seen=record.seen,
+        clips=record.clips,
+        carried=record.carried,
+        reset=record.reset,
+    )
 
 
 def _chain(path: Path, stage: StageConfig) -> Start:
@@ -322,9 +334,9 @@ class Trainer:
                 step.there.synchronize()
             norm, loss, drains, *bad = step.came_to.tolist()
             loss /= self.ranks.world
-            first_bad = next((rank for rank, flag in enumerate(bad) if flag), None)
-            if first_bad is not None or not math.isfinite(norm):
-                raise self._not_finite(step.number, first_bad or 0, loss, norm)
+            blamed = next((rank for rank, flag in enumerate(bad) if flag), None)
+            if blamed is not None or not math.isfinite(norm):
+                raise self._not_finite(step.number, blamed, loss, norm)
             if self.losses.spiked(loss):
                 raise self._spiked(step.number, loss)
             drained |= drains > 0
@@ -351,11 +363,13 @@ class Trainer:
             f"{self.stage.optimizer.lr:g}), or look at the clips"
         )
 
-    def _not_finite(self, step: int, rank: int, loss: float, norm: float) -> NotFinite | PeerLost:
-        if rank != self.ranks.rank:
-            return PeerLost(f"rank {rank} saw a number that is not finite")
+    def _not_finite(self, step: int, blamed: int | None, loss: float, norm: float) -> NotFinite | PeerLost:
+        """What the rank that saw it first raises, and what the others do; where nobody can be blamed, the first rank tells."""
+        if (blamed or 0) != self.ranks.rank:
+            return PeerLost(f"rank {blamed or 0} tells of a number that is not finite")
+        unknown = " on some rank (gradients are summed before they are looked at)" if blamed is None and self.ranks.world > 1 else ""
         return NotFinite(
-            f"step {step}: loss {loss} and gradient norm {norm} are not both finite; this step was not taken and not saved, "
+            f"step {step}: loss {loss} and gradient norm {norm} are not both finite{unknown}; this step was not taken and not saved, "
             f"lower optimizer.lr (now {self.stage.optimizer.lr:g}) or look at the clips"
         )
 
@@ -375,6 +389,7 @@ class Trainer:
             step=self.step,
             world_size=self.ranks.world,
             seen=self.seen,
+            clips=self.prepared.clips,
             carried=self.start.carried,
             reset=self.start.reset,
             node=self.ranks.node,
@@ -440,17 +455,20 @@ class Trainer:
             self.booked = now
             self.run.record(line)
         self.run.heartbeat(self.step, "train")
-        if lines and self.ranks.is_first and (self.step % max(1, self.stage.steps // LINES) == 0 or self.step == self.stage.steps):
-            line, done, elapsed = lines[-1], self.step - self.start.step, self.booked - self.began
+        every = max(1, self.stage.steps // LINES)
+        for line in lines if self.ranks.is_first else ():
+            if line["step"] % every and line["step"] != self.stage.steps:
+                continue
+            done, elapsed = line["step"] - self.start.step, self.booked - self.began
             log.info(
                 "step %6d/%d  loss %.4f  lr %.2e  grad %.2f  %6.1f clips/s  ETA %s",
-                self.step,
+                line["step"],
                 self.stage.steps,
                 line["loss"],
                 line["lr"],
                 line["grad_norm"],
                 line["clips"] * done / elapsed,
-                _clock(elapsed / done * (self.stage.steps - self.step)),
+                _clock(elapsed / done * (self.stage.steps - line["step"])),
             )
 
 
@@ -614,17 +632,22 @@ def _prepare(run: RunDirectory, stage: StageConfig, ranks: Ranks, start: Start) 
 
     directory = prepare(stage, run.latents, carried, progress=lambda _done, _of: beat()) if ranks.is_first_here else ""
     prepared = Prepared.open(Path(ranks.share(str(directory), beat)), stage)
-    _same_clips(prepared, ranks)
+    _same_clips(prepared, ranks, start)
     for clip, reason in list(prepared.skipped.items())[:SKIPPED]:
         log.info("skipped %s: %s", clip, reason)
     return prepared
 
 
-def _same_clips(prepared: Prepared, ranks: Ranks) -> None:
-    """Raises DataError where this node could read other clips than the first one: their orders would differ, and nobody would notice."""
-    own = hashlib.sha256(json.dumps([[len(part) for part in prepared.parts], sorted(prepared.skipped)]).encode()).hexdigest()
-    first = ranks.hand_out(own.encode()).decode() if ranks.nodes > 1 else own
-    if own != first:
+def _same_clips(prepared: Prepared, ranks: Ranks, start: Start) -> None:
+    """Raises DataError where this node could use other clips than the first one, or than the run before it was resumed: the same position
+    would mean other clips, and nobody would notice."""
+    if start.clips is not None and prepared.clips != start.clips:
+        raise DataError(
+            f"data.source: step {start.step} was trained on other clips than the {len(prepared)} that can be used now "
+            f"({len(prepared.skipped)} are left out); put the clips and captions of then in their place, or start the stage anew"
+        )
+    first = ranks.hand_out(prepared.clips.encode()).decode() if ranks.nodes > 1 else prepared.clips
+    if prepared.clips != first:
         raise DataError(
             f"data.source: node {ranks.node} could read {len(prepared)} clips and left out {len(prepared.skipped)}, the first node others; "
             "mend the files or the access to them, and launch again"
@@ -657,13 +680,18 @@ def _announce(trainer: Trainer) -> None:
         "model": f"STDiT {model.depth}x{model.width}, {model.heads} heads, {count:,} parameters, {trained:,} of them trained",
         "objective": f"{stage.objective.kind}, caption dropout {model.caption_dropout:g}, freeze {stage.freeze}",
         "clips": f"{len(trainer.prepared):,} of {pixels} pixels, {frames}x{spatial} tokens; {len(trainer.prepared.skipped)} skipped",
-        "steps": f"{trainer.step} -> {stage.steps}, batch {stage.batch_size} x {ranks.world} ranks on {_place(ranks)}",
+        "steps": f"{trainer.step} -> {stage.steps}, batch {stage.batch_size} x {_readers(stage, ranks)} on {_place(ranks)}",
         "optimizer": f"AdamW, lr {optimizer.lr:g} ({optimizer.warmup_steps} warm-up, {optimizer.decay}), ema {stage.ema_decay:g}",
         "carried": ", ".join(trainer.start.carried) or "nothing",
         "reset": ", ".join(trainer.start.reset) or "nothing",
     }
     for name, value in rows.items():
         log.info("%-10s %s", name, value)
+
+
+def _readers(stage: StageConfig, ranks: Ranks) -> str:
+    sharing = stage.parallel.ranks_a_clip
+    return f"{ranks.world} ranks" if sharing == 1 else f"{ranks.world // sharing} groups of {sharing} ranks"
 
 
 def _place(ranks: Ranks) -> str:

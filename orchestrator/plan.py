@@ -376,54 +376,19 @@ def size_plan(
     """
     device = prices.device(device_name)
     _check_mfu(mfu)
-    factor, (pt, ph, pw) = config.autoencoder.factor, config.model.patch
-    for text, pixels, unit in (("frames", frames, pt), ("height", height, factor * ph), ("width", width, factor * pw)):
-        if pixels % unit:
-            raise UsageError(f"--shape: {text} {pixels} is not a multiple of {unit}. Use {-(-pixels // unit) * unit}")
+    _check_shape(config, frames, height, width)
     kind: memory.DeviceKind = "cuda" if device.is_gpu else "cpu"
     size = round(device.hardware.memory_gib * 2**30) if device.hardware else None
     data = config.data.model_copy(update={"frames": frames, "height": height, "width": width, "buckets": ()})
-    whole = config.model_copy(update={"data": data, "batch_size": batch_size, "freeze": "none"})
-    shares = [share for share in range(1, devices + 1) if devices % share == 0]
-    stages = [
-        whole.model_copy(update={"parallel": Parallel(strategy="fsdp" if devices > 1 else "ddp", sequence=share)}) for share in shares
-    ]
-
-    def fits(stage: StageConfig) -> bool:
-        least = memory.with_policy(stage, memory.policies(stage, kind)[-1])
-        return size is None or memory.predict(least, devices=devices, device=kind).total <= size * (1 - memory.RESERVE)
-
-    stage = next((stage for stage in stages if fits(stage)), stages[-1])
-    share, (token_frames, tokens) = stage.parallel.sequence, stage.tokens
-    flops = step_flops(stage, devices)
+    stage = config.model_copy(update={"data": data, "batch_size": batch_size, "freeze": "none"})
+    stage = _divided(stage, devices, kind, size)
     speed = _speed(stage, device_name, device, mfu, None, calibrations, Activations())
-    stream = batch_size * math.ceil(token_frames / share) * tokens * stage.model.width * (memory.BF16 if device.is_gpu else memory.FP32)
-
-    def exchanged(policy: Activations) -> int:
-        passes = 1 + 1 + (policy.recompute == "full")
-        return round(2 * stage.model.depth * passes * stream * (share - 1) / share)
-
-    def seconds(policy: Activations) -> float:
-        computing = flops * executed(stage, stage.data, policy) / (device.peak_tflops * 1e12 * speed.expected * devices)
-        if device.hardware is None:
-            return computing
-        sent = 2 * stage.model.depth * stream / policy.every if policy.offload else 0
-        hidden = max(computing, sent / (device.hardware.host_gb_s * 1e9))
-        return hidden + exchanged(policy) / (device.hardware.link_gb_s * 1e9)
-
+    step = _Step(stage, device, devices, speed.expected)
     options = tuple(
-        Option(policy, needs, None if size is None else needs.total <= size * (1 - memory.RESERVE), seconds(policy))
-        for policy, needs in memory.options(stage, devices, device=kind)
+        Option(policy, needs, _fits(needs, size), step.seconds(policy)) for policy, needs in memory.options(stage, devices, device=kind)
     )
-    fitting = [option for option in options if option.fits is not False]
-    chosen = fitting[0] if fitting else None
-    weights = parameters(stage.model, stage.out_channels)
-    # weights gathered for the forward and again for the backward pass, gradients divided in fp32
-    state = (
-        0
-        if devices == 1
-        else round(weights * (devices - 1) / devices * (2 * (memory.BF16 if device.is_gpu else memory.FP32) + memory.FP32))
-    )
+    chosen = next((option for option in options if option.fits is not False), None)
+    token_frames, tokens = stage.tokens
     return SizePlan(
         stage=stage,
         device=device_name,
@@ -431,16 +396,73 @@ def size_plan(
         device_bytes=size,
         frames=token_frames,
         tokens=tokens,
-        flops=flops,
+        flops=step.flops,
         mfu=speed.expected,
         source=speed.source,
         options=options,
         chosen=chosen,
         reason=_reason(options, chosen, size),
-        exchanged=exchanged(chosen.activations if chosen else Activations(recompute="full")),
-        state_exchanged=state,
+        exchanged=step.exchanged(chosen.activations if chosen else Activations(recompute="full")),
+        state_exchanged=step.state_exchanged,
         step_s=chosen.step_s if chosen else None,
     )
+
+
+def _check_shape(config: StageConfig, frames: int, height: int, width: int) -> None:
+    factor, (pt, ph, pw) = config.autoencoder.factor, config.model.patch
+    for text, pixels, unit in (("frames", frames, pt), ("height", height, factor * ph), ("width", width, factor * pw)):
+        if pixels % unit:
+            raise UsageError(f"--shape: {text} {pixels} is not a multiple of {unit}. Use {-(-pixels // unit) * unit}")
+
+
+def _fits(needs: memory.Memory, size: int | None) -> bool | None:
+    """Whether it does on a device of so many bytes; none: nobody knows how many those are."""
+    return None if size is None else needs.total <= size * (1 - memory.RESERVE)
+
+
+def _divided(stage: StageConfig, devices: int, kind: memory.DeviceKind, size: int | None) -> StageConfig:
+    """The stage over so many devices, as few of which share a clip as the most saving policy needs to fit."""
+    strategy: Literal["fsdp", "ddp"] = "fsdp" if devices > 1 else "ddp"
+    shares = [share for share in range(1, devices + 1) if devices % share == 0]
+    stages = [stage.model_copy(update={"parallel": Parallel(strategy=strategy, sequence=share)}) for share in shares]
+
+    def fits(stage: StageConfig) -> bool:
+        least = memory.with_policy(stage, memory.policies(stage, kind)[-1])
+        return _fits(memory.predict(least, devices=devices, device=kind), size) is not False
+
+    return next((stage for stage in stages if fits(stage)), stages[-1])
+
+
+class _Step:
+    """What one training step of a stage costs on so many devices, all of them at this share of their peak."""
+
+    def __init__(self, stage: StageConfig, device: Device, devices: int, mfu: float) -> None:
+        self._stage, self._device, self._devices, self._mfu = stage, device, devices, mfu
+        self.flops = step_flops(stage, devices)
+        self._share, self._value = stage.parallel.sequence, memory.BF16 if device.is_gpu else memory.FP32
+        frames, tokens = stage.tokens
+        self._stream = stage.batch_size * math.ceil(frames / self._share) * tokens * stage.model.width * self._value
+        """Bytes of the token stream that one device holds."""
+
+    def exchanged(self, policy: Activations) -> int:
+        """Bytes that one device sends to those that share its clips: two exchanges a block, forward, backward and recomputed."""
+        passes = 1 + 1 + (policy.recompute == "full")
+        return round(2 * self._stage.model.depth * passes * self._stream * (self._share - 1) / self._share)
+
+    @property
+    def state_exchanged(self) -> int:
+        """Bytes that one device sends of weights, gathered for the forward and again for the backward pass, and of fp32 gradients."""
+        weights = parameters(self._stage.model, self._stage.out_channels)
+        return round(weights * (self._devices - 1) / self._devices * (2 * self._value + memory.FP32))
+
+    def seconds(self, policy: Activations) -> float:
+        computed = self.flops * executed(self._stage, self._stage.data, policy)
+        computing = computed / (self._device.peak_tflops * 1e12 * self._mfu * self._devices)
+        hardware = self._device.hardware
+        if hardware is None:
+            return computing
+        sent = 2 * self._stage.model.depth * self._stream / policy.every if policy.offload else 0
+        return max(computing, sent / (hardware.host_gb_s * 1e9)) + self.exchanged(policy) / (hardware.link_gb_s * 1e9)
 
 
 def _reason(options: Sequence[Option], chosen: Option | None, size: int | None) -> str:

@@ -39,7 +39,7 @@ def save_for_ever(stage: StageConfig, folder: Path, encoders: Path, rank: int, r
     os.write(made, b".")
     os.read(go, 1)
     while True:
-        saver.save(pieces_of(step, rank, ranks), encoders, step=step, world_size=ranks, seen=(step,), carried=(), reset=())
+        saver.save(pieces_of(step, rank, ranks), encoders, step=step, world_size=ranks, seen=(step,), clips="", carried=(), reset=())
         step += 1
 
 
@@ -104,7 +104,7 @@ def one_call(stage: StageConfig, folder: Path, encoders: Path, last: int) -> boo
         for number in (step, step + 1):
             saver.wait()
             counted = 0 if number > step else -1
-            saver.save(pieces_of(number, 0, 1), encoders, step=number, world_size=1, seen=(number,), carried=(), reset=())
+            saver.save(pieces_of(number, 0, 1), encoders, step=number, world_size=1, seen=(number,), clips="", carried=(), reset=())
         saver.wait()
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

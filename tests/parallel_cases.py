@@ -165,7 +165,7 @@ def save(strategy: parallel.Strategy, case: Case, ranks: Ranks, folder: Path) ->
     writer, here = strategy.writer(ranks.rank), tuple(strategy.writer(rank) for rank in ranks.here)
     saver = Saver(folder / "checkpoints", stage_of(case), shard=writer, shards=ranks.world, here=here, device=ranks.device)
     ranks.barrier()
-    saver.save(strategy.pieces(), folder, step=STEPS, world_size=ranks.world, seen=(12,), carried=(), reset=())
+    saver.save(strategy.pieces(), folder, step=STEPS, world_size=ranks.world, seen=(12,), clips="", carried=(), reset=())
     ranks.barrier()
 
 

@@ -189,7 +189,8 @@ class StandIn:
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         record = {"schema": 1, "step": self.step, "steps": self.steps, "complete": self.step == self.steps, "seed": self.stage["seed"]}
         clips = self.step * self.stage["batch_size"] * self.options.nodes * self.options.devices
-        record |= {"world_size": self.options.nodes * self.options.devices, "clips_seen": clips, "seen": [clips], "files": files}
+        record |= {"world_size": self.options.nodes * self.options.devices, "clips_seen": clips, "seen": [clips], "clips": ""}
+        record |= {"files": files}
         record |= {name: self.stage[name] for name in ("model", "objective", "data", "autoencoder", "text")}
         (partial / "CHECKPOINT.json").write_text(json.dumps({**record, "carried": [], "reset": []}))
         shutil.rmtree(target, ignore_errors=True)

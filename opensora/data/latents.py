@@ -46,7 +46,7 @@ from opensora.errors import ConfigError, DataError, DiskFull, ParentError
 INDEX = "cache.json"
 CAPTIONS = "captions.json"
 VECTORS = "captions.safetensors"
-VERSION = 3
+VERSION = 4
 """Raised whenever the same inputs would be encoded differently."""
 CAPTIONS_AT_ONCE = 256
 
@@ -99,6 +99,9 @@ class Prepared:
     """Whether clips are mirrored at random."""
     skipped: Mapping[str, str]
     """Each clip that could not be used → the reason."""
+    clips: str
+    """Digest over the clips that can be used, by bucket and caption in their order, and the names of the others: equal where a position in
+    the stream means the same clips. `digest` is of the bits, which two machines may round differently."""
 
     def __len__(self) -> int:
         """Clips of all buckets."""
@@ -144,7 +147,7 @@ class Prepared:
         try:
             told = json.loads(index.read_bytes())
             files: dict[str, int] = told["files"]
-            digest, skipped, mirrored = told["digest"], told["skipped"], told["mirrored"]
+            digest, skipped, mirrored, clips = told["digest"], told["skipped"], told["mirrored"], told["clips"]
         except OSError as error:
             raise DataError(f"{index}: {error.strerror}; the latent cache is not whole. {AGAIN}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -166,7 +169,7 @@ class Prepared:
                 raise DataError(
                     f"{directory}: latents of {tuple(part.latents.shape[1:])}, the stage's are {stage.latent_shape_of(bucket)}. {AGAIN}"
                 )
-        return cls(directory, digest, stage.buckets, parts, text, mirrored, skipped)
+        return cls(directory, digest, stage.buckets, parts, text, mirrored, skipped, clips)
 
     def check(self, bucket: int) -> None:
         """Raises DataError, where a file of this bucket's batches was cut since it was mapped."""
@@ -299,6 +302,7 @@ def _build(
         "files": files,
         "mirrored": stage.data.horizontal_flip,
         "skipped": dict(clips.skipped),
+        "clips": hashlib.sha256(json.dumps([captions, sorted(clips.skipped)]).encode()).hexdigest(),
     }
     with writing(directory):
         (directory / INDEX).write_text(json.dumps(told, sort_keys=True))

@@ -32,7 +32,7 @@ def write(folder: Path, stage: StageConfig, encoders: Path, step: int, numbers: 
     tensors = {"w": torch.full((numbers,), float(step))}
     saver = Saver(folder, stage, shard=node, shards=nodes, here=(node,), device=torch.device("cpu"))
     pieces = {name: checkpoint.share(tensors, node, nodes) for name in checkpoint.TENSORS}
-    saver.save(pieces, encoders, step=step, world_size=2, seen=(step * 6, step * 2), carried=("a",), reset=("b",), node=node)
+    saver.save(pieces, encoders, step=step, world_size=2, seen=(step * 6, step * 2), clips="", carried=("a",), reset=("b",), node=node)
     saver.wait()
     return checkpoint.directory(folder, step)
 

@@ -203,7 +203,7 @@ def report_of(case: str, ranks: Ranks, folder: Path) -> dict[str, float]:
     report["averaged"] = distance(strategy.averaged(), found["ema"])
 
     saver = Saver(folder / case, stage, shard=strategy.writer(ranks.rank), shards=ranks.world, here=ranks.here, device=ranks.device)
-    saver.save(strategy.pieces(), folder, step=STEPS, world_size=ranks.world, seen=(4 * STEPS,), carried=(), reset=())
+    saver.save(strategy.pieces(), folder, step=STEPS, world_size=ranks.world, seen=(4 * STEPS,), clips="", carried=(), reset=())
     saver.wait()
     dist.barrier()
     reader = checkpoint.open_(checkpoint.directory(folder / case, STEPS))

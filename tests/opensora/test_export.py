@@ -146,7 +146,7 @@ def test_a_checkpoint_of_two_nodes_is_exported_as_one_of_one(video: Path, tmp_pa
     for node in (0, 1):
         saver = Saver(tmp_path / f"node{node}", reader.stage, shard=node, shards=2, here=(node,), device=torch.device("cpu"))
         pieces = {part: checkpoint.share(reader.part(part), node, 2) for part in checkpoint.TENSORS}
-        saver.save(pieces, video, step=2, world_size=2, seen=reader.record.seen, carried=(), reset=(), node=node)
+        saver.save(pieces, video, step=2, world_size=2, seen=reader.record.seen, clips="", carried=(), reset=(), node=node)
         saver.wait()
         for file in checkpoint.directory(tmp_path / f"node{node}", 2).iterdir():
             shutil.copyfile(file, both / file.name)

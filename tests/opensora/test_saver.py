@@ -70,7 +70,7 @@ def savers(folder: Path, stage: StageConfig, ranks: int) -> list[Saver]:
 
 
 def begin(one: Saver, pieces: Mapping[str, Mapping[str, Piece]], encoders: Path, step: int, *, world: int = 1) -> None:
-    one.save(pieces, encoders, step=step, world_size=world, seen=(step, 2 * step), carried=("a",), reset=("b",))
+    one.save(pieces, encoders, step=step, world_size=world, seen=(step, 2 * step), clips="", carried=("a",), reset=("b",))
 
 
 def save(folder: Path, stage: StageConfig, tensors: Mapping[str, Tensor], encoders: Path, step: int = 1, ranks: int = 1) -> Path:
@@ -427,6 +427,16 @@ def test_the_last_and_every_nth_are_kept(tiny_stage: Stages, tmp_path: Path, enc
         kept.append([checkpoint.step_of(path) for path in checkpoint.finished(folder)])
     assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 5, 6], [4, 6, 7], [4, 7, 8], [4, 8, 9], [4, 8, 9, 10], [4, 8, 10, 11]]
     assert list(folder.glob(".*")) == []
+
+
+def test_a_node_keeps_those_before_until_all_nodes_have_the_last(tiny_stage: Stages, tmp_path: Path, encoders: Path) -> None:
+    """The other node may still be writing step 3 while this one has step 4, and fail; then step 2 is the last that is whole."""
+    folder = tmp_path / "checkpoints"
+    one = Saver(folder, background(tiny_stage, keep_last=1), shard=0, shards=2, here=(0,), device=CPU)
+    for step in range(1, 5):
+        begin(one, alike({"w": Piece(torch.ones(1), 0, 2)}), encoders, step, world=2)
+        one.wait()
+    assert [checkpoint.step_of(path) for path in checkpoint.finished(folder)] == [2, 3, 4]
 
 
 def test_the_only_good_one_stays_until_the_next_is_whole(tiny_stage: Stages, tmp_path: Path, encoders: Path, held: threading.Event) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import pickle
 import resource
@@ -17,15 +18,16 @@ from typing import Any
 import gang
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora import checkpoint, train
 from opensora.config import StageConfig
-from opensora.errors import DataError, ParentError, WeightsRefused
+from opensora.errors import DataError, NotFinite, ParentError, WeightsRefused
 from opensora.model import STDiT
 from opensora.objective import Network, Objective
-from opensora.ranks import Ranks
+from opensora.ranks import PeerLost, Ranks
 from opensora.run_directory import RunDirectory
 
 Stages = Callable[..., StageConfig]
@@ -270,10 +272,39 @@ def test_nodes_that_could_read_other_clips_do_not_train_together(tiny_stage: Sta
             return type(self).first or data
 
     trainer = make_trainer(make_run(tiny_stage()))
-    train._same_clips(trainer.prepared, Second(1, 2, torch.device("cpu"), node=1, nodes=2))
+    train._same_clips(trainer.prepared, Second(1, 2, torch.device("cpu"), node=1, nodes=2), train.Start())
     Second.first = b"other clips"
     with pytest.raises(DataError, match=r"node 1 could read 16 clips and left out 0"):
-        train._same_clips(trainer.prepared, Second(1, 2, torch.device("cpu"), node=1, nodes=2))
+        train._same_clips(trainer.prepared, Second(1, 2, torch.device("cpu"), node=1, nodes=2), train.Start())
+
+
+def test_a_resume_among_other_clips_is_refused_until_they_are_back(tiny_stage: Stages, make_run: Runs, tmp_path: Path) -> None:
+    """The position in the stream would mean other clips. A cache is made again where a folder has changed; nothing else would tell."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(folder / f"{number}.png")
+    (folder / "captions.csv").write_text("path,text\n" + "".join(f"{number}.png,a red square\n" for number in range(4)))
+    stage = tiny_stage(data={"source": {"kind": "folder", "path": str(folder)}}, batch_size=2)
+    run = make_run(stage)
+    assert in_process(run)["status"] == "completed"
+    step_2, away = checkpoint.directory(run.checkpoints, 2), tmp_path / "3.png"
+    (folder / "3.png").rename(away)
+
+    refused = in_process(make_run(stage, resume=step_2))
+    assert (refused["class"], refused["step"]) == ("data", 2)
+    assert "step 2 was trained on other clips than the 3 that can be used now (1 are left out)" in refused["reason"]
+    away.rename(folder / "3.png")
+    resumed = make_run(stage, resume=step_2)
+    assert in_process(resumed)["status"] == "completed"
+    assert_same_state(checkpoint.directory(run.checkpoints, 4), checkpoint.directory(resumed.checkpoints, 4))
+
+
+def test_where_gradients_hide_who_spoilt_them_the_first_rank_says_so(tiny_stage: Stages, make_run: Runs, make_trainer: Trainers) -> None:
+    run = make_run(tiny_stage())
+    told, other = (make_trainer(run, rank, world=2)._not_finite(3, None, 1.0, math.inf) for rank in (0, 1))
+    assert isinstance(told, NotFinite) and "step 3: loss 1.0 and gradient norm inf are not both finite on some rank" in str(told)
+    assert isinstance(other, PeerLost)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def prepared(*buckets: tuple[int, int], mirrored: bool = False) -> Prepared:
         sizes.append(Bucket(frames=number + 1, height=16, width=16, batch_size=batch))
     vectors = torch.cat([*(torch.full((length, 4), index + 1.0) for index, length in enumerate(LENGTHS)), torch.zeros(1, 4)])
     text = Held(vectors, {"offsets": torch.tensor([0, *itertools.accumulate(LENGTHS)])})
-    return Prepared(Path(), "", tuple(sizes), tuple(parts), text, mirrored, {})
+    return Prepared(Path(), "", tuple(sizes), tuple(parts), text, mirrored, {}, "")
 
 
 def loaders(data: Prepared, seed: int, world: int) -> list[Loader]:
