@@ -4,8 +4,8 @@ Owns the prediction (`predict`) and the choice of what is computed again (`choos
 on shadows (`opensora.shadow`): `_Shadow` below has to say what `opensora.model` says, in the same order.
 
 What was measured and what was derived:
-- CPU, fp32: measured. tests/opensora/test_memory.py compares the prediction with the peak of torch's allocations in a real training step
-  over shapes, policies and strategies: within 10%, mostly within 1%. Sequence parallelism under fsdp could not be measured reliably.
+- CPU, fp32: measured. tests/opensora/test_memory.py compares the prediction with the peak of a real training step over shapes, policies
+  and strategies, of torch's allocations on one rank and of the process's memory on two: within 10%, mostly within 1%, on two ranks 4%.
 - CUDA, bf16 autocast: derived from what autocast casts and what the kernels save; not measured on a GPU. Compiled blocks: derived from
   what torch's partitioner keeps (results of matrix products and of attention; cheap operations on them are computed again), likewise not
   measured. Flash attention's backward pass is counted with its fp32 sum of query gradients, in blocks of 128 queries.

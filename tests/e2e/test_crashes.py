@@ -273,6 +273,7 @@ def moments(tmp_path: Path, sites: list[Site], digests: dict[str, str], count: i
     return hits
 
 
+@pytest.mark.long
 def test_killed_at_twenty_random_moments(tmp_path: Path, unbroken: dict[str, str], sites: list[Site]) -> None:
     hits = moments(tmp_path, sites, unbroken, 20, SEED)
     assert sum(hits.values()) == 20 and min(hits.values()) > 0, hits

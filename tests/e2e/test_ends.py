@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tiny_recipe import Osctl, write
 
 from orchestrator.adapters.folder import FolderStore
@@ -33,6 +34,7 @@ def outcomes(osctl: Osctl) -> list[Outcome]:
     return [outcome for outcome in found if outcome is not None]
 
 
+@pytest.mark.long
 def test_a_cache_that_somebody_cuts_is_built_anew_by_the_next_attempt(tmp_path: Path) -> None:
     whole, cut = pipeline(tmp_path / "whole"), pipeline(tmp_path / "cut")
     launcher = cut.start("launch", "-q")

@@ -24,7 +24,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.prices import load_prices
 from orchestrator.projection import project
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 UP_S = 300.0
 

@@ -18,7 +18,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.prices import load_prices
 from orchestrator.projection import Facts, project
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.browser, pytest.mark.timeout(600)]
 
 WAIT_S = 180
 """MLflow's pages are 10 MB of scripts; a machine that trains beside the test takes its time."""

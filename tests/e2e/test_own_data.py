@@ -12,6 +12,8 @@ import av
 import pytest
 from tiny_recipe import Osctl, write
 
+pytestmark = pytest.mark.long
+
 CUTS = (0, 30, 76, 137, 187, 242)
 """Frames at which bikes.mp4 changes its shot; two shot detectors agree on them."""
 CAPTIONS = ("bikes on a road", "a bike from behind", "people on bikes", "a street with bikes", "a bike in the city")

@@ -190,6 +190,7 @@ def survive(folder: Path, kills: Sequence[Kill], trainer: Sequence[str] = (), *,
             check(kill, run.result(), whole[kill.strategy].result())
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_five_times_one_of_four_ranks_ends_and_the_weights_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:
     kills = draw(5, SEED)

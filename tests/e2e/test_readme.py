@@ -54,6 +54,7 @@ def place(command: str) -> int:
     return 0 if command == "osctl launch" else 2 if "--data" in command else 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", sorted(COMMANDS, key=place))
 def test_a_command_of_the_readme_does_what_it_says(osctl: Osctl, command: str) -> None:
     arguments = [word.replace("~", str(osctl.folder.parent / "home")) for word in shlex.split(command)[1:]]

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from tiny_recipe import Osctl, write
 
+pytestmark = pytest.mark.long
+
 LONG: dict[str, Any] = {"steps": 150, "checkpoint": {"every_steps": 30, "keep_last": 2}}
 PATIENCE_S = 120.0
 

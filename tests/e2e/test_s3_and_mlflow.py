@@ -12,6 +12,8 @@ from tiny_recipe import STAGES, Osctl, write
 
 from orchestrator.adapters import mlflow_ui
 
+pytestmark = pytest.mark.long
+
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 

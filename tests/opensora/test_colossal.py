@@ -29,7 +29,7 @@ from opensora.model import STDiT
 from opensora.ranks import Ranks, join
 from opensora.saver import Saver
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 """45 CPU-seconds, of which most are imports; ranks that wait for each other and for a core take several times as long."""
 STEPS = 3
 LR = 1e-2

@@ -16,6 +16,8 @@ from opensora import checkpoint
 from opensora.config import StageConfig
 from opensora.run_directory import RunDirectory
 
+pytestmark = pytest.mark.long
+
 LINES: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "fsdp": {"strategy": "fsdp"},

@@ -533,6 +533,7 @@ def heartbeat(run: RunDirectory, rank: int) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"phase": None, "step": 0}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("parallel", [{}, {"strategy": "fsdp"}, {"sequence": 2}], ids=["ddp", "fsdp", "sequence"])
 def test_two_ranks_drain_and_resume_bitwise(parallel: dict[str, Any], tiny_stage: Stages, make_run: Runs) -> None:
     stage = tiny_stage(data=VIDEO, steps=4, evaluate={"kind": "digits", "clips": 10, "frames": 4}, parallel=parallel)
@@ -557,6 +558,7 @@ def test_two_ranks_drain_and_resume_bitwise(parallel: dict[str, Any], tiny_stage
     assert together == ("sequence" in parallel)  # ranks that share clips are one; other ranks have clips and noise of their own
 
 
+@pytest.mark.long
 def test_a_stage_goes_on_under_another_strategy(tiny_stage: Stages, make_run: Runs) -> None:
     unbroken = make_run(tiny_stage(data=VIDEO, parallel={"strategy": "fsdp"}))
     gang.run(2, "-m", "opensora.train", str(unbroken.path))

@@ -304,6 +304,7 @@ sys.exit(1)
 """A trainer that tells all it knows: on stdout, in pieces too, in its metrics, and as the reason of its end."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["says", "dies"])
 def test_what_a_trainer_says_is_kept_without_the_credentials_of_its_environment(planted: Planted, tmp_path: Path, how: str) -> None:
     """In the ledger, in MLflow, in logs and in what commands print. Only the run directory, on this disk, has the output as it was."""

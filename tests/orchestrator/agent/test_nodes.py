@@ -23,6 +23,8 @@ from opensora.config import StageConfig
 from orchestrator.checkpoints import MANIFEST
 from orchestrator.records import Intent, Manifest, Report
 
+pytestmark = pytest.mark.long
+
 SILENCE_S = 4.0
 
 

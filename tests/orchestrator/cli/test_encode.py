@@ -30,6 +30,7 @@ def test_a_stage_is_encoded_once_and_later_ones_wait_for_their_parents_encoders(
     assert [(row["state"], row["directory"]) for row in again] == [("there already", str(folder))]
 
 
+@pytest.mark.long
 def test_a_launch_trains_on_what_was_encoded_and_leaves_its_own_for_the_next(osctl: Osctl) -> None:
     osctl("encode", "stage1")
     caches = osctl.folder / ".osctl/latents"
