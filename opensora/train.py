@@ -644,13 +644,14 @@ def _same_clips(prepared: Prepared, ranks: Ranks, start: Start) -> None:
     if start.clips is not None and prepared.clips != start.clips:
         raise DataError(
             f"data.source: step {start.step} was trained on other clips than the {len(prepared)} that can be used now "
-            f"({len(prepared.skipped)} are left out); put the clips and captions of then in their place, or start the stage anew"
+            f"({len(prepared.skipped)} are left out); put the clips and captions of then in their place and remove the cache "
+            f"{prepared.directory}, or start the stage anew"
         )
     first = ranks.hand_out(prepared.clips.encode()).decode() if ranks.nodes > 1 else prepared.clips
     if prepared.clips != first:
         raise DataError(
             f"data.source: node {ranks.node} could read {len(prepared)} clips and left out {len(prepared.skipped)}, the first node others; "
-            "mend the files or the access to them, and launch again"
+            f"mend the files or the access to them, remove the cache {prepared.directory} on each node, and launch again"
         )
 
 
