@@ -13,6 +13,7 @@ import heapq
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 SHARED = 3
@@ -264,11 +265,11 @@ class Tape:
         state = self._frame, self._again, self._seen
         self._frame, self._again, self._seen = None, frame, 0
         try:
-            frame.run(x)
-        except _Enough:
-            pass  # all that was kept is there again: the rest of the function is not needed
+            with suppress(_Enough):  # raised by `_save` once all that was kept is there again: the rest of the function is not needed
+                frame.run(x)
         finally:
             self._frame, self._again, self._seen = state
+        assert len(frame.again) == frame.count, f"a call kept {frame.count} storages, and {len(frame.again)} when it ran again"
         frame.kept.clear()
 
 

@@ -69,7 +69,7 @@ def train(config: StageConfig, ranks: Ranks) -> None:
     goal = objective.build(config.objective)
     generator = torch.Generator().manual_seed(0)
     lengths = torch.full((config.batch_size, 1), config.model.caption_tokens)
-    # fsdp's gradients of one step are there in the next. Otherwise one is enough, and gloo's threads may free what they send unseen
+    # fsdp's gradients of one step are there in the next; otherwise one step shows all
     for step in range(2 if config.parallel.strategy == "fsdp" else 1):
         clean, noise = (torch.randn(config.batch_size, *config.latent_shape, generator=generator) for _ in range(2))
         vectors = torch.randn(config.batch_size, config.model.caption_tokens, config.model.caption_width, generator=generator)
