@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -309,6 +320,10 @@ class EvaluateConfig(Frozen):
     """Noise of clip i is a function of (seed, i), whatever the number of ranks."""
 
 
+ADDED = ("accumulate",)
+"""Fields of `StageConfig` that 0.1.0 did not have."""
+
+
 class StageConfig(Frozen):
     """One stage of a recipe. A stage is data: the same trainer runs all of them."""
 
@@ -329,7 +344,10 @@ class StageConfig(Frozen):
     steps: NonNegativeInt
     """Optimizer steps. 0: an import, nothing is trained."""
     batch_size: PositiveInt
-    """Clips per data-parallel rank and step; with `data.buckets` each bucket has its own, and this one is not used."""
+    """Clips per data-parallel rank and part of a step; with `data.buckets` each bucket has its own, and this one is not used."""
+    accumulate: PositiveInt = 1
+    """Parts of a step, one after the other, whose gradients are added up: half the devices with twice the parts have the same global
+    batch, and the stage goes on where it was."""
     freeze: Literal["none", "temporal"] = "none"
     """temporal: the temporal attention stays at its zero effect (stage 1 on images)."""
     dtype: Literal["fp32", "bf16"] = "bf16"
@@ -356,6 +374,16 @@ class StageConfig(Frozen):
     """Clips drawn at the end of the stage, with the EMA weights."""
     evaluate: EvaluateConfig | None = None
     """The judge at the end of the stage; none: nobody judges."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Fields that a later release than 0.1.0 added are left out while they have their default: what is written then has the digest
+        that it always had, and an older release can read it."""
+        content: dict[str, Any] = write(self)
+        for name in ADDED:
+            if content.get(name) == StageConfig.model_fields[name].default:
+                content.pop(name, None)
+        return content
 
     @model_validator(mode="after")
     def _fits_together(self) -> StageConfig:

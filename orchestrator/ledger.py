@@ -35,6 +35,7 @@ from orchestrator.records import (
     Record,
     Report,
     Revision,
+    Terms,
     inputs_digest,
     merge_reports,
     sha256,
@@ -159,6 +160,14 @@ class Ledger:
 
     def intent(self, stage: str, inputs: str, attempt: int) -> Intent | None:
         return self._find(Intent, self.keys.intent(stage, inputs, attempt))
+
+    def terms(self, stage: str, inputs: str, attempt: int) -> Terms | None:
+        """None: an attempt of a release that wrote none."""
+        return self._find(Terms, self.keys.terms(stage, inputs, attempt))
+
+    def write_terms(self, stage: str, inputs: str, attempt: int, terms: Terms) -> Terms:
+        """Before the intent. The first writer wins; what is there comes back."""
+        return self._put(self.keys.terms(stage, inputs, attempt), terms)
 
     def report(self, stage: str, inputs: str, attempt: int) -> Report | None:
         """How the attempt ended, from what its nodes said so far."""

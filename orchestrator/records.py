@@ -10,11 +10,23 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from opensora.config import StageConfig
+from opensora.identity import Contents
 
 ExitClass = Literal[
     "completed", "drained", "config", "parent", "data", "nan", "spike", "oom", "hang", "store", "disk", "code", "signal", "lost",
@@ -42,7 +54,20 @@ class Damaged(Exception):
 
 class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    ADDED: ClassVar[tuple[str, ...]] = ()
+    """Fields that 0.1.0 did not have. They are left out while they have their default: then what an older release wrote is encoded to
+    the bytes that it wrote, and what this one writes can be read by an older one."""
     schema_: Literal[1] = Field(default=1, alias="schema")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = write(self)
+        for name in self.ADDED:
+            info = type(self).model_fields[name]
+            if getattr(self, name) == info.get_default(call_default_factory=True):
+                content.pop(info.alias or name, None)
+                content.pop(name, None)
+        return content
 
     def encode(self) -> bytes:
         """Canonical JSON: equal values give equal bytes, so that a repeated write is the same write."""
@@ -106,6 +131,46 @@ class Intent(Record):
     resume: ResumeRef | None
     code: str
     """Version (and revision, where known) of this package."""
+
+
+class Price(Record):
+    """What a device cost when an attempt was made. A bill of it never changes afterwards, whatever becomes of a price list."""
+
+    usd_per_hour: Decimal = Field(ge=0)
+    """Held, busy or idle."""
+    is_gpu: bool
+    """Whether its hours count as GPU-hours."""
+    basis: Literal["published", "assumption"]
+    source: str
+    """Who says so."""
+    date: str
+    """When they said so, YYYY-MM-DD."""
+
+
+class Terms(Record):
+    """What an attempt was made under, beside its intent and written before it. Releases up to 0.1.0 write none and read none: a file of
+    its own, since an agent of theirs refuses an intent with a field that it does not know."""
+
+    identity: PositiveInt
+    """Version of the digest that `<inputs>` is (`opensora.identity`)."""
+    contents: Contents
+    """What the stage is made of, by content."""
+    price: Price | None
+    """None: nobody knew one."""
+
+
+class Decision(Record):
+    """A person's word on a stage whose data, batch or configuration changed: `keep` the result that is there, or train `anew`."""
+
+    stage: str
+    inputs: str
+    """Of the stage as it is configured now."""
+    action: Literal["keep", "anew"]
+    earlier: str
+    """`<inputs>` of the result that is kept, or left."""
+    reason: str
+    """What changed, for people."""
+    time: float
 
 
 class JournalPiece(Record):
@@ -273,7 +338,12 @@ def sha256(data: bytes) -> str:
 
 def inputs_digest(config: StageConfig, devices: int, parent_committed: str | None) -> str:
     """12 hex digits that name a stage's inputs. Devices count, since the global batch is batch_size × devices over `parallel.sequence`."""
-    content = {"config": config.digest(), "devices": devices, "parent": parent_committed}
+    return inputs_of_old(config.digest(), devices, parent_committed)
+
+
+def inputs_of_old(config_digest: str, devices: int, parent_committed: str | None) -> str:
+    """`<inputs>` as releases up to 0.1.0 named them: over every field of the configuration and the number of devices."""
+    content = {"config": config_digest, "devices": devices, "parent": parent_committed}
     return sha256(json.dumps(content, sort_keys=True).encode())[:12]
 
 
@@ -318,6 +388,12 @@ class Keys:
 
     def intent(self, stage: str, inputs: str, attempt: int) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/intent.json"
+
+    def terms(self, stage: str, inputs: str, attempt: int) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/terms.json"
+
+    def decision(self, stage: str, inputs: str) -> str:
+        return f"{self.pipeline}/decisions/{stage}@{inputs}.json"
 
     def journal(self, stage: str, inputs: str, attempt: int, node: int, seq: int) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/journal/{node:03d}-{seq:06d}.json"
