@@ -37,13 +37,14 @@ from cluster.pipelines import Site, ended, installed, processes_of, until
 from shared_cluster import CLUSTER, KUBECTL, environment
 from tiny_recipe import OSCTL, Osctl
 
+from opensora import identity
 from orchestrator import config
 from orchestrator.adapters import open_store
 from orchestrator.adapters.kube.api import Api
 from orchestrator.errors import NotFound, Unreachable
 from orchestrator.ledger import Ledger
 from orchestrator.manifest import STAGE
-from orchestrator.records import Intent, inputs_digest, run_key
+from orchestrator.records import Intent, run_key
 
 LAUNCHES = 3
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -145,7 +146,7 @@ def applied(site: Site, arrivals: Arrivals, folder: Path, env: dict[str, str]) -
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     pipeline, ledger = ledger_of(osctl, env)
     [stage] = pipeline.stages
-    inputs, resources = inputs_digest(stage.config, stage.devices, None), stage.spec.resources
+    inputs, resources = identity.name(stage.config, stage.devices, None), stage.spec.resources
     ledger.create_intent(
         Intent(
             run_key=run_key(pipeline.name, stage.spec.name, inputs, 1), pipeline=pipeline.name, stage=stage.spec.name, inputs=inputs,

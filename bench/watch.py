@@ -41,13 +41,14 @@ import tiny_recipe
 from shared_cluster import CLUSTER, S3, environment, namespace, peer
 from tiny_attempts import CONFIG, PROFILE
 
+from opensora import identity
 from orchestrator import config, manifest
 from orchestrator.adapters import open_store
 from orchestrator.adapters.kube.api import Api
 from orchestrator.adapters.kube.watch import Watcher, selector
 from orchestrator.cluster import ClusterProfile
 from orchestrator.ledger import Ledger
-from orchestrator.records import Intent, inputs_digest, run_key
+from orchestrator.records import Intent, run_key
 
 CHANGES, GAP_S = 20, (0.5, 1.5)
 JOBS, RATE, SECONDS = 1000, 5, 30
@@ -144,7 +145,7 @@ def late(ns: str, folder: Path, env: dict[str, str]) -> dict[str, list[float]]:
     ledger.add_revision(pipeline.model_dump(mode="json"), time.time())
     held = ledger.acquire(time.time(), ttl_s=600)
     ledger.append_event(held, "launched", now=time.time())
-    inputs = inputs_digest(stage.config, stage.devices, None)
+    inputs = identity.name(stage.config, stage.devices, None)
     intent = ledger.create_intent(
         intended("late", stage.spec.name, inputs, 1, config=stage.config, config_digest=stage.config.digest(), epoch=held.epoch)
     )

@@ -118,6 +118,11 @@ def digest(of: Mapping[str, Any], parent: str | None) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
 
 
+def name(stage: StageConfig, devices: int, parent: str | None, contents: Contents | None = None) -> str:
+    """`<inputs>` of a stage: `digest` of its `identity`."""
+    return digest(identity(stage, devices, contents), parent)
+
+
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Difference]:
     """In what two `identity` values differ, by the order of the new one. `defaults`: see `default_of`."""
     paths = [*new, *(path for path in old if path not in new)]

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 
+from opensora import identity
 from opensora.config import FolderSource, Frozen, StageConfig
+from opensora.identity import Contents
 from orchestrator.cluster import ClusterProfile, shipped_clusters
 from orchestrator.document import Document, Loc, closest, parse_value, read, shown, usage_error, validate
 from orchestrator.redact import holds_credentials, typed
@@ -94,6 +96,16 @@ class Stage(Frozen):
 
     spec: StageSpec
     config: StageConfig
+    contents: Contents = Contents()
+    """Digests of the clips, weights and encoders that the configuration names, as far as they are known."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Unknown contents are left out: a revision then is what an older release wrote, and reads."""
+        content: dict[str, Any] = write(self)
+        if self.contents == Contents():
+            content.pop("contents", None)
+        return content
 
     @property
     def name(self) -> str:
@@ -455,37 +467,11 @@ def _parents_first(specs: Sequence[StageSpec], document: Document) -> list[Stage
     return list(ordered.values())
 
 
-_CARRIED: tuple[tuple[str, ...], ...] = (
-    ("model", "depth"),
-    ("model", "width"),
-    ("model", "heads"),
-    ("model", "mlp_ratio"),
-    ("model", "patch"),
-    ("model", "latent_channels"),
-    ("model", "caption_width"),
-    ("model", "caption_tokens"),
-    ("objective", "kind"),
-    ("autoencoder", "kind"),
-    ("autoencoder", "factor"),
-    ("text", "kind"),
-)
-"""What a checkpoint's weights are bound to. Frames, height and width are not among them: position tables are made anew."""
-
-
 def _check_follows(stage: Stage, parent: Stage, document: Document) -> None:
     """Whether the parent's weights fit, as far as files can tell; the checkpoint itself is verified before the stage starts."""
     if stage.config.weights is not None:
         fact = f"imports {shown(stage.config.weights)}, but the stage starts from its parent {parent.name!r}"
         raise document.error(("weights",), fact, "Remove one of the two")
-    for loc in _CARRIED:
-        own, inherited = _field(stage.config, loc), _field(parent.config, loc)
-        if own != inherited:
-            fact = f"is {own}, but its parent {parent.name!r} has {inherited}, and weights are carried over"
-            raise document.error(loc, fact, "Make them equal, or remove the parent")
-
-
-def _field(config: StageConfig, loc: Sequence[str]) -> Any:
-    value: Any = config
-    for name in loc:
-        value = getattr(value, name)
-    return value
+    for misfit in identity.misfits(stage.config, parent.config):
+        fact = f"is {misfit.new}, but its parent {parent.name!r} has {misfit.old}, and weights are carried over"
+        raise document.error(tuple(misfit.path.split(".")), fact, "Make them equal, or remove the parent")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from opensora import identity
 from orchestrator import checkpoints
 from orchestrator.checkpoints import Fault, Place
 from orchestrator.errors import CorruptCheckpoint, NotFound, Refused, StoreConflict
@@ -23,6 +24,7 @@ from orchestrator.ports import Store, check_key
 from orchestrator.records import (
     Committed,
     Damaged,
+    Decision,
     Event,
     Intent,
     JournalPiece,
@@ -36,7 +38,7 @@ from orchestrator.records import (
     Report,
     Revision,
     Terms,
-    inputs_digest,
+    inputs_of_old,
     merge_reports,
     sha256,
 )
@@ -168,6 +170,14 @@ class Ledger:
     def write_terms(self, stage: str, inputs: str, attempt: int, terms: Terms) -> Terms:
         """Before the intent. The first writer wins; what is there comes back."""
         return self._put(self.keys.terms(stage, inputs, attempt), terms)
+
+    def decision(self, stage: str, inputs: str) -> Decision | None:
+        """A person's word on a stage that changed; None: nobody was asked."""
+        return self._find(Decision, self.keys.decision(stage, inputs))
+
+    def decide(self, decision: Decision) -> Decision:
+        """The first word counts; what is there comes back."""
+        return self._put(self.keys.decision(decision.stage, decision.inputs), decision)
 
     def report(self, stage: str, inputs: str, attempt: int) -> Report | None:
         """How the attempt ended, from what its nodes said so far."""
@@ -306,7 +316,9 @@ class Ledger:
         intent, wrong = self._intent_of(committed)
         faults += wrong
         if manifest is not None and not wrong:
-            faults += _contradictions(committed, manifest, intent)
+            terms = self.terms(stage, inputs, committed.attempt)
+            first = self.intent(stage, inputs, min(self.attempts(stage, inputs), default=committed.attempt))
+            faults += _contradictions(committed, manifest, intent, terms, first)
         return Link(stage, inputs, committed, manifest, intent, intent.parent if intent else None, tuple(faults))
 
     def _intent_of(self, committed: Committed) -> tuple[Intent | None, list[Fault]]:
@@ -456,8 +468,10 @@ def _decode(store: Store, kind: type[AnyRecord], key: str, data: bytes) -> AnyRe
         raise failure(f"ledger {store.url}: {key} is damaged: {error}; put back the copy that was written") from error
 
 
-def _contradictions(committed: Committed, manifest: Manifest, intent: Intent | None) -> Iterator[Fault]:
-    """Where records that each look right do not belong together."""
+def _contradictions(
+    committed: Committed, manifest: Manifest, intent: Intent | None, terms: Terms | None, first: Intent | None
+) -> Iterator[Fault]:
+    """Where records that each look right do not belong together. `first`: the oldest intent under the same inputs."""
     key = committed.manifest
     if manifest.run_key != committed.run_key or manifest.step != committed.step:
         found = f"is step {manifest.step} of {manifest.run_key}; committed was step {committed.step} of {committed.run_key}"
@@ -471,6 +485,26 @@ def _contradictions(committed: Committed, manifest: Manifest, intent: Intent | N
     parent = (intent.parent.manifest_digest, intent.parent.committed_digest) if intent.parent else (None, None)
     if (manifest.parent_manifest, committed.parent_committed) != parent:
         yield Fault("parent_mismatch", key, f"comes from manifest {manifest.parent_manifest}; its intent says {parent[0]}")
-    inputs = inputs_digest(intent.config, intent.nodes * intent.devices_per_node, committed.parent_committed)
-    if inputs != committed.inputs or manifest.config_digest != intent.config.digest():
+    if manifest.config_digest != intent.config.digest():
+        fact = f"was made with a configuration of digest {manifest.config_digest}; its intent's has {intent.config.digest()}"
+        yield Fault("inputs_mismatch", key, fact)
+    inputs = _named(intent, terms, first, committed.parent_committed)
+    if inputs != committed.inputs:
         yield Fault("inputs_mismatch", key, f"its intent's config, devices and parent give {inputs}; it lies under {committed.inputs}")
+
+
+def _named(intent: Intent, terms: Terms | None, first: Intent | None, parent: str | None) -> str:
+    """The `<inputs>` that an attempt belongs under, by the rule under which it was named.
+
+    The rule of 0.1.0 counts every field. Attempts that a later release made under such a name are held against the first one there, which
+    gave the name: they belong there if they are of the same identity.
+    """
+    if terms is not None and terms.identity > 1:
+        return identity.name(intent.config, _devices(intent), parent, terms.contents)
+    if first is None or identity.identity(first.config, _devices(first)) != identity.identity(intent.config, _devices(intent)):
+        first = intent
+    return inputs_of_old(first.config.digest(), _devices(first), parent)
+
+
+def _devices(intent: Intent) -> int:
+    return intent.nodes * intent.devices_per_node

@@ -46,9 +46,10 @@ from opensora.config import StageConfig
 from orchestrator.config import Pipeline, Stage
 from orchestrator.cost import AttemptBill, AttemptTime, Bill, Prices, account, load_prices, merge
 from orchestrator.errors import OsctlError, Unreachable, UsageError
+from orchestrator.inputs import results
 from orchestrator.ledger import Ledger
 from orchestrator.ports import Point, RunStatus, TrackedRun, Tracker
-from orchestrator.records import Committed, Event, Intent, JournalPiece, Outcome, inputs_digest, sha256
+from orchestrator.records import Committed, Event, Intent, JournalPiece, Outcome, sha256
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ class Reader:
         for pipeline in pipelines:
             for stage in pipeline.stages:
                 specs.setdefault(stage.name, stage)
-        current = current_inputs(pipelines[0], self.ledger.committed)
+        current = {name: inputs for name, (inputs, _) in results(pipelines[0], self.ledger).items()}
         for name, stage in specs.items():
             for inputs in reversed(self.ledger.inputs_of(name)):
                 attempts = tuple(self._attempts(name, inputs))
@@ -184,20 +185,6 @@ class Reader:
             device=intent.device,
         )
         return AttemptFacts(intent, outcome, spent, tuple(self.ledger.samples(stage, inputs, number)))
-
-
-def current_inputs(pipeline: Pipeline, committed: Callable[[str, str], Committed | None]) -> dict[str, str]:
-    """<inputs> of each stage that is committed or could be started now."""
-    inputs: dict[str, str] = {}
-    results: dict[str, Committed] = {}
-    for stage in pipeline.stages:
-        parent = stage.spec.parent
-        if parent is not None and parent not in results:
-            continue
-        inputs[stage.name] = inputs_digest(stage.config, stage.devices, results[parent].digest() if parent else None)
-        if (result := committed(stage.name, inputs[stage.name])) is not None:
-            results[stage.name] = result
-    return inputs
 
 
 def _pipeline(content: dict[str, Any]) -> Pipeline | None:

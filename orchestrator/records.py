@@ -336,11 +336,6 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def inputs_digest(config: StageConfig, devices: int, parent_committed: str | None) -> str:
-    """12 hex digits that name a stage's inputs. Devices count, since the global batch is batch_size × devices over `parallel.sequence`."""
-    return inputs_of_old(config.digest(), devices, parent_committed)
-
-
 def inputs_of_old(config_digest: str, devices: int, parent_committed: str | None) -> str:
     """`<inputs>` as releases up to 0.1.0 named them: over every field of the configuration and the number of devices."""
     content = {"config": config_digest, "devices": devices, "parent": parent_committed}

@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn, Protocol
 
+from opensora import identity
+from orchestrator import inputs as inputs_module
 from orchestrator.config import Pipeline, Stage
 from orchestrator.decide import (
     Action,
@@ -51,7 +53,7 @@ from orchestrator.records import (
     Outcome,
     ParentRef,
     ResumeRef,
-    inputs_digest,
+    Terms,
     run_key,
 )
 
@@ -147,6 +149,8 @@ class Runner:
         self._finished: dict[str, Attempt] = {}
         """Attempts with an outcome, by run key. Their records never change again, so they are read once."""
         self._results: dict[tuple[str, str], Committed] = {}
+        self._named: dict[str, str] = {}
+        """`<inputs>` by stage."""
         self._strays: dict[str, set[tuple[str, int]]] | None = None
         """By stage: (inputs, number) of open attempts of other inputs. Only a driver makes attempts, so they are listed once."""
         self._draining: set[str] = set()
@@ -307,11 +311,17 @@ class Runner:
         return Observed(self._lease.epoch, views, wanted, self._stop, self._cancelled)
 
     def _inputs(self, stage: Stage) -> str | None:
-        """None while the parent is not committed."""
-        if stage.spec.parent is None:
-            return inputs_digest(stage.config, stage.devices, None)
-        parent = self._result(self.pipeline.stage(stage.spec.parent))
-        return inputs_digest(stage.config, stage.devices, parent.digest()) if parent else None
+        """None while the parent is not committed. Found once: what lies in the ledger under other names changes nothing any more."""
+        parent = self._parent_of(stage)
+        if stage.spec.parent is not None and parent is None:
+            return None
+        if stage.name not in self._named:
+            self._named[stage.name] = inputs_module.find(self.ledger, stage, parent)
+        return self._named[stage.name]
+
+    def _parent_of(self, stage: Stage) -> Committed | None:
+        """The parent's result, where there is one."""
+        return self._result(self.pipeline.stage(stage.spec.parent)) if stage.spec.parent is not None else None
 
     def _result(self, stage: Stage) -> Committed | None:
         inputs = self._inputs(stage)
@@ -454,6 +464,8 @@ class Runner:
         resume = action.resume
         resources = stage.spec.resources
         self._lease.check()
+        named_by = identity.VERSION if action.inputs == inputs_module.name_of(stage, self._parent_of(stage)) else 1
+        self.ledger.write_terms(stage.name, action.inputs, action.number, Terms(identity=named_by, contents=stage.contents, price=None))
         intent = self.ledger.create_intent(
             Intent(
                 run_key=run_key(self.pipeline.name, stage.name, action.inputs, action.number),
@@ -507,7 +519,7 @@ class Runner:
         except CorruptCheckpoint as error:
             self._broke(checkpoint, stage, str(error))
             return None
-        if (manifest.stage, manifest.inputs, manifest.config_digest) != (stage.name, inputs, stage.config.digest()):
+        if (manifest.stage, manifest.inputs) != (stage.name, inputs):
             self._broke(checkpoint, stage, f"{checkpoint.key}: is of {manifest.stage}@{manifest.inputs}, not of {stage.name}@{inputs}")
             return None
         return manifest
@@ -553,7 +565,7 @@ class Runner:
         manifest = self._verified(action.checkpoint, stage, attempt.inputs)
         if manifest is None:
             return
-        parent = self._result(self.pipeline.stage(stage.spec.parent)) if stage.spec.parent else None
+        parent = self._parent_of(stage)
         # Nothing in it depends on who commits or when: a driver that takes over commits the very same bytes.
         committed = Committed(
             run_key=manifest.run_key,  # an earlier attempt's, where this one found its complete checkpoint and only evaluated it

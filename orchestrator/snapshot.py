@@ -12,8 +12,9 @@ from typing import Any
 
 from orchestrator.config import Pipeline, Stage
 from orchestrator.cost import AttemptTime, Bill, Prices, account
+from orchestrator.inputs import find
 from orchestrator.ledger import Ledger
-from orchestrator.records import Committed, Event, JournalPiece, Lease, inputs_digest, run_key
+from orchestrator.records import Committed, Event, JournalPiece, Lease, run_key
 
 LIVE_S = 60.0
 """An open attempt without a journal piece for so long is shown as silent. Arbitrary: twelve pieces at the default interval."""
@@ -115,7 +116,7 @@ def _stage(stage: Stage, ledger: Ledger, prices: Prices, results: dict[str, Comm
             stage.name, parent, "blocked", None, 0, stage.config.steps, None, None, None, f"waits for {parent}", (),
             0.0, account([], prices), {}, None, published,
         )  # fmt: skip
-    inputs = inputs_digest(stage.config, stage.devices, results[parent].digest() if parent else None)
+    inputs = find(ledger, stage, results[parent] if parent else None)
     committed = ledger.committed(stage.name, inputs)
     times, attempts, lines = _attempts(stage, inputs, ledger, prices, now, queued)
     bill = account(times, prices)

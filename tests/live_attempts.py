@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from opensora import identity
 from opensora.config import StageConfig
 from orchestrator.adapters.folder import FolderStore
 from orchestrator.adapters.local import LocalBackend
@@ -19,7 +20,7 @@ from orchestrator.claim import Claim, is_locked
 from orchestrator.ledger import Ledger
 from orchestrator.ports import Life
 from orchestrator.processes import Process
-from orchestrator.records import Committed, Intent, JournalPiece, ParentRef, Report, ResumeRef, inputs_digest, run_key
+from orchestrator.records import Committed, Intent, JournalPiece, ParentRef, Report, ResumeRef, run_key
 
 STAND_IN = str(Path(__file__).parent / "stand_in_trainer.py")
 PATIENCE_S = 60.0
@@ -79,7 +80,7 @@ class Attempts:
     ) -> Intent:
         """`options`: of the stand-in trainer."""
         config = config or stage_config()
-        inputs = inputs_digest(config, nodes * devices, parent.committed_digest if parent else None)
+        inputs = identity.name(config, nodes * devices, parent.committed_digest if parent else None)
         return self.ledger.create_intent(
             Intent(
                 run_key=run_key("demo", stage, inputs, attempt),

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from opensora import identity
 from opensora.config import CheckpointConfig, DataConfig, DigitsSource, Flow, PatchAutoencoder, SamplingConfig, StageConfig, WordEncoder
 from orchestrator.config import Pipeline, Published, Resources, Stage, StageSpec
 from orchestrator.ledger import LeaseHandle, Ledger
@@ -22,7 +23,7 @@ from orchestrator.records import (
     Outcome,
     ParentRef,
     ResumeRef,
-    inputs_digest,
+    Terms,
     run_key,
 )
 
@@ -89,7 +90,7 @@ class Writer:
     def inputs(self, name: str) -> str:
         stage = self.pipeline.stage(name)
         parent = stage.spec.parent
-        return inputs_digest(stage.config, stage.devices, self.results[parent].digest() if parent else None)
+        return identity.name(stage.config, stage.devices, self.results[parent].digest() if parent else None)
 
     def begin(self, name: str, *, resume: int = 0) -> Intent:
         """The next attempt's intent."""
@@ -97,6 +98,7 @@ class Writer:
         number = len(self.ledger.attempts(name, inputs)) + 1
         parent = self.results[stage.spec.parent] if stage.spec.parent else None
         self.now += 1
+        self.ledger.write_terms(name, inputs, number, Terms(identity=identity.VERSION, contents=stage.contents, price=None))
         return self.ledger.create_intent(
             Intent(
                 run_key=run_key(self.pipeline.name, name, inputs, number), pipeline=self.pipeline.name, stage=name, inputs=inputs,

@@ -146,7 +146,7 @@ def diff(
 
 def coming(pipeline: Pipeline, ledger: Ledger | None) -> Mapping[str, Coming | str]:
     """By stage: its next attempt, or why there is none. `ledger` None: nothing has run. Raises Refused, Unreachable."""
-    from orchestrator.records import inputs_digest
+    from orchestrator.inputs import find, name_of
 
     found: dict[str, Coming | str] = {}
     results: dict[str, Committed] = {}
@@ -156,7 +156,8 @@ def coming(pipeline: Pipeline, ledger: Ledger | None) -> Mapping[str, Coming | s
             said = f"{stage.name}: attempt 1, once {parent} is committed; {UNKNOWN_INPUTS} stands for its inputs, and its name will differ"
             found[stage.name] = Coming(_intent(pipeline, stage, UNKNOWN_INPUTS, 1), said)
             continue
-        inputs = inputs_digest(stage.config, stage.devices, results[parent].digest() if parent else None)
+        result = results[parent] if parent else None
+        inputs = find(ledger, stage, result) if ledger else name_of(stage, result)
         committed = ledger.committed(stage.name, inputs) if ledger else None
         if committed is not None:
             results[stage.name] = committed

@@ -18,13 +18,13 @@ from cluster.kube_rig import STORE, Drive, folder_ledger, gpu_profile, pipeline,
 from cluster.played_agent import PlayedAgents
 from tiny_attempts import intend
 
+from opensora import identity
 from orchestrator import manifest
 from orchestrator.adapters.kube.api import Api
 from orchestrator.adapters.kube.backend import KubeBackend
 from orchestrator.config import Pipeline
 from orchestrator.errors import NotFound
 from orchestrator.ledger import Ledger
-from orchestrator.records import inputs_digest
 
 pytestmark = pytest.mark.cluster
 Kubectl = Callable[..., str]
@@ -290,7 +290,7 @@ def test_a_foreign_job_of_our_name_ends_with_4_and_stays_as_it_was(api: Api, led
 
 def _inputs(of: Pipeline) -> str:
     stage = of.stages[0]
-    return inputs_digest(stage.config, stage.devices, None)
+    return identity.name(stage.config, stage.devices, None)
 
 
 def test_drained_the_gang_leaves_and_the_next_launch_goes_on(api: Api, ledger: Ledger) -> None:

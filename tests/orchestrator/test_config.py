@@ -481,7 +481,7 @@ def test_a_mistake_is_answered_by_one_line(recipe: Path, file: str, old: str, ne
         ("latent_channels: 4", "latent_channels: 8", "model.latent_channels", "8", "4"),
         ("caption_width: 16", "caption_width: 8", "model.caption_width", "8", "16"),
         ("caption_tokens: 8", "caption_tokens: 9", "model.caption_tokens", "9", "8"),
-        ("depth: 2", "depth: 2, patch: [2, 2, 2]", "model.patch", "(2, 2, 2)", "(1, 2, 2)"),
+        ("depth: 2", "depth: 2, patch: [2, 2, 2]", "model.patch", "[2, 2, 2]", "[1, 2, 2]"),
         ("{kind: patch}", "{kind: patch, factor: 2}", "autoencoder.factor", "2", "4"),
         ("{kind: words}", "{kind: t5, path: a/b}", "text.kind", "t5", "words"),
     ],

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from opensora import identity
 from opensora.config import CheckpointConfig, DataConfig, DigitsSource, Flow, PatchAutoencoder, SamplingConfig, StageConfig, WordEncoder
 from orchestrator import lease as leases
 from orchestrator.adapters.folder import FolderStore
@@ -24,7 +25,7 @@ from orchestrator.errors import CorruptCheckpoint, NotFound, Refused, StoreConfl
 from orchestrator.ledger import Ledger, pipelines, read_intent
 from orchestrator.ports import Store
 from orchestrator.processes import Process
-from orchestrator.records import Committed, Intent, JournalPiece, Manifest, Outcome, Report, inputs_digest, run_key
+from orchestrator.records import Committed, Intent, JournalPiece, Manifest, Outcome, Report, Terms, run_key
 
 NOW = 1_800_000_000.0
 
@@ -76,7 +77,8 @@ def config(frames: int = 1) -> StageConfig:
 
 def intent(ledger: Ledger, stage: str = "stage1", attempt: int = 1, parent: str | None = None, frames: int = 1) -> Intent:
     reference = ledger.parent_ref(parent, ledger.inputs_of(parent)[0]) if parent else None
-    inputs = inputs_digest(config(frames), 2, reference.committed_digest if reference else None)
+    inputs = identity.name(config(frames), 2, reference.committed_digest if reference else None)
+    ledger.write_terms(stage, inputs, attempt, Terms(identity=identity.VERSION, contents=identity.Contents(), price=None))
     return Intent(
         run_key=run_key(ledger.pipeline, stage, inputs, attempt), pipeline=ledger.pipeline, stage=stage, inputs=inputs, attempt=attempt,
         epoch=1, created=NOW + frames, config=config(frames), config_digest=config(frames).digest(), nodes=1, devices_per_node=2,

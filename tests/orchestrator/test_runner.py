@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pytest
 from tiny_attempts import CONFIG, STEPS
 
+from opensora import identity
 from opensora.config import StageConfig
 from orchestrator.adapters.folder import FolderStore
 from orchestrator.cluster import ClusterProfile
@@ -19,7 +20,7 @@ from orchestrator.config import Pipeline, Stage, StageSpec
 from orchestrator.errors import CorruptCheckpoint, Refused, StoreConflict, Unreachable, UsageError
 from orchestrator.ledger import Ledger
 from orchestrator.ports import Life, Store
-from orchestrator.records import EXIT_CODES, ExitClass, Intent, JournalPiece, Report, inputs_digest
+from orchestrator.records import EXIT_CODES, ExitClass, Intent, JournalPiece, Report
 from orchestrator.runner import Detached, Result, Runner, code_version, held_time
 
 
@@ -643,7 +644,7 @@ def test_a_job_that_cannot_be_made_ends_at_the_deadline_too(rig: Rig) -> None:
     (inputs,) = rig.ledger.inputs_of("one")
     parent = rig.ledger.committed("one", inputs)
     assert parent is not None
-    two = inputs_digest(CLUSTER.stage("two").config, 1, parent.digest())
+    two = identity.name(CLUSTER.stage("two").config, 1, parent.digest())
     rig.backend.faults[f"demo/two@{two}/a1"] = "failed calling webhook: connection refused"
     result = rig.launch(CLUSTER)
     assert (result.exit_code, rig.outcomes("two")) == (3, ["unstarted"])
