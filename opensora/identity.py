@@ -131,18 +131,17 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[st
 
 
 def differences(old: StageConfig, new: StageConfig, old_devices: int, new_devices: int) -> list[Difference]:
-    """In what two configurations differ, identity first. Batch sizes show as the global batch, if that differs, else as execution."""
+    """In what two configurations differ, identity first. Batch sizes are identity where the global batch differs, else execution."""
     defaults = flat_defaults()
     identical = changes(identity(old, old_devices), identity(new, new_devices), defaults)
     before, after = flat(old), flat(new)
-    execution = []
+    another_batch = any(one.path == "global batch" for one in identical)
+    others: list[Difference] = []
     for path in [*after, *(path for path in before if path not in after)]:
         was, now = before.get(path, defaults.get(path)), after.get(path, defaults.get(path))
         if was != now and (not is_identity(path) or path in _BATCHES):
-            execution.append(Difference(path, was, now, "execution"))
-    if any(difference.path == "global batch" for difference in identical):
-        execution = [one for one in execution if one.path != "batch_size"]
-    return identical + execution
+            others.append(Difference(path, was, now, "identity" if path in _BATCHES and another_batch else "execution"))
+    return sorted(identical + others, key=lambda one: one.kind != "identity")
 
 
 def misfits(stage: StageConfig, parent: StageConfig) -> Iterator[Difference]:

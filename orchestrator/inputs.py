@@ -47,6 +47,8 @@ class Standing:
     """Whether anything lies under these inputs."""
     earlier: Earlier | None
     """The nearest work under other inputs; none: there is none."""
+    decided: bool = False
+    """Whether a person has decided that it is trained anew."""
 
     @property
     def anew(self) -> str:
@@ -102,7 +104,9 @@ def stand(ledger: Ledger, stage: Stage, parent: Committed | None) -> Standing:
     known = ledger.inputs_of(stage.name)
     others = [_earlier(ledger, stage, parent, other) for other in known if other != inputs]
     of_use = [one for one in others if one is not None and one.changes]
-    return Standing(stage, inputs, inputs in known, min(of_use, key=lambda one: (not one.step, len(one.changes)), default=None))
+    nearest = min(of_use, key=lambda one: (not one.step, len(one.changes)), default=None)
+    decision = ledger.decision(stage.name, inputs)
+    return Standing(stage, inputs, inputs in known, nearest, decision is not None and decision.action == "anew")
 
 
 def _earlier(ledger: Ledger, stage: Stage, parent: Committed | None, inputs: str) -> Earlier | None:
@@ -132,6 +136,19 @@ def changes_since(intent: Intent, terms: Terms | None, stage: Stage) -> list[Dif
     return identity.changes(then, now, identity.flat_defaults())
 
 
+def goes_on_otherwise(ledger: Ledger, standing: Standing) -> str:
+    """How a stage that goes on is computed otherwise than by its last attempt; empty where it is not, or does not go on."""
+    stage, numbers = standing.stage, ledger.attempts(standing.stage.name, standing.inputs)
+    last = ledger.intent(stage.name, standing.inputs, numbers[-1]) if numbers else None
+    if last is None or ledger.committed(stage.name, standing.inputs) is not None:
+        return ""
+    then = last.nodes * last.devices_per_node
+    changed = [one for one in identity.differences(last.config, stage.config, then, stage.devices) if one.kind == "execution"]
+    if then != stage.devices:
+        changed.insert(0, Difference("devices", then, stage.devices, "execution"))
+    return f"{stage.name} goes on where it was: {said(changed)}; its numbers stay the same result" if changed else ""
+
+
 def said(changes: tuple[Difference, ...] | list[Difference]) -> str:
     """`optimizer.lr is 0.01 (was 0.001) and seed is 7 (was 42)`, for people."""
     shown = [f"{one.path} is {_short(one.new)} (was {_short(one.old)})" for one in changes[:SHOWN]]
@@ -147,16 +164,45 @@ def _short(value: Any) -> str:
     return text[:12] if is_digest else text if len(text) <= 60 else f"{text[:59]}…"
 
 
-def layout_changed(before: Intent, after: Intent) -> str:
-    """How an attempt is laid out otherwise than the one it goes on from, which then is not bitwise; empty where it is not."""
-    if before.nodes != after.nodes:
-        return f"resumed on {after.nodes} of {before.nodes} nodes, not bitwise"
-    was, now = before.nodes * before.devices_per_node, after.nodes * after.devices_per_node
-    if was != now:
-        return f"resumed on {now} of {was} devices, not bitwise"
-    if (before.config.parallel, before.config.accumulate) != (after.config.parallel, after.config.accumulate):
-        return "resumed with another strategy, not bitwise"
+def to_decide(standing: Standing, again: str = "") -> str:
+    """Why a launch of a stage is refused until a person has decided; empty where it is not.
+
+    Work is at stake where a stage was trained with another batch, which a person who takes other devices seldom means, or on other data.
+
+    Args:
+        again: options with which a person named the pipeline, for the commands.
+    """
+    earlier, name = standing.earlier, standing.stage.name
+    if standing.begun or standing.decided or earlier is None or not earlier.step:
+        return ""
+    anew = f"osctl launch{again} --anew {name}"
+    if batch := earlier.changed("global batch"):
+        stage = standing.stage
+        fact = f"{name}: its global batch would be {_clips(batch.new)} clips ({stage.devices} devices)"
+        keep = _same_batch(stage, batch.old[0])
+        return f"{fact}, its {earlier.step} steps were trained with {_clips(batch.old)}. {keep}, or train anew: {anew}"
+    if data := earlier.changed("data"):
+        kept = (
+            f"Keep its result as it is: osctl launch{again} --keep {name}. Or train" if earlier.committed else "Put the data back, or train"
+        )
+        fact = f"{name}: its data set is {_short(data.new)}, its {earlier.step} steps were trained on {_short(data.old)}"
+        return f"{fact} (osctl diff{again} shows the rows). {kept} anew: {anew}"
     return ""
+
+
+def _clips(batch: list[int]) -> str:
+    return " / ".join(map(str, batch))
+
+
+def _same_batch(stage: Stage, wanted: int) -> str:
+    """How a person keeps the batch."""
+    readers = stage.devices // stage.config.parallel.ranks_a_clip
+    per_part = stage.config.buckets[0].batch_size * readers
+    if not stage.config.data.buckets and wanted % per_part == 0:
+        return f"Keep it with --set {stage.name}.accumulate={wanted // per_part}"
+    if not stage.config.data.buckets and wanted % readers == 0:
+        return f"Keep it with --set {stage.name}.batch_size={wanted // readers} --set {stage.name}.accumulate=1"
+    return "Keep it by batch_size and accumulate"
 
 
 def results(pipeline: Pipeline, ledger: Ledger) -> Mapping[str, tuple[str, Committed | None]]:

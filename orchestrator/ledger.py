@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from opensora import identity
+from opensora.identity import Contents
 from orchestrator import checkpoints
 from orchestrator.checkpoints import Fault, Place
 from orchestrator.errors import CorruptCheckpoint, NotFound, Refused, StoreConflict
@@ -60,6 +61,10 @@ class Link:
     intent: Intent | None
     parent: ParentRef | None
     faults: tuple[Fault, ...]
+    remarks: tuple[str, ...] = ()
+    """What is no fault and worth knowing: contents that nobody recorded, a resume that was not bitwise."""
+    contents: Contents | None = None
+    """What the stage was made of, as recorded; none: not recorded."""
 
     @property
     def ok(self) -> bool:
@@ -172,12 +177,14 @@ class Ledger:
         return self._put(self.keys.terms(stage, inputs, attempt), terms)
 
     def decision(self, stage: str, inputs: str) -> Decision | None:
-        """A person's word on a stage that changed; None: nobody was asked."""
-        return self._find(Decision, self.keys.decision(stage, inputs))
+        """A person's last word on a stage that changed; None: nobody has decided."""
+        keys = list(self.store.list(self.keys.decision(stage, inputs, 0).removesuffix("000000.json")))
+        return self._find(Decision, max(keys)) if keys else None
 
-    def decide(self, decision: Decision) -> Decision:
-        """The first word counts; what is there comes back."""
-        return self._put(self.keys.decision(decision.stage, decision.inputs), decision)
+    def decide(self, decision: Decision) -> None:
+        """Raises StoreConflict where two people decide otherwise at once."""
+        number = len(list(self.store.list(self.keys.decision(decision.stage, decision.inputs, 0).removesuffix("000000.json"))))
+        self.store.create(self.keys.decision(decision.stage, decision.inputs, number), decision.encode())
 
     def report(self, stage: str, inputs: str, attempt: int) -> Report | None:
         """How the attempt ended, from what its nodes said so far."""
@@ -319,7 +326,41 @@ class Ledger:
             terms = self.terms(stage, inputs, committed.attempt)
             first = self.intent(stage, inputs, min(self.attempts(stage, inputs), default=committed.attempt))
             faults += _contradictions(committed, manifest, intent, terms, first)
-        return Link(stage, inputs, committed, manifest, intent, intent.parent if intent else None, tuple(faults))
+        recorded = self.terms(stage, inputs, committed.attempt)
+        return Link(
+            stage,
+            inputs,
+            committed,
+            manifest,
+            intent,
+            intent.parent if intent else None,
+            tuple(faults),
+            tuple(self._remarks(intent, recorded) if intent else ()),
+            recorded.contents if recorded else None,
+        )
+
+    def _remarks(self, intent: Intent, terms: Terms | None) -> Iterator[str]:
+        if terms is None:
+            yield "data not recorded: the release that trained it kept no digest"
+        while (otherwise := self.resumed_otherwise(intent)) is not None:
+            if otherwise:
+                yield f"attempt {intent.attempt} {otherwise}"
+            before = self._resumed_from(intent)
+            if before is None:
+                return
+            intent = before
+
+    def resumed_otherwise(self, intent: Intent) -> str | None:
+        """How an attempt is laid out otherwise than the one whose checkpoint it went on from, which then is not bitwise; empty: it is not.
+
+        None: it did not go on from another one.
+        """
+        before = self._resumed_from(intent)
+        return None if before is None else _laid_out_otherwise(before, intent)
+
+    def _resumed_from(self, intent: Intent) -> Intent | None:
+        place = Place.parse(intent.resume.key) if intent.resume else None
+        return self.intent(intent.stage, intent.inputs, place.attempt) if place and place.attempt < intent.attempt else None
 
     def _intent_of(self, committed: Committed) -> tuple[Intent | None, list[Fault]]:
         key = self.keys.intent(committed.stage, committed.inputs, committed.attempt)
@@ -466,6 +507,16 @@ def _decode(store: Store, kind: type[AnyRecord], key: str, data: bytes) -> AnyRe
     except Damaged as error:
         failure = CorruptCheckpoint if kind is Manifest else Refused
         raise failure(f"ledger {store.url}: {key} is damaged: {error}; put back the copy that was written") from error
+
+
+def _laid_out_otherwise(before: Intent, after: Intent) -> str:
+    if before.nodes != after.nodes:
+        return f"resumed on {after.nodes} of {before.nodes} nodes, not bitwise"
+    if _devices(before) != _devices(after):
+        return f"resumed on {_devices(after)} of {_devices(before)} devices, not bitwise"
+    if (before.config.parallel, before.config.accumulate) != (after.config.parallel, after.config.accumulate):
+        return "resumed with another strategy, not bitwise"
+    return ""
 
 
 def _contradictions(

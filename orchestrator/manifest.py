@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from opensora import identity
 from orchestrator.cluster import ClusterProfile, amount
 from orchestrator.config import Pipeline
 from orchestrator.errors import Refused
@@ -501,19 +502,18 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differen
 
 
 def stage_differences(old: Intent, new: Intent) -> list[Difference]:
-    """Of what is trained. Whatever changes the stage's inputs is another result; the rest waits for the next attempt."""
+    """Of what is trained. A change of identity (`opensora.identity`) is another result; with the rest the next attempt goes on."""
     before, after = old.nodes * old.devices_per_node, new.nodes * new.devices_per_node
-    batch = tuple(one.config.batch_size * devices // one.config.parallel.ranks_a_clip for one, devices in ((old, before), (new, after)))
-    config = list(_changes(_flat(old.config.model_dump(mode="json"), "stage"), _flat(new.config.model_dump(mode="json"), "stage")))
-    found = [Difference("global batch", batch[0], batch[1], f"exact resume is not possible; {ANEW}")] if batch[0] != batch[1] else []
-    found += [Difference(path, was, now, ANEW) for path, was, now in config]
-    if old.inputs != new.inputs and not config and before == after:
-        found.append(Difference("inputs", old.inputs, new.inputs, f"its parent has another result now; {ANEW}"))
-    devices = f"{NEXT}, which resumes: as many devices as before" if before == after else ANEW
+    changed = identity.differences(old.config, new.config, before, after)
+    found = [_stage_difference(one) for one in changed]
+    if old.inputs != new.inputs and not any(one.kind == "identity" for one in changed):
+        found.append(Difference("inputs", old.inputs, new.inputs, f"its parent has another result now, or its data changed; {ANEW}"))
+    resumes = f"{NEXT}, which resumes" + (": as many devices as before" if before == after else " at the same global batch, not bitwise")
+    devices = ANEW if any(one.path == "global batch" for one in changed) else resumes
     meanings = {
         "nodes": devices,
         "devices_per_node": devices,
-        "device": f"{NEXT}; until then the bill is at the old device's price",
+        "device": f"{NEXT}; an attempt is billed at the price that it was made under",
         "trainer": NEXT,
         "hang_timeout_s": NEXT,
         "flush_s": NEXT,
@@ -524,6 +524,14 @@ def stage_differences(old: Intent, new: Intent) -> list[Difference]:
         if getattr(old, name) != getattr(new, name)
     ]
     return found
+
+
+def _stage_difference(changed: identity.Difference) -> Difference:
+    if changed.path == "global batch":
+        old, new = (batch[0] if batch is not None and len(batch) == 1 else batch for batch in (changed.old, changed.new))
+        return Difference("global batch", old, new, f"exact resume is not possible; {ANEW}")
+    meaning = ANEW if changed.kind == "identity" else f"{NEXT}, which goes on from the last checkpoint"
+    return Difference(f"stage.{changed.path}", changed.old, changed.new, meaning)
 
 
 def _meaning(path: str) -> str:

@@ -387,8 +387,8 @@ class Keys:
     def terms(self, stage: str, inputs: str, attempt: int) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/terms.json"
 
-    def decision(self, stage: str, inputs: str) -> str:
-        return f"{self.pipeline}/decisions/{stage}@{inputs}.json"
+    def decision(self, stage: str, inputs: str, number: int) -> str:
+        return f"{self.pipeline}/decisions/{stage}@{inputs}/{number:06d}.json"
 
     def journal(self, stage: str, inputs: str, attempt: int, node: int, seq: int) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/journal/{node:03d}-{seq:06d}.json"

@@ -77,6 +77,9 @@ CANCEL_POLL_S = 1.0
 UNREACHABLE_POLL_S = 2.0
 """Seconds before a store or cluster that did not answer is asked again. Attempts go on meanwhile."""
 
+SUMMARY_TRIES = 5
+"""Of reading what came of the stages, once the run is over."""
+
 HASH_AT_MOST_BYTES = 64 * 2**20
 """What an attempt starts from is hashed before it is intended where it lies in a folder, up to this size (0.2 s). Beyond that its agent
 is the first to read every byte, as it does anyway."""
@@ -199,7 +202,7 @@ class Runner:
                         self._event("ended", detail=f"failed: {error}")
                     raise
                 self._event("ended", detail=f"{finish.status}: {finish.reason}")
-                return Result(finish.status, finish.exit_code, finish.reason, tuple(self._summary(wanted, finish)))
+                return Result(finish.status, finish.exit_code, finish.reason, self._summed_up(wanted, finish))
         finally:
             lease.release()
 
@@ -489,6 +492,8 @@ class Runner:
             )
         )
         start = f"from step {resume.step}" if resume else f"from {parent.stage}" if parent else "from the start"
+        if resume and (otherwise := self.ledger.resumed_otherwise(intent)):
+            start += f", {otherwise}"
         detail = f"{start}, after {action.why}" if action.why else start
         self._event("retry" if action.why else "attempt", stage=stage.name, attempt=action.number, detail=detail)
         return intent
@@ -631,6 +636,16 @@ class Runner:
             if name in wanted and parent is not None and parent not in wanted and self._result(self.pipeline.stage(parent)) is None:
                 raise Refused(parentless(stage))
         return wanted
+
+    def _summed_up(self, wanted: frozenset[str], finish: Finish) -> tuple[StageResult, ...]:
+        """The run is over and written down: a store that is away for a moment must not make a failure of it."""
+        for _ in range(SUMMARY_TRIES - 1):
+            try:
+                return tuple(self._summary(wanted, finish))
+            except Unreachable as error:
+                log.warning("%s; asking again in %.0f s", error, UNREACHABLE_POLL_S)
+                self.clock.sleep(UNREACHABLE_POLL_S)
+        return tuple(self._summary(wanted, finish))
 
     def _summary(self, wanted: frozenset[str], finish: Finish) -> Iterator[StageResult]:
         for name, view in self._observe(wanted).stages.items():

@@ -42,7 +42,7 @@ def status(
 
     Example: osctl status -f demo -o json
     """
-    from orchestrator.cli import display
+    from orchestrator.cli import changes, display
     from orchestrator.cli.live import Live
 
     workspace = launched(Workspace.at(file, store=store, cluster=cluster))
@@ -53,14 +53,17 @@ def status(
             sight = live.look(current)
         if sight.driver is not None:  # between two drivers nobody holds the lease, and nothing is suspended
             current = replace(current, state="running")
+    begun_anew = changes.begun_anew(workspace, current)
     if output_ is output.Format.table:
         driver = f", driven by {current.driver}" if current.driver else ""
         output.note(f"{current.name}: {current.state}{driver}, {output.dollars(current.usd)} so far")
         if current.state == "failed" and current.said is not None:
             output.note(current.said.detail)
+        for said in begun_anew.values():
+            output.note(said)
         output.console().print(display.tree(current, sight))
         return
-    output.emit(display.whole(current, sight), output_)
+    output.emit(display.whole(current, sight) | {"anew": begun_anew}, output_)
     if sight is not None and sight.note:
         output.note(sight.note)
 

@@ -17,6 +17,7 @@ from orchestrator.errors import NotFound, Refused, Unreachable, UsageError
 
 if TYPE_CHECKING:
     from orchestrator.adapters.kube.api import Api
+    from orchestrator.cli.run import Changed
     from orchestrator.cli.workspace import Workspace
     from orchestrator.cluster import ClusterProfile
     from orchestrator.ledger import Ledger
@@ -108,7 +109,7 @@ def check_store(workspace: Workspace) -> None:
         )
 
 
-def find_or_submit(api: Api, workspace: Workspace, targets: Sequence[str], *, attach: bool) -> Driver | None:
+def find_or_submit(api: Api, workspace: Workspace, targets: Sequence[str], changed: Changed, *, attach: bool) -> Driver | None:
     """The live driver, if it does what is asked for (`attach`: whatever it does), else a new one. None: there is nothing left to do.
 
     Raises Refused, Unreachable; nothing was done then.
@@ -118,6 +119,7 @@ def find_or_submit(api: Api, workspace: Workspace, targets: Sequence[str], *, at
     driver, new = live(found), False
     if driver is None:
         workspace.store.probe()
+        changed.settle(workspace, targets)
         if nothing_left(workspace, targets):
             return None
         driver, new = submit(api, workspace, targets, found)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from orchestrator.cluster import ClusterProfile
     from orchestrator.config import Pipeline, Stage
     from orchestrator.ledger import Ledger
+    from orchestrator.manifest import Difference
     from orchestrator.records import Committed, Intent
 
 UNKNOWN_INPUTS = "0" * 12
@@ -106,42 +107,60 @@ def diff(
     cluster: options.Cluster = None,
     output_: options.Output = output.Format.table,
 ) -> None:
-    """Compare the jobs that run with what launch would send now, and say what each difference means.
+    """Compare what was launched with what launch would do now, and say what each difference means.
 
-    Example: osctl diff stage2 --set stage2.batch_size=4
+    Of each stage its last attempt: `another result` trains it anew, the rest goes on from its last checkpoint. Of an attempt that is open
+    in a cluster also the job as it runs.
+
+    Examples: osctl diff --set stage2.optimizer.lr=1e-4          osctl diff stage2 --cluster my-pool.yaml
     """
     from orchestrator import manifest
 
     workspace = Workspace.open(file, settings=settings, store=store, data=data, cluster=_cluster(cluster))
     check_target(workspace, stage)
-    pipeline, profile = workspace.pipeline, profile_of(workspace, "diff")
-    running = {
-        each.name: intent for each in pipeline.stages if stage in (None, each.name) and (intent := open_attempt(each, workspace.ledger))
-    }
-    if not running:
-        output.note(
-            f"{stage or pipeline.name}: no attempt is open, so there is nothing to compare with; osctl render shows what would be sent"
-        )
-    found = coming(pipeline, workspace.ledger)
-    api = _connect(profile) if running else None
+    pipeline, ledger = workspace.pipeline, workspace.ledger
+    found = coming(pipeline, ledger)
     rows: list[dict[str, Any]] = []
-    for name, intent in running.items():
-        now = _now(pipeline.stage(name), intent, found[name])
-        assert api is not None
-        differences = manifest.stage_differences(intent, now)
-        job = get_job(api, intent, workspace.store_url)
-        if job is None:
-            output.note(f"{name} attempt {intent.attempt}: has no job in namespace {profile.namespace}; only its intent is compared")
-        else:
-            differences += manifest.differences(job, manifest.pytorch_job(now, profile, workspace.store_url))
+    api: Api | None = None
+    for each in pipeline.stages:
+        if stage not in (None, each.name):
+            continue
+        intent = open_attempt(each, ledger)
+        running = intent is not None
+        intent = intent or last_attempt(each, ledger)
+        if intent is None:
+            output.note(f"{each.name}: was never attempted, so there is nothing to compare with; osctl launch --dry-run shows the plan")
+            continue
+        now = _now(each, intent, found[each.name])
+        contents = _of_contents(workspace, each, intent)
+        differences = [one for one in manifest.stage_differences(intent, now) if not contents or one.path != "inputs"] + contents
+        if running and pipeline.cluster is not None:
+            api = api or _connect(pipeline.cluster)
+            job = get_job(api, intent, workspace.store_url)
+            if job is None:
+                said = f"has no job in namespace {pipeline.cluster.namespace}; only its intent is compared"
+                output.note(f"{each.name} attempt {intent.attempt}: {said}")
+            else:
+                differences += manifest.differences(job, manifest.pytorch_job(now, pipeline.cluster, workspace.store_url))
         rows += [
-            {"name": name, "attempt": intent.attempt, "field": each.path, "running": each.old, "now": each.new, "meaning": each.meaning}
-            for each in differences
+            {"name": each.name, "attempt": intent.attempt, "field": one.path, "running": one.old, "now": one.new, "meaning": one.meaning}
+            for one in differences
         ]
         if not differences:
-            output.note(f"{name} attempt {intent.attempt}: runs as it would be sent now")
+            output.note(f"{each.name} attempt {intent.attempt}: {'runs' if running else 'ran'} as it would be sent now")
     if rows or output_ is not output.Format.table:
-        output.emit(rows, output_, {"name": "stage", "field": "field", "running": "running", "now": "now", "meaning": "means"})
+        output.emit(rows, output_, {"name": "stage", "field": "field", "running": "then", "now": "now", "meaning": "means"})
+
+
+def _of_contents(workspace: Workspace, stage: Stage, intent: Intent) -> list[Difference]:
+    """Of clips, weights and encoders, by content, where both are recorded."""
+    from orchestrator import manifest
+    from orchestrator.inputs import changes_since
+
+    terms = workspace.ledger.terms(intent.stage, intent.inputs, intent.attempt)
+    kinds = type(stage.contents).model_fields
+    changed = [one for one in changes_since(intent, terms, stage) if one.path in kinds]
+    return [manifest.Difference(one.path, one.old, one.new, manifest.ANEW) for one in changed]
 
 
 def coming(pipeline: Pipeline, ledger: Ledger | None) -> Mapping[str, Coming | str]:
@@ -190,6 +209,17 @@ def open_attempt(stage: Stage, ledger: Ledger) -> Intent | None:
             if ledger.outcome(stage.name, inputs, number) is None and (intent := ledger.intent(stage.name, inputs, number)) is not None:
                 return intent
     return None
+
+
+def last_attempt(stage: Stage, ledger: Ledger) -> Intent | None:
+    """The newest attempt of a stage, whatever its inputs."""
+    intents = [
+        intent
+        for inputs in ledger.inputs_of(stage.name)
+        for number in ledger.attempts(stage.name, inputs)[-1:]
+        if (intent := ledger.intent(stage.name, inputs, number)) is not None
+    ]
+    return max(intents, key=lambda intent: intent.created, default=None)
 
 
 def get_job(api: Api, intent: Intent, store_url: str) -> dict[str, Any] | None:

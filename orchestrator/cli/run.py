@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +44,14 @@ def launch(
     cluster: options.Cluster = None,
     wait: options.Wait = False,
     foreground: options.Foreground = False,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", metavar="STAGE", help="Keep this stage's result although its data changed.", autocompletion=stage_names),
+    ] = None,
+    anew: Annotated[
+        list[str] | None,
+        typer.Option("--anew", metavar="STAGE", help="Train this stage anew although earlier work is there.", autocompletion=stage_names),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run and cost, and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     output_: options.Output = output.Format.table,
@@ -60,11 +68,11 @@ def launch(
     """
     workspace = Workspace.open(file, settings=settings, store=store, tracking=tracking, data=data, backend=backend, cluster=cluster)
     check_target(workspace, stage)
+    changed = Changed(Again(file, store, cluster), tuple(keep or ()), tuple(anew or ()))
     if dry_run or workspace.pipeline.backend == "local" or foreground:
-        run_here(workspace, stage, dry_run=dry_run, quiet=quiet, output_=output_)
+        run_here(workspace, stage, changed, dry_run=dry_run, quiet=quiet, output_=output_)
     else:
-        again = Again(file, store, cluster)
-        launch_there(workspace, [stage] if stage else [], again, attach=False, wait=wait, quiet=quiet, output_=output_)
+        launch_there(workspace, [stage] if stage else [], changed, attach=False, wait=wait, quiet=quiet, output_=output_)
 
 
 def resume(
@@ -87,9 +95,10 @@ def resume(
         raise Refused(f"resume {workspace.pipeline.name}: was never launched in {workspace.store_url}. Run: osctl launch")
     workspace = launched(workspace)
     if workspace.pipeline.backend == "local" or foreground:
-        run_here(workspace, None, dry_run=False, quiet=quiet, output_=output_)
+        run_here(workspace, None, Changed(Again(file, store, cluster)), dry_run=False, quiet=quiet, output_=output_)
     else:
-        launch_there(workspace, [], Again(file, store, cluster), attach=True, wait=wait, quiet=quiet, output_=output_)
+        changed = Changed(Again(file, store, cluster))
+        launch_there(workspace, [], changed, attach=True, wait=wait, quiet=quiet, output_=output_)
 
 
 def cancel(
@@ -131,6 +140,21 @@ class Again:
         return "".join(f" {option} {shlex.quote(value)}" for option, value in given if value is not None)
 
 
+@dataclass(frozen=True)
+class Changed:
+    """A person's decisions on stages that changed, and how to name the pipeline again."""
+
+    again: Again
+    keep: tuple[str, ...] = ()
+    anew: tuple[str, ...] = ()
+
+    def settle(self, workspace: Workspace, targets: Sequence[str]) -> None:
+        """See `changes.settle`."""
+        from orchestrator.cli import changes
+
+        changes.settle(workspace, targets, keep=self.keep, anew=self.anew, again=self.again.options())
+
+
 def check_target(workspace: Workspace, target: str | None) -> None:
     """Raises UsageError."""
     from orchestrator.errors import UsageError
@@ -140,16 +164,20 @@ def check_target(workspace: Workspace, target: str | None) -> None:
         raise UsageError(f"launch {target}: {pipeline.name} has no such stage; it has {', '.join(stage.name for stage in pipeline.stages)}")
 
 
-def run_here(workspace: Workspace, target: str | None, *, dry_run: bool, quiet: bool, output_: output.Format) -> None:
+def run_here(workspace: Workspace, target: str | None, changed: Changed, *, dry_run: bool, quiet: bool, output_: output.Format) -> None:
     """Plan, refuse or drive in this process; then say what came out. Ends the process with the run's exit code."""
-    from orchestrator.cli import display, remote
+    from orchestrator.cli import changes, display, remote
     from orchestrator.cli.recipe import ledger_of, plan_of, show_plan
     from orchestrator.plan import check_budget
 
     pipeline = workspace.pipeline
-    estimate = plan_of(workspace, committed=ledger_of(workspace), target=target)
+    targets = [target] if target else []
+    known = ledger_of(workspace)
+    estimate = plan_of(workspace, committed=known, target=target)
     if dry_run:
         show_plan(estimate, output_)
+        if known is not None:
+            changes.foretell(workspace, targets, changed.again.options())
         return
     check_budget(estimate, pipeline.budget_usd)
     from orchestrator.runner import Runner
@@ -161,6 +189,7 @@ def run_here(workspace: Workspace, target: str | None, *, dry_run: bool, quiet: 
     else:
         os.environ["OSCTL_LATENTS"] = str(latents())  # attempts share what one of them, or `osctl encode`, has encoded
     workspace.store.probe()
+    changed.settle(workspace, targets)
     runner = Runner(pipeline, workspace.ledger, backend_of(pipeline, workspace.store, workspace.store_url))
     following = contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices)
     # With nothing left to train there is nothing new to show, and MLflow's start of several seconds is saved.
@@ -171,7 +200,7 @@ def run_here(workspace: Workspace, target: str | None, *, dry_run: bool, quiet: 
         projecting(pipeline, workspace.store_url, log) if tracking else contextlib.nullcontext(),
         following,
     ):
-        result = runner.run([target] if target else None)
+        result = runner.run(targets or None)
     current = take(workspace)
     lines = display.comparison(current)
     if output_ is output.Format.table:
@@ -184,7 +213,7 @@ def run_here(workspace: Workspace, target: str | None, *, dry_run: bool, quiet: 
 
 
 def launch_there(
-    workspace: Workspace, targets: list[str], again: Again, *, attach: bool, wait: bool, quiet: bool, output_: output.Format
+    workspace: Workspace, targets: list[str], changed: Changed, *, attach: bool, wait: bool, quiet: bool, output_: output.Format
 ) -> None:
     """Plan, refuse or leave it to a driver in the cluster. With `wait`, ends the process with the driver's exit code.
 
@@ -193,10 +222,10 @@ def launch_there(
     """
     from orchestrator.cli import display, remote
 
-    pipeline = workspace.pipeline
+    pipeline, again = workspace.pipeline, changed.again
     remote.check_store(workspace)
     with contextlib.closing(remote.connect(workspace)) as api:
-        driver = remote.find_or_submit(api, workspace, targets, attach=attach)
+        driver = remote.find_or_submit(api, workspace, targets, changed, attach=attach)
         if driver is None:
             output.note(f"{pipeline.name}: every stage that was asked for is committed. See: osctl compare{again.options()}")
             output.emit({"pipeline": pipeline.name, "driver": None, "revision": None}, output_)
