@@ -117,7 +117,7 @@ def lineage(
     last = chosen[-1]
     assert last.inputs is not None
     links = list(workspace.ledger.lineage(last.name, last.inputs, full=verify))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": link.stage,
             "inputs": link.inputs,
@@ -127,11 +127,14 @@ def lineage(
             "manifest": link.committed.manifest_digest[:12] if link.committed else None,
             "verdict": "; ".join(f"{fault.key.rsplit('/', 1)[-1]}: {fault.text}" for fault in link.faults)
             or ("verified" if verify else "present"),
+            "contents": link.contents.model_dump() if link.contents else None,
+            "remarks": list(link.remarks),
         }
         for link in links
     ]
+    shown = rows if output_ is not output.Format.table else [{**row, "remarks": "; ".join(row["remarks"])} for row in rows]
     output.emit(
-        rows,
+        shown,
         output_,
         {
             "name": "stage",
@@ -141,7 +144,8 @@ def lineage(
             "weights": "weights",
             "manifest": "manifest",
             "verdict": "verdict",
-        },
+        }
+        | ({"remarks": "remarks"} if any(row["remarks"] for row in rows) else {}),
     )
     faults = [fault for link in links for fault in link.faults]
     if faults:
