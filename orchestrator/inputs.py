@@ -114,7 +114,7 @@ def _earlier(ledger: Ledger, stage: Stage, parent: Committed | None, inputs: str
     if found is None:
         return None
     intent, terms = found
-    steps = [0]
+    steps = [0, *ledger.published_steps(stage.name, inputs)]
     for number in ledger.attempts(stage.name, inputs):
         report, outcome = ledger.report(stage.name, inputs, number), ledger.outcome(stage.name, inputs, number)
         steps += [one.step or 0 for one in (report, outcome) if one is not None]

@@ -256,6 +256,11 @@ class Ledger:
         found = zip(keys, self._read_all(Manifest, keys), strict=True)
         return sorted(found, key=lambda item: (item[1].step, item[1].attempt))
 
+    def published_steps(self, stage: str, inputs: str) -> list[int]:
+        """Steps of the checkpoints with a manifest, from their keys alone."""
+        places = map(Place.parse, self.store.list(f"{self.keys.stage(stage, inputs)}/checkpoints/"))
+        return sorted(place.step for place in places if place is not None)
+
     def publish(self, intent: Intent, step_dir: Path) -> tuple[str, Manifest]:
         """See `checkpoints.publish`."""
         return checkpoints.publish(self.store, intent, step_dir)
