@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 
 from opensora import identity
 from opensora.config import FolderSource, Frozen, StageConfig
 from opensora.identity import Contents
 from orchestrator.cluster import ClusterProfile, shipped_clusters
 from orchestrator.document import Document, Loc, closest, parse_value, read, shown, usage_error, validate
+from orchestrator.records import RESERVED
 from orchestrator.redact import holds_credentials, typed
 
 Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9.-]{0,38}[a-z0-9])?$")]
@@ -66,10 +67,20 @@ class StageSpec(Frozen):
     """The reference that plans and bills are compared with."""
 
 
+def _not_reserved(name: str) -> str:
+    if name in RESERVED:
+        raise ValueError(f"is the store's own folder of {name}; give the pipeline another name")
+    return name
+
+
+PipelineName = Annotated[Name, AfterValidator(_not_reserved)]
+"""A pipeline is a folder at the root of its store, beside those of data sets and weights."""
+
+
 class PipelineFile(Frozen):
     """`pipeline.yaml`."""
 
-    name: Name
+    name: PipelineName
     """Top folder of its ledger in the store; two pipelines in one store need two names."""
     backend: Literal["local", "kubernetes"] = "local"
     """local: processes of this machine; kubernetes: a PyTorchJob an attempt."""
@@ -119,7 +130,7 @@ class Stage(Frozen):
 class Pipeline(Frozen):
     """A pipeline, resolved: every file read, every override applied. What is launched is exactly this."""
 
-    name: Name
+    name: PipelineName
     backend: Literal["local", "kubernetes"]
     store: str
     tracking: str

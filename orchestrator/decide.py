@@ -457,9 +457,9 @@ def _next(
     parent = stage.spec.parent
     if parent is not None and not observed.stages[parent].committed:
         return None if parent in observed.targets else Verdict("failed", parentless(stage), 4)
-    assert view.inputs is not None, f"{stage.name} has a committed parent and no inputs"
     if view.refused is not None:
         return Verdict("failed", view.refused, 4)
+    assert view.inputs is not None, f"{stage.name} has a committed parent and no inputs"
     mine = [one for one in view.attempts if one.epoch == observed.epoch or one.adopted or _ended_by_person(one, observed)]
     ends = [attempt for attempt in mine if attempt.outcome is not None]
     verdict = judge(ends, stage.spec.max_attempts)

@@ -4,7 +4,8 @@
     ├── UsageError             exit 2   change the command or the file
     ├── RunFailed              exit 3   the run itself failed; look at its logs
     ├── Refused                exit 4   a contract, a budget or a lease says no; nothing was done
-    │   └── CorruptCheckpoint  exit 4   a committed checkpoint is not what was committed
+    │   ├── CorruptCheckpoint  exit 4   a committed checkpoint is not what was committed
+    │   └── TooLarge           exit 4   an object that ought to be a small record is not
     └── Unreachable            exit 5   a store or cluster did not answer; nothing was done
 
     StoreConflict              not an end: another writer was first (`create`) or faster (`replace`)
@@ -33,6 +34,10 @@ class Refused(OsctlError):
 
 
 class CorruptCheckpoint(Refused):
+    pass
+
+
+class TooLarge(Refused):
     pass
 
 

@@ -68,8 +68,14 @@ def find(ledger: Ledger, stage: Stage, parent: Committed | None) -> str:
     if decision is not None and decision.action == "keep":
         return decision.earlier
     of_old = [inputs for inputs in known if _means_the_same(ledger, stage, parent, inputs)]
-    finished = [inputs for inputs in of_old if ledger.committed(stage.name, inputs) is not None]
+    finished = [inputs for inputs in of_old if _is_finished(ledger, stage.name, inputs)]
     return next(iter(finished or of_old), wanted)
+
+
+def _is_finished(ledger: Ledger, stage: str, inputs: str) -> bool:
+    """A result that cannot be read is one: the stage must not be trained beside it."""
+    looked = ledger.lenient()
+    return looked.committed(stage, inputs) is not None or ledger.keys.committed(stage, inputs) in looked.remarks
 
 
 def name_of(stage: Stage, parent: Committed | None) -> str:
@@ -91,10 +97,11 @@ def _means_the_same(ledger: Ledger, stage: Stage, parent: Committed | None, inpu
 
 def first(ledger: Ledger, stage: str, inputs: str) -> tuple[Intent, Terms | None] | None:
     """The oldest attempt under some inputs that can be read, and its terms. None: there is none."""
+    looked = ledger.lenient()
     for number in ledger.attempts(stage, inputs):
-        intent = ledger.intent(stage, inputs, number)
+        intent = looked.intent(stage, inputs, number)
         if intent is not None:
-            return intent, ledger.terms(stage, inputs, number)
+            return intent, looked.terms(stage, inputs, number)
     return None
 
 

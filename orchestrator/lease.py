@@ -104,7 +104,12 @@ def decode_lease(key: str, data: bytes) -> Lease:
     try:
         return Lease.decode(data)
     except Damaged as error:
-        raise Refused(f"{key}: is damaged: {error}; make sure that nobody drives this pipeline, and remove it") from error
+        raise Refused(f"{key}: {error}; {_lease_advice(error)}") from error
+
+
+def _lease_advice(error: Damaged) -> str:
+    """A lease is no result: where nobody drives, nothing is lost with it."""
+    return error.advice if error.kind == "newer" else "make sure that nobody drives this pipeline, and remove it"
 
 
 def is_free(lease: Lease, now: float) -> bool | None:

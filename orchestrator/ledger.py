@@ -4,11 +4,13 @@ Nothing is ever overwritten: a record is put if absent, and the first writer win
 another may repeat it. What is read once never changes, and is kept: looking again at a long run reads only what is new.
 
 Owns records and lineage; leases are `orchestrator.lease`, bytes of checkpoints `orchestrator.checkpoints`. Time comes in as an argument.
-Refuses to guess: a record that cannot be read is an error that names it.
+Refuses to guess. A record that cannot be read is an error that names it, where something rests on it: an intent, an outcome, a result.
+Where many are listed (events, journals, manifests, revisions), and for who only looks (`lenient`), it is left out and stands in `remarks`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,12 +21,15 @@ from opensora import identity
 from opensora.identity import Contents
 from orchestrator import checkpoints
 from orchestrator.checkpoints import Fault, Place
-from orchestrator.errors import CorruptCheckpoint, NotFound, Refused, StoreConflict
+from orchestrator.errors import CorruptCheckpoint, NotFound, Refused, StoreConflict, TooLarge
 from orchestrator.lease import TTL_S, LeaseHandle, acquire, decode_lease, is_free
 from orchestrator.ports import Store, check_key
 from orchestrator.records import (
+    ADVICE,
+    RESERVED,
     Committed,
     Damaged,
+    DamageKind,
     Decision,
     Event,
     Intent,
@@ -48,6 +53,28 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 EventKind = Literal["launched", "attempt", "observed", "outcome", "committed", "retry", "cancel", "ended"]
 READERS = 8
 """Records read at a time. On S3 a read is a round trip, and a day of training has thousands of journal pieces."""
+
+
+REVISION = re.compile(r"\d{6,}\.json")
+EVENT = re.compile(r"\d{6,}-\d{6,}\.json")
+JOURNAL = re.compile(r"\d{3,}-\d{6,}\.json")
+LOG = re.compile(r"\d{3,}-\d{6,}(-\d+)?\.txt")
+REPORT = re.compile(r"report(-\d{3,})?\.json")
+DECISION = re.compile(r".*\d{6,}\.json")
+NUMBER = re.compile(r"[1-9][0-9]*")
+"""Names that this ledger gives to its objects. What has another name beside them was put there by somebody else."""
+
+
+@dataclass(frozen=True)
+class Remark:
+    """An object, or a folder, that is left out of what is shown: its key, what it is, and what to do."""
+
+    key: str
+    kind: DamageKind
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.text}"
 
 
 @dataclass(frozen=True)
@@ -93,8 +120,8 @@ class LogPiece:
 
 
 def pipelines(store: Store) -> list[str]:
-    """Names of all pipelines that a store holds."""
-    return [name for name in store.children("") if not name.startswith(".")]
+    """Names of all folders of a store that may be pipelines. Data sets and weights are none."""
+    return [name for name in store.children("") if not name.startswith(".") and name not in RESERVED]
 
 
 def read_intent(store: Store, key: str) -> Intent:
@@ -107,20 +134,36 @@ class Ledger:
         self.store = store
         self.pipeline = pipeline
         self.keys = Keys(pipeline)
+        self.remarks: dict[str, Remark] = {}
+        """By key, what was met so far and could not be read. What has been mended since, and was read again, is gone from it."""
         self._known: dict[str, Record] = {}
+        self._unfinished: dict[str, list[Place]] = {}
+        self._lenient = False
+
+    def lenient(self) -> Ledger:
+        """The same ledger for who only looks: a record that cannot be read counts as absent, and stands in `remarks` of its own."""
+        other = Ledger(self.store, self.pipeline)
+        other._known, other._lenient = self._known, True
+        return other
 
     # Stages
 
     def stages(self) -> list[tuple[str, str]]:
         """Every (stage, inputs) that was ever worked on."""
-        pairs = (name.partition("@") for name in self.store.children(f"{self.pipeline}/stages/"))
-        return [(stage, inputs) for stage, _, inputs in pairs if inputs]
+        found = []
+        for name in self._children(f"{self.pipeline}/stages/"):
+            stage, _, inputs = name.partition("@")
+            if inputs and is_key(name):
+                found.append((stage, inputs))
+            else:
+                self._remark(f"{self.pipeline}/stages/{name}", "foreign", "is not osctl's: it is no folder of a stage and its inputs")
+        return found
 
     def inputs_of(self, stage: str) -> list[str]:
         """All inputs that a stage of this name was run with, newest first."""
 
         def created(inputs: str) -> float:
-            first = self.intent(stage, inputs, 1)
+            first = self._seen(Intent, self.keys.intent(stage, inputs, 1))
             return first.created if first else 0.0
 
         return sorted((inputs for name, inputs in self.stages() if name == stage), key=created, reverse=True)
@@ -163,7 +206,14 @@ class Ledger:
     # Attempts
 
     def attempts(self, stage: str, inputs: str) -> list[int]:
-        return sorted(int(name) for name in self.store.children(f"{self.keys.stage(stage, inputs)}/attempts/") if name.isdecimal())
+        folder = f"{self.keys.stage(stage, inputs)}/attempts/"
+        numbers = []
+        for name in self._children(folder):
+            if NUMBER.fullmatch(name):
+                numbers.append(int(name))
+            else:
+                self._remark(folder + name, "foreign", "is not osctl's: it is no number of an attempt")
+        return sorted(numbers)
 
     def intent(self, stage: str, inputs: str, attempt: int) -> Intent | None:
         return self._find(Intent, self.keys.intent(stage, inputs, attempt))
@@ -178,7 +228,7 @@ class Ledger:
 
     def decision(self, stage: str, inputs: str) -> Decision | None:
         """A person's last word on a stage that changed; None: nobody has decided."""
-        keys = list(self.store.list(self.keys.decision(stage, inputs, 0).removesuffix("000000.json")))
+        keys = list(self._list(self.keys.decision(stage, inputs, 0).removesuffix("000000.json"), DECISION))
         return self._find(Decision, max(keys)) if keys else None
 
     def decide(self, decision: Decision) -> None:
@@ -193,7 +243,7 @@ class Ledger:
     def reports(self, stage: str, inputs: str, attempt: int) -> list[Report]:
         """What each node has said; those that have not said anything yet are left out."""
         first = self.keys.report(stage, inputs, attempt)
-        return self._read_all(Report, self.store.list(first.removesuffix(".json")))
+        return self._read_all(Report, self._list(first.removesuffix(".json"), REPORT))
 
     def outcome(self, stage: str, inputs: str, attempt: int) -> Outcome | None:
         return self._find(Outcome, self.keys.outcome(stage, inputs, attempt))
@@ -218,7 +268,7 @@ class Ledger:
 
     def journal(self, stage: str, inputs: str, attempt: int) -> list[JournalPiece]:
         """All pieces, by node and number."""
-        return self._read_all(JournalPiece, self.store.list(f"{self.keys.attempt(stage, inputs, attempt)}/journal/"))
+        return self._read_all(JournalPiece, self._list(f"{self.keys.attempt(stage, inputs, attempt)}/journal/", JOURNAL))
 
     def newest_piece(self, intent: Intent, node: int, after: str = "") -> str:
         """Key of a node's last journal piece; `after`, a key as well, where none is newer. A node that lives adds one now and then."""
@@ -232,7 +282,7 @@ class Ledger:
     def log(self, stage: str, inputs: str, attempt: int, node: int | None = None, after: str = "") -> Iterator[LogPiece]:
         """Pieces of one node, or of all, behind the key `after`; by node and number. Each is read when its text is asked for."""
         prefix = f"{self.keys.attempt(stage, inputs, attempt)}/log/"
-        for key in self.store.list(prefix if node is None else f"{prefix}{node:03d}-", after):
+        for key in self._list(prefix if node is None else f"{prefix}{node:03d}-", LOG, after):
             yield LogPiece(key, self.store)
 
     def add_sample(self, intent: Intent, name: str, path: Path) -> None:
@@ -240,7 +290,7 @@ class Ledger:
 
     def samples(self, stage: str, inputs: str, attempt: int) -> list[str]:
         """Keys."""
-        return list(self.store.list(f"{self.keys.attempt(stage, inputs, attempt)}/samples/"))
+        return list(self._listed(f"{self.keys.attempt(stage, inputs, attempt)}/samples/"))
 
     def add_flight_record(self, intent: Intent, node: int, name: str, path: Path) -> None:
         """What the communication library wrote about a collective that did not end."""
@@ -249,16 +299,36 @@ class Ledger:
     # Checkpoints
 
     def checkpoints(self, stage: str, inputs: str) -> list[tuple[str, Manifest]]:
-        """Key and content of each manifest, by step and attempt. Checkpoints without one were never finished, and do not count."""
-        keys = [
-            key for key in self.store.list(f"{self.keys.stage(stage, inputs)}/checkpoints/") if key.endswith(f"/{checkpoints.MANIFEST}")
-        ]
-        found = zip(keys, self._read_all(Manifest, keys), strict=True)
-        return sorted(found, key=lambda item: (item[1].step, item[1].attempt))
+        """Key and content of each manifest, by step and attempt. Checkpoints without one were never finished, and do not count.
+
+        One whose manifest cannot be read is none either: it stands in `remarks`, and an older one is used.
+        """
+        folder = f"{self.keys.stage(stage, inputs)}/checkpoints/"
+        keys, steps = [], set()
+        for key in self._listed(folder):
+            steps.add(folder + key.removeprefix(folder).partition("/")[0])
+            if key.endswith(f"/{checkpoints.MANIFEST}"):
+                if Place.parse(key) is None:
+                    self._remark(key, "foreign", "is not osctl's: it lies in no folder of a checkpoint")
+                else:
+                    keys.append(key)
+        unfinished = steps.difference(key.removesuffix(f"/{checkpoints.MANIFEST}") for key in keys)
+        self._unfinished[folder] = [place for step in unfinished if (place := Place.parse(f"{step}/{checkpoints.MANIFEST}"))]
+        return sorted(self._read_pairs(Manifest, keys), key=lambda item: (item[1].step, item[1].attempt))
+
+    def unfinished(self, stage: str, inputs: str) -> list[Place]:
+        """Checkpoints that had files and no manifest when `checkpoints` last looked: they are on their way, or their agent died."""
+        return self._unfinished.get(f"{self.keys.stage(stage, inputs)}/checkpoints/", [])
+
+    def unread_manifests(self, stage: str, inputs: str) -> list[tuple[Place, Remark]]:
+        """Checkpoints that `checkpoints` has left out, since their manifests cannot be read."""
+        folder = f"{self.keys.stage(stage, inputs)}/checkpoints/"
+        found = [(Place.parse(key), remark) for key, remark in self.remarks.items() if key.startswith(folder)]
+        return [(place, remark) for place, remark in found if place is not None]
 
     def published_steps(self, stage: str, inputs: str) -> list[int]:
         """Steps of the checkpoints with a manifest, from their keys alone."""
-        places = map(Place.parse, self.store.list(f"{self.keys.stage(stage, inputs)}/checkpoints/"))
+        places = map(Place.parse, self._listed(f"{self.keys.stage(stage, inputs)}/checkpoints/"))
         return sorted(place.step for place in places if place is not None)
 
     def publish(self, intent: Intent, step_dir: Path) -> tuple[str, Manifest]:
@@ -274,11 +344,11 @@ class Ledger:
         return checkpoints.merge_parts(self.store, intent, step, description)
 
     def is_published(self, intent: Intent, step: int) -> bool:
-        """Whether a checkpoint of this attempt has its manifest."""
+        """Whether a checkpoint of this attempt has its manifest, whole."""
         prefix = self.keys.checkpoint(intent.stage, intent.inputs, step, intent.attempt)
         try:
-            self.store.size(f"{prefix}/{checkpoints.MANIFEST}")
-        except NotFound:
+            Manifest.decode(self.store.read(f"{prefix}/{checkpoints.MANIFEST}").data)
+        except (NotFound, Damaged):
             return False
         return True
 
@@ -328,10 +398,11 @@ class Ledger:
         intent, wrong = self._intent_of(committed)
         faults += wrong
         if manifest is not None and not wrong:
-            terms = self.terms(stage, inputs, committed.attempt)
-            first = self.intent(stage, inputs, min(self.attempts(stage, inputs), default=committed.attempt))
+            terms = self._seen(Terms, self.keys.terms(stage, inputs, committed.attempt))
+            oldest = min(self.attempts(stage, inputs), default=committed.attempt)
+            first = self._seen(Intent, self.keys.intent(stage, inputs, oldest))
             faults += _contradictions(committed, manifest, intent, terms, first)
-        recorded = self.terms(stage, inputs, committed.attempt)
+        recorded = self._seen(Terms, self.keys.terms(stage, inputs, committed.attempt))
         return Link(
             stage,
             inputs,
@@ -345,7 +416,10 @@ class Ledger:
         )
 
     def _remarks(self, intent: Intent, terms: Terms | None) -> Iterator[str]:
-        if terms is None:
+        unread = self.remarks.get(self.keys.terms(intent.stage, intent.inputs, intent.attempt))
+        if unread is not None:
+            yield f"data not known: {unread}"
+        elif terms is None:
             yield "data not recorded: the release that trained it kept no digest"
         while (otherwise := self.resumed_otherwise(intent)) is not None:
             if otherwise:
@@ -365,7 +439,9 @@ class Ledger:
 
     def _resumed_from(self, intent: Intent) -> Intent | None:
         place = Place.parse(intent.resume.key) if intent.resume else None
-        return self.intent(intent.stage, intent.inputs, place.attempt) if place and place.attempt < intent.attempt else None
+        if place is None or place.attempt >= intent.attempt:
+            return None
+        return self._seen(Intent, self.keys.intent(intent.stage, intent.inputs, place.attempt))
 
     def _intent_of(self, committed: Committed) -> tuple[Intent | None, list[Fault]]:
         key = self.keys.intent(committed.stage, committed.inputs, committed.attempt)
@@ -390,7 +466,9 @@ class Ledger:
     def add_revision(self, pipeline: dict[str, Any], now: float) -> int:
         """Number of this resolved pipeline. Launching the same again makes no new one."""
         while True:
-            number, latest = max(self.revisions(), key=lambda item: item[0], default=(0, None))
+            keys = self._revision_keys()
+            found = dict(self._read_pairs(Revision, keys))
+            number, latest = (number_of(keys[-1]), found.get(keys[-1])) if keys else (0, None)
             if latest is not None and latest.pipeline == pipeline:
                 return number
             revision = Revision(created=now, pipeline=pipeline)
@@ -401,20 +479,23 @@ class Ledger:
         return self._find(Revision, self.keys.revision(number))
 
     def latest_revision(self) -> Revision | None:
+        """The newest that can be read."""
         found = self.revisions()
         return found[-1][1] if found else None
 
     def revisions(self) -> list[tuple[int, Revision]]:
-        keys = list(self.store.list(f"{self.pipeline}/revisions/"))
-        numbers = (int(key.rpartition("/")[2].removesuffix(".json")) for key in keys)
-        return list(zip(numbers, self._read_all(Revision, keys), strict=True))
+        """Those that can be read, by number."""
+        return [(number_of(key), revision) for key, revision in self._read_pairs(Revision, self._revision_keys())]
+
+    def _revision_keys(self) -> list[str]:
+        return sorted(self._list(f"{self.pipeline}/revisions/", REVISION), key=number_of)
 
     # Events
 
     def events(self, after: tuple[int, int] | None = None) -> Iterator[Event]:
         """By epoch and number; only those behind `after`."""
         start = self.keys.event(*after) if after else ""
-        yield from self._read_all(Event, self.store.list(f"{self.pipeline}/events/", start))
+        yield from self._read_all(Event, self._list(f"{self.pipeline}/events/", EVENT, start))
 
     def append_event(
         self, held: LeaseHandle, kind: EventKind, *, now: float, stage: str | None = None, attempt: int | None = None, detail: str = ""
@@ -464,10 +545,15 @@ class Ledger:
         return acquire(self.store, self.keys.lease, now, ttl_s)
 
     def lease(self) -> Lease | None:
-        """What lies there, live or not."""
+        """What lies there, live or not. Raises Refused where it cannot be read."""
         try:
             return decode_lease(self.keys.lease, self.store.read(self.keys.lease).data)
         except NotFound:
+            return None
+        except Refused as error:
+            if not self._lenient:
+                raise
+            self._remark(self.keys.lease, "damaged", f"cannot be read, so nobody knows who drives: {error}", advice="")
             return None
 
     def holder(self, now: float) -> Lease | None:
@@ -478,10 +564,30 @@ class Ledger:
     # Reading and writing
 
     def _find(self, kind: type[AnyRecord], key: str) -> AnyRecord | None:
-        try:
-            return self._read_all(kind, [key])[0]
-        except NotFound:
-            return None
+        """None: it is not there. Raises Refused where it cannot be read; of a ledger for who only looks that is None, and a remark."""
+        found = self._seen(kind, key)
+        if found is None and not self._lenient and key in self.remarks:
+            failure = CorruptCheckpoint if kind is Manifest else Refused
+            raise failure(f"ledger {self.store.url}: {self.remarks[key]}")
+        return found
+
+    def _seen(self, kind: type[AnyRecord], key: str) -> AnyRecord | None:
+        """None: it is not there, or cannot be read."""
+        if key not in self._known:
+            try:
+                self._keep(key, self._read(kind, key))
+            except NotFound:
+                self.remarks.pop(key, None)
+                return None
+        found = self._known.get(key)
+        return found if isinstance(found, kind) else None
+
+    def _keep(self, key: str, answer: Record | Remark) -> None:
+        if isinstance(answer, Remark):
+            self.remarks[key] = answer
+        else:
+            self.remarks.pop(key, None)
+            self._known[key] = answer
 
     def _put(self, key: str, record: AnyRecord) -> AnyRecord:
         try:
@@ -491,19 +597,84 @@ class Ledger:
             return _decode(self.store, type(record), key, self.store.read(key).data)
 
     def _read_all(self, kind: type[AnyRecord], keys: Iterable[str]) -> list[AnyRecord]:
+        """Those that can be read, in order; the others stand in `remarks`."""
+        return [record for _, record in self._read_pairs(kind, keys)]
+
+    def _read_pairs(self, kind: type[AnyRecord], keys: Iterable[str]) -> list[tuple[str, AnyRecord]]:
         keys = list(keys)
         unknown = [key for key in keys if key not in self._known]
 
-        def read(key: str) -> AnyRecord:
-            return _decode(self.store, kind, key, self.store.read(key).data)
+        def read(key: str) -> AnyRecord | Remark:
+            try:
+                return self._read(kind, key)
+            except NotFound:  # listed, and not there: somebody has removed it, or the store cannot read what it lists
+                return Remark(key, "damaged", f"is listed by the store, and cannot be read; {ADVICE['damaged']}")
 
         if len(unknown) > 1:
             with ThreadPoolExecutor(READERS) as pool:
-                self._known.update(zip(unknown, pool.map(read, unknown), strict=True))
+                answers = list(pool.map(read, unknown))
         else:
-            self._known.update((key, read(key)) for key in unknown)
-        found = (self._known[key] for key in keys)
-        return [record for record in found if isinstance(record, kind)]
+            answers = [read(key) for key in unknown]
+        for key, answer in zip(unknown, answers, strict=True):
+            self._keep(key, answer)
+        found = ((key, self._known.get(key)) for key in keys)
+        return [(key, record) for key, record in found if isinstance(record, kind)]
+
+    def _read(self, kind: type[AnyRecord], key: str) -> AnyRecord | Remark:
+        """The record, or what lies there in its place. Raises NotFound, Unreachable."""
+        try:
+            return kind.decode(self.store.read(key).data)
+        except Damaged as error:
+            return Remark(key, error.kind, f"{error}; {error.advice}")
+        except TooLarge as error:
+            return Remark(key, "too_large", f"is no record: {error}; {ADVICE['too_large']}")
+        except Refused as error:
+            return Remark(key, "forbidden", f"may not be read: {error}")
+
+    def _remark(self, key: str, kind: DamageKind, fact: str, *, advice: str | None = None) -> None:
+        text = ADVICE[kind] if advice is None else advice
+        self.remarks[key] = Remark(key, kind, f"{fact}; {text}" if text else fact)
+
+    def _list(self, prefix: str, names: re.Pattern[str], after: str = "") -> Iterator[str]:
+        """Keys whose last part is a name of ours. Others stand in `remarks`."""
+        for key in self._listed(prefix, after):
+            if names.fullmatch(key[prefix.rfind("/") + 1 :]):
+                yield key
+            else:
+                self._remark(key, "foreign", "is not osctl's: its name is none that osctl gives")
+
+    def _listed(self, prefix: str, after: str = "") -> list[str]:
+        try:
+            return list(self.store.list(prefix, after))
+        except Refused as error:
+            return list(self._unlisted(prefix, error))
+
+    def _children(self, prefix: str) -> Iterable[str]:
+        try:
+            return self.store.children(prefix)
+        except Refused as error:
+            return self._unlisted(prefix, error)
+
+    def _unlisted(self, prefix: str, error: Refused) -> Iterable[str]:
+        """Whoever acts has to know what is there; whoever looks is told that it cannot be shown."""
+        if not self._lenient:
+            raise error
+        self._remark(prefix, "forbidden", f"cannot be listed: {error}", advice="")
+        return ()
+
+
+def is_key(name: str) -> bool:
+    """Whether a name can be a part of a key in every kind of store."""
+    try:
+        check_key(name)
+    except Refused:
+        return False
+    return True
+
+
+def number_of(key: str) -> int:
+    """Of a revision's key."""
+    return int(key.rpartition("/")[2].removesuffix(".json"))
 
 
 def _decode(store: Store, kind: type[AnyRecord], key: str, data: bytes) -> AnyRecord:
@@ -511,7 +682,7 @@ def _decode(store: Store, kind: type[AnyRecord], key: str, data: bytes) -> AnyRe
         return kind.decode(data)
     except Damaged as error:
         failure = CorruptCheckpoint if kind is Manifest else Refused
-        raise failure(f"ledger {store.url}: {key} is damaged: {error}; put back the copy that was written") from error
+        raise failure(f"ledger {store.url}: {key} {error}; {error.advice}") from error
 
 
 def _laid_out_otherwise(before: Intent, after: Intent) -> str:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from orchestrator.errors import Refused
+from orchestrator.errors import Refused, TooLarge
+
+READ_AT_MOST = 64 << 20
+"""Bytes of an object that `Store.read` takes into memory. A manifest of 512 ranks has 0.4 MB; files are fetched with `download`."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,19 @@ def check_key(key: str) -> str:
     return key
 
 
+def check_size(key: str, size: int) -> None:
+    """Raises TooLarge where an object is no record: whatever lies under its key, it must not fill the memory."""
+    if size > READ_AT_MOST:
+        raise TooLarge(f"{key}: has {size} bytes; a record has at most {READ_AT_MOST}, so somebody else wrote it")
+
+
 class Store(Protocol):
     """Objects under keys with `/`. Reads see every finished write. Nothing is ever overwritten but through `replace`."""
 
     url: str
 
     def read(self, key: str) -> Object:
-        """Raises NotFound, Unreachable."""
+        """A small object, whole. Raises NotFound, Unreachable, Refused where it may not be read, TooLarge."""
 
     def create(self, key: str, data: bytes) -> str:
         """Put if absent; the etag. The same bytes again succeed. Raises StoreConflict where other content is there."""

@@ -112,13 +112,13 @@ class Reader:
     """Reads a ledger again and again; events, journals and attempts that are over only once."""
 
     def __init__(self, ledger: Ledger):
-        self.ledger = ledger
+        self.ledger = ledger.lenient()  # a picture shows what can be read; `osctl status` says what cannot
         self._events: list[Event] = []
         self._seen: tuple[int, int] | None = None
         self._over: dict[tuple[str, str, int], AttemptFacts] = {}
 
     def read(self) -> Facts | None:
-        """None: never launched. Raises Unreachable, Refused (a damaged record)."""
+        """None: never launched. Raises Unreachable."""
         revisions = self.ledger.revisions()
         if not revisions:
             return None

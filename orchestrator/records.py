@@ -46,10 +46,39 @@ HELD = (
 """Categories of time in which a device is bound to us; they cost, and sum to devices × wall time."""
 WAITING = ("queue", "schedule")
 """Categories of time in which no device is held: weight 0."""
+NUMBERS = ("time", "loss", "lr", "step_s", "data_wait_s", "checkpoint_s")
+"""Fields of a line of metrics that are added up or compared; each may be missing."""
+
+
+DamageKind = Literal["empty", "half_written", "newer", "older", "foreign", "damaged", "forbidden", "too_large"]
+"""Why an object of a store cannot be used as the record that its key promises."""
+
+ADVICE: dict[DamageKind, str] = {
+    "empty": "put back the copy that was written, or remove it",
+    "half_written": "put back the copy that was written, or remove it",
+    "newer": "upgrade osctl",
+    "older": "put back the copy that was written, or use the release that wrote it",
+    "foreign": "it is left alone; move it to another place",
+    "damaged": "put back the copy that was written",
+    "forbidden": "give this user the right to read it",
+    "too_large": "put back the copy that was written, or move it to another place",
+}
+"""What a person can do about it."""
+
+RESERVED = ("datasets", "weights")
+"""Folders at the root of a store that hold data sets and weights. No pipeline may have such a name."""
 
 
 class Damaged(Exception):
-    """Bytes that are no object of this ledger. `str()` says which field and why."""
+    """Bytes that are no object of this ledger. `str()` is a fact whose subject is the object; it says which field is wrong, and how."""
+
+    def __init__(self, fact: str, kind: DamageKind):
+        super().__init__(fact)
+        self.kind: DamageKind = kind
+
+    @property
+    def advice(self) -> str:
+        return ADVICE[self.kind]
 
 
 class Record(BaseModel):
@@ -80,10 +109,16 @@ class Record(BaseModel):
     def decode(cls, data: bytes) -> Self:
         """Raises Damaged."""
         try:
-            return cls.model_validate_json(data)
+            record = cls.model_validate_json(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise Damaged(f"{cls.__name__}: {'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}") from error
+            raise _damage(cls, data, error) from error
+        if fault := record.fault():
+            raise fault
+        return record
+
+    def fault(self) -> Damaged | None:
+        """What is wrong with a record that was read, beyond the types of its fields."""
+        return None
 
 
 class ParentRef(Record):
@@ -188,6 +223,18 @@ class JournalPiece(Record):
     metrics: tuple[dict[str, Any], ...] = ()
     """Lines of metrics.jsonl that ended in this interval (node 0 alone)."""
 
+    def fault(self) -> Damaged | None:
+        unknown = sorted(set(self.spent).difference(HELD, WAITING))
+        if unknown:
+            return Damaged(f"was written by a newer osctl, or changed: this one does not know the category spent.{unknown[0]}", "newer")
+        for place, line in enumerate(self.metrics):
+            for name in ("step", *NUMBERS):
+                value = line.get(name)
+                wanted = int if name == "step" else int | float | None
+                if name in line and (not isinstance(value, wanted) or isinstance(value, bool)):
+                    return Damaged(f"was changed after it was written: metrics.{place}.{name} is no number", "damaged")
+        return None
+
 
 class Report(Record):
     """The agent's last word on how the trainer ended."""
@@ -291,6 +338,10 @@ class Committed(Record):
     epoch: NonNegativeInt
 
 
+UNUSED, NO_NEWER = "is not used: ", "as nothing newer can be used"
+"""Words of events, by which `status` and a launch find them again."""
+
+
 class Event(Record):
     """One decision or observation of a driver."""
 
@@ -308,6 +359,11 @@ class Event(Record):
     def asks_to_kill(self) -> bool:
         """Of a `cancel`: without saving."""
         return self.detail.partition(",")[0] == "now"
+
+    @property
+    def says_unused(self) -> bool:
+        """Whether a published checkpoint is not used, or what is used in its place: people hear it at once."""
+        return UNUSED in self.detail or NO_NEWER in self.detail
 
 
 class Lease(Record):
@@ -330,6 +386,39 @@ class Revision(Record):
 
     created: float
     pipeline: dict[str, Any]
+
+
+def _damage(kind: type[Record], data: bytes, error: ValidationError) -> Damaged:
+    """What bytes are that are no record of this kind. Looks at the bytes only now: nearly every record is whole."""
+    if not data.strip(b"\0 \t\r\n"):
+        return Damaged("is empty" if not data else f"is {len(data)} bytes of nothing: it was never written to its end", "empty")
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        if not data.lstrip().startswith(b"{"):
+            return Damaged("is not osctl's: it is no JSON object", "foreign")
+        if not data.rstrip().endswith(b"}"):
+            return Damaged(f"is half written: it ends after {len(data)} bytes, in the middle of a value", "half_written")
+        return Damaged("was changed after it was written: it is no JSON", "damaged")
+    names = {info.alias or name for name, info in kind.model_fields.items()}
+    if not isinstance(content, dict) or not content.keys() & names:
+        return Damaged(f"is not osctl's: it is JSON of something else than a {kind.__name__.lower()}", "foreign")
+    schema = content.get("schema", 1)
+    if isinstance(schema, int) and not isinstance(schema, bool) and schema != 1:
+        kinds: tuple[str, DamageKind] = ("a newer osctl", "newer") if schema > 1 else ("an osctl before 0.1.0", "older")
+        return Damaged(f"was written by {kinds[0]}: its schema is {schema}, and this one reads schema 1", kinds[1])
+    return misfit(error)
+
+
+def misfit(error: ValidationError) -> Damaged:
+    """What is told of fields that do not fit: fields and names that this release does not know were written by a newer one."""
+    faults = error.errors(include_url=False, include_input=False)
+    place = ".".join(map(str, faults[0]["loc"])) or "content"
+    if all(fault["type"] == "extra_forbidden" for fault in faults):
+        return Damaged(f"was written by a newer osctl, or changed: it has the field {place}, which this one does not know", "newer")
+    if all(fault["type"] in ("extra_forbidden", "literal_error", "union_tag_invalid") for fault in faults):
+        return Damaged(f"was written by a newer osctl, or changed: this one does not know its {place} ({faults[0]['msg']})", "newer")
+    return Damaged(f"was changed after it was written: {place}: {faults[0]['msg']}", "damaged")
 
 
 def sha256(data: bytes) -> str:

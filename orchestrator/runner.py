@@ -22,6 +22,8 @@ from typing import Literal, NoReturn, Protocol
 
 from opensora import identity
 from orchestrator import inputs as inputs_module
+from orchestrator import launched
+from orchestrator.checkpoints import Place
 from orchestrator.config import Pipeline, Stage
 from orchestrator.decide import (
     Action,
@@ -45,6 +47,8 @@ from orchestrator.ledger import Ledger
 from orchestrator.ports import Backend, Life
 from orchestrator.records import (
     EXIT_CODES,
+    NO_NEWER,
+    UNUSED,
     Committed,
     Event,
     Intent,
@@ -160,6 +164,8 @@ class Runner:
         self._broken: set[str] = set()
         """Keys of manifests that did not verify."""
         self._refused: dict[str, str] = {}
+        self._unreadable: set[str] = set()
+        """Stages whose COMMITTED.json is there and cannot be read. They are among the refused."""
         self._given_up: dict[str, str] = {}
         """Why attempts were killed before they started, by run key."""
         self._submitted: set[tuple[int, str, int]] = set()
@@ -186,6 +192,7 @@ class Runner:
             Unreachable: the store did not answer at the start; nothing was done.
             Detached: `detach` was called.
         """
+        launched.check_ours(self.ledger)
         wanted = self._wanted(targets)
         lease = self.ledger.acquire(self.clock.now(), self.lease_ttl_s)
         try:
@@ -319,7 +326,11 @@ class Runner:
         if stage.spec.parent is not None and parent is None:
             return None
         if stage.name not in self._named:
-            self._named[stage.name] = inputs_module.find(self.ledger, stage, parent)
+            try:
+                self._named[stage.name] = inputs_module.find(self.ledger, stage, parent)
+            except Refused as error:  # which result is meant cannot be told; other stages go on
+                self._refused[stage.name] = str(error)
+                return None
         return self._named[stage.name]
 
     def _parent_of(self, stage: Stage) -> Committed | None:
@@ -332,7 +343,12 @@ class Runner:
             return None
         key = stage.name, inputs
         if key not in self._results:
-            committed = self.ledger.committed(stage.name, inputs)
+            try:
+                committed = self.ledger.committed(stage.name, inputs)
+            except Refused as error:  # its result can neither be used nor be made again; other stages go on
+                self._refused[stage.name] = str(error)
+                self._unreadable.add(stage.name)
+                return None
             if committed is None:
                 return None
             self._results[key] = committed
@@ -344,16 +360,21 @@ class Runner:
             for other, number in sorted(strays)
             if (attempt := self._attempt(stage.name, other, number, 0)) is not None and attempt.outcome is None
         )
-        refused = self._refused.get(stage.name)
         if inputs is None:
-            return StageView(stage.name, None, strays=open_strays, refused=refused)
+            return StageView(stage.name, None, strays=open_strays, refused=self._refused.get(stage.name))
         # Lives are read before checkpoints: what an attempt that is seen dead has published is then seen too.
         lives = [self._attempt(stage.name, inputs, number, 0) for number in self.ledger.attempts(stage.name, inputs)]
         attempts = [attempt for attempt in lives if attempt is not None]
         committed = self._result(stage) is not None
+        refused = self._refused.get(stage.name)
+        if stage.name in self._unreadable:  # without checkpoints: nothing is committed over what lies there
+            return StageView(stage.name, inputs, False, tuple(attempts), strays=open_strays, refused=refused)
         if committed and all(attempt.outcome is not None for attempt in attempts):
             return StageView(stage.name, inputs, True, tuple(attempts), strays=open_strays, refused=refused)
         manifests = self.ledger.checkpoints(stage.name, inputs)
+        for place, remark in self.ledger.unread_manifests(stage.name, inputs):
+            if remark.key not in self._broken:
+                self._broke(remark.key, place.step, place.attempt, stage, str(remark))
         published = {number: max(m.step for _, m in manifests if m.attempt == number) for number in {m.attempt for _, m in manifests}}
         attempts = [_with_published(attempt, published.get(attempt.number, 0)) for attempt in attempts]
         self._finished |= {_run_key(self.pipeline, attempt): attempt for attempt in attempts if attempt.outcome is not None}
@@ -369,10 +390,18 @@ class Runner:
         key = run_key(self.pipeline.name, stage, inputs, number)
         if key in self._finished:
             return self._finished[key]
-        intent = self.ledger.intent(stage, inputs, number)
+        try:
+            intent = self.ledger.intent(stage, inputs, number)
+        except Refused as error:
+            return self._without_intent(stage, inputs, number, error)
         if intent is None:
-            return None
-        outcome = self.ledger.outcome(stage, inputs, number)
+            return self._without_terms(stage, inputs, number)
+        try:
+            outcome = self.ledger.outcome(stage, inputs, number)
+        except Refused as error:  # a driver has written it, so the attempt is over; how it ended is no longer known
+            outcome = _unknown_end(
+                f"how it ended cannot be told: {error}", intent.created, intent.nodes * intent.devices_per_node, intent.epoch
+            )
         life = self.backend.observe(key) if outcome is None else Life("absent")
         report = self.ledger.report(stage, inputs, number)  # after its life: one that is seen dead has no more to say
         traces = report is not None or (life.state == "absent" and outcome is None and bool(self.ledger.journal(stage, inputs, number)))
@@ -398,6 +427,26 @@ class Runner:
             adopted=key in self._adopted,
             given_up=self._given_up.get(key, ""),
         )
+
+    def _without_terms(self, stage: str, inputs: str, number: int) -> Attempt | None:
+        """A number without an intent is free, unless terms lie there that cannot be read: they would be another attempt's."""
+        try:
+            self.ledger.terms(stage, inputs, number)
+        except Refused as error:
+            return self._without_intent(stage, inputs, number, error)
+        return None
+
+    def _without_intent(self, stage: str, inputs: str, number: int, error: Refused) -> Attempt:
+        """An attempt whose intent cannot be read. Raises Refused unless it is over, or never began: it could hold devices."""
+        outcome = None
+        with contextlib.suppress(Refused):
+            outcome = self.ledger.outcome(stage, inputs, number)
+        if outcome is None:
+            life = self.backend.observe(run_key(self.pipeline.name, stage, inputs, number))
+            if life.state in ("running", "unknown"):
+                raise Refused(f"{stage} attempt {number} may hold devices, and its intent cannot be read: {error}") from error
+            outcome = _unknown_end(f"its intent cannot be read: {error}", life.ended or self.clock.now(), 1, 0)
+        return Attempt(stage, inputs, number, outcome.epoch, 0, Life("absent"), outcome=outcome)
 
     def _remember(self) -> None:
         """What earlier drivers did to attempts whose jobs may be gone by now. A process of this machine leaves its run directory."""
@@ -494,6 +543,13 @@ class Runner:
         start = f"from step {resume.step}" if resume else f"from {parent.stage}" if parent else "from the start"
         if resume and (otherwise := self.ledger.resumed_otherwise(intent)):
             start += f", {otherwise}"
+        for place in self.ledger.unfinished(stage.name, action.inputs):  # nobody uploads any more: no attempt of this stage lives
+            key = f"{self.ledger.keys.checkpoint(place.stage, place.inputs, place.step, place.attempt)}/MANIFEST.json"
+            if key not in self._broken and _is_newer(place, stage.name, action):
+                self._broke(key, place.step, place.attempt, stage, f"{key} is not there: its upload was not finished")
+        places = map(Place.parse, self._broken)
+        if any(place is not None and _is_newer(place, stage.name, action) for place in places):
+            start += f", {NO_NEWER}"
         detail = f"{start}, after {action.why}" if action.why else start
         self._event("retry" if action.why else "attempt", stage=stage.name, attempt=action.number, detail=detail)
         return intent
@@ -522,16 +578,17 @@ class Runner:
         try:
             manifest = self._verify(checkpoint.key, checkpoint.digest)
         except CorruptCheckpoint as error:
-            self._broke(checkpoint, stage, str(error))
+            self._broke(checkpoint.key, checkpoint.step, checkpoint.attempt, stage, str(error))
             return None
         if (manifest.stage, manifest.inputs) != (stage.name, inputs):
-            self._broke(checkpoint, stage, f"{checkpoint.key}: is of {manifest.stage}@{manifest.inputs}, not of {stage.name}@{inputs}")
+            other = f"{checkpoint.key}: is of {manifest.stage}@{manifest.inputs}, not of {stage.name}@{inputs}"
+            self._broke(checkpoint.key, checkpoint.step, checkpoint.attempt, stage, other)
             return None
         return manifest
 
-    def _broke(self, checkpoint: Checkpoint, stage: Stage, reason: str) -> None:
-        self._broken.add(checkpoint.key)
-        self._event("observed", stage=stage.name, attempt=checkpoint.attempt, detail=f"step {checkpoint.step} is not used: {reason}")
+    def _broke(self, key: str, step: int, attempt: int, stage: Stage, reason: str) -> None:
+        self._broken.add(key)
+        self._event("observed", stage=stage.name, attempt=attempt, detail=f"step {step} {UNUSED}{reason}")
 
     def _close(self, action: CloseAttempt) -> None:
         attempt = action.attempt
@@ -634,7 +691,7 @@ class Runner:
             stage = self.pipeline.stage(name)
             parent = stage.spec.parent
             if name in wanted and parent is not None and parent not in wanted and self._result(self.pipeline.stage(parent)) is None:
-                raise Refused(parentless(stage))
+                raise Refused(self._refused.get(parent) or parentless(stage))
         return wanted
 
     def _summed_up(self, wanted: frozenset[str], finish: Finish) -> tuple[StageResult, ...]:
@@ -738,6 +795,18 @@ def held_time(attempt: Attempt, pieces: Sequence[JournalPiece], nodes: int, now:
     for piece in pieces:
         last[piece.node] = max(last.get(piece.node, bound), piece.end)
     return bound, ended, max(0.0, sum(ended - end for end in last.values()) / len(last))
+
+
+def _unknown_end(reason: str, ended: float, devices: int, epoch: int) -> Outcome:
+    """What stands for an outcome that cannot be read. It is never written."""
+    content = {"class": "lost", "exit_code": None, "reason": reason, "step": None, "bound": None, "ended": ended, "devices": devices}
+    return Outcome.model_validate(content | {"unaccounted_s": 0.0, "epoch": epoch})
+
+
+def _is_newer(place: Place, stage: str, action: StartAttempt) -> bool:
+    """Whether a checkpoint would be what this attempt goes on from, if it could be used."""
+    resumed = action.resume.step if action.resume else 0
+    return (place.stage, place.inputs) == (stage, action.inputs) and place.step >= resumed
 
 
 def _news(life: Life) -> tuple[str, str, str | None]:

@@ -5,16 +5,17 @@ Owns the fold. Refuses to write, to guess (a live attempt that nobody has heard 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from orchestrator.checkpoints import Place
 from orchestrator.config import Pipeline, Stage
 from orchestrator.cost import AttemptTime, Bill, Prices, account
 from orchestrator.inputs import find
-from orchestrator.ledger import Ledger
-from orchestrator.records import Committed, Event, JournalPiece, Lease, run_key
+from orchestrator.ledger import Ledger, Remark
+from orchestrator.records import UNUSED, Committed, Event, JournalPiece, Lease, run_key
 
 LIVE_S = 60.0
 """An open attempt without a journal piece for so long is shown as silent. Arbitrary: twelve pieces at the default interval."""
@@ -24,7 +25,7 @@ LIVE_S = 60.0
 class AttemptStatus:
     number: int
     state: str
-    """running, starting, waiting (in a cluster, for devices or an image), silent, or the class of its end."""
+    """running, starting, waiting (in a cluster, for devices or an image), silent, unreadable, or the class of its end."""
     run_key: str
     step: int | None
     reason: str
@@ -56,6 +57,8 @@ class StageStatus:
     evaluation: dict[str, float]
     committed: Committed | None
     published_gpu_hours: float | None
+    broken: bool = False
+    """Whether its result lies there and cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Snapshot:
     driver: str | None
     """Who holds the lease, if anyone does."""
     stages: tuple[StageStatus, ...]
+    remarks: tuple[str, ...] = ()
+    """What lies in the store and is not shown, or not used: key, what it is, what to do."""
     said: Event | None = None
     """What the live driver last observed about all of it: what it waits for. Of one that is gone: its last word, if it had one."""
 
@@ -75,7 +80,8 @@ class Snapshot:
 
 
 def take(pipeline: Pipeline, ledger: Ledger, prices: Prices, now: float) -> Snapshot:
-    """Read the ledger once. Raises Unreachable, Damaged."""
+    """Read the ledger once. Raises Unreachable. What cannot be read is left out, and said in `remarks`."""
+    ledger = ledger.lenient()
     stages: list[StageStatus] = []
     results: dict[str, Committed] = {}
     holder = ledger.holder(now)
@@ -86,7 +92,29 @@ def take(pipeline: Pipeline, ledger: Ledger, prices: Prices, now: float) -> Snap
             results[stage.name] = status.committed
         stages.append(status)
     driver = holder.holder if holder else None
-    return Snapshot(pipeline.name, _state(stages, events, holder is not None), driver, tuple(stages), _said(events, holder))
+    return Snapshot(
+        pipeline.name,
+        _state(stages, events, holder is not None),
+        driver,
+        tuple(stages),
+        remarks=_remarks(stages, events, ledger),
+        said=_said(events, holder),
+    )
+
+
+def _remarks(stages: Sequence[StageStatus], events: Sequence[Event], ledger: Ledger) -> tuple[str, ...]:
+    """First what the last driver would not use of a stage that is not committed yet, then what cannot be read."""
+    committed = {stage.name for stage in stages if stage.committed is not None}
+    newest = max((event.epoch for event in events), default=0)
+    unused = [event for event in events if event.says_unused and event.epoch == newest and event.stage not in committed]
+    said = tuple(dict.fromkeys(f"{event.stage} attempt {event.attempt}: {event.detail}" for event in unused))
+    return said + tuple(_told(remark) for key, remark in sorted(ledger.remarks.items()) if not any(key in text for text in said))
+
+
+def _told(remark: Remark) -> str:
+    """What a checkpoint is, is said of one whose manifest cannot be read."""
+    place = Place.parse(remark.key)
+    return str(remark) if place is None else f"{place.stage} attempt {place.attempt}: step {place.step} {UNUSED}{remark}"
 
 
 def _said(events: Sequence[Event], holder: Lease | None) -> Event | None:
@@ -118,30 +146,32 @@ def _stage(stage: Stage, ledger: Ledger, prices: Prices, results: dict[str, Comm
         )  # fmt: skip
     inputs = find(ledger, stage, results[parent] if parent else None)
     committed = ledger.committed(stage.name, inputs)
+    broken = ledger.remarks.get(ledger.keys.committed(stage.name, inputs))
     times, attempts, lines = _attempts(stage, inputs, ledger, prices, now, queued)
     bill = account(times, prices)
     steps = [line for line in lines if "step" in line and line.get("loss") is not None]
     reached = committed.step if committed else steps[-1]["step"] if steps else 0
-    pace = _median([line["step_s"] + line["data_wait_s"] + line["checkpoint_s"] for line in steps[-200:]])
+    pace = _median([sum(line.get(part) or 0.0 for part in ("step_s", "data_wait_s", "checkpoint_s")) for line in steps[-200:]])
     tail = [line["loss"] for line in steps[-max(1, len(steps) // 10) :]]
     last = attempts[-1] if attempts else None
     return StageStatus(
         name=stage.name,
         parent=parent,
-        state="committed" if committed else _open_state(last),
+        state="committed" if committed else "failed" if broken else _open_state(last),
         inputs=inputs,
         step=reached,
         steps=stage.config.steps,
         loss=sum(tail) / len(tail) if tail else None,
         step_s=pace,
         eta_s=(stage.config.steps - reached) * pace if pace is not None and not committed else None,
-        why="" if committed or last is None else last.reason,
+        why="" if committed else str(broken) if broken else "" if last is None else last.reason,
         attempts=tuple(attempts),
         wall_s=sum(one.held_s / one.devices for one in bill.attempts),
         bill=bill,
         evaluation=committed.evaluation if committed else {},
         committed=committed,
         published_gpu_hours=published,
+        broken=broken is not None,
     )
 
 
@@ -151,7 +181,7 @@ def _open_state(last: AttemptStatus | None) -> str:
         return "ready"
     if last.ended is None or last.state == "completed":  # completed: between the outcome and the commit
         return "running"
-    return "ready" if last.state in ("drained", "lost", "signal", "preempted", "peer") else "failed"
+    return "ready" if last.state in ("drained", "lost", "signal", "preempted", "peer", "unreadable") else "failed"
 
 
 def _attempts(
@@ -169,19 +199,48 @@ def _attempts(
         heard = pieces[-1].end if pieces else intent_created
         unheard = "waiting" if queued else "starting" if now - heard < LIVE_S else "silent"
         live = unheard if not pieces else "running" if now - heard < LIVE_S else "silent"
+        unread = ledger.remarks.get(ledger.keys.outcome(stage.name, inputs, time.attempt))  # its driver has seen it end
         attempts.append(
             AttemptStatus(
                 number=time.attempt,
-                state=outcome.class_ if outcome else live,
+                state=outcome.class_ if outcome else "lost" if unread else live,
                 run_key=run_key(ledger.pipeline, stage.name, inputs, time.attempt),
                 step=max((piece.last_step or 0 for piece in pieces), default=None),
-                reason=outcome.reason if outcome else "" if live != "silent" else f"nothing heard for {now - heard:.0f} s",
+                reason=outcome.reason
+                if outcome
+                else f"how it ended cannot be told: {unread}"
+                if unread
+                else ""
+                if live != "silent"
+                else f"nothing heard for {now - heard:.0f} s",
                 bound=time.bound,
-                ended=outcome.ended if outcome else None,
+                ended=outcome.ended if outcome else heard if unread else None,
                 usd=account([time], prices).usd,
             )
         )
+    attempts += _unread(stage, inputs, ledger)
+    attempts.sort(key=lambda attempt: attempt.number)
     return times, attempts, [lines[step] for step in sorted(lines)]
+
+
+def _unread(stage: Stage, inputs: str, ledger: Ledger) -> Iterator[AttemptStatus]:
+    """Attempts whose intent is there and cannot be read: without it nobody knows what a second of them cost."""
+    for number in ledger.attempts(stage.name, inputs):
+        remark = ledger.remarks.get(ledger.keys.intent(stage.name, inputs, number))
+        if remark is None:
+            continue
+        outcome = ledger.outcome(stage.name, inputs, number)
+        pieces = ledger.journal(stage.name, inputs, number)
+        yield AttemptStatus(
+            number=number,
+            state=outcome.class_ if outcome else "unreadable",
+            run_key=run_key(ledger.pipeline, stage.name, inputs, number),
+            step=max((piece.last_step or 0 for piece in pieces), default=None),
+            reason=f"its cost is not counted: {remark}",
+            bound=outcome.bound if outcome else None,
+            ended=outcome.ended if outcome else max((piece.end for piece in pieces), default=0.0),
+            usd=Decimal(0),
+        )
 
 
 def attempt_times(stage: Stage, inputs: str, ledger: Ledger) -> list[tuple[AttemptTime, float, list[JournalPiece], Any]]:

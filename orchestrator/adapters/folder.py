@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from orchestrator.errors import NotFound, Refused, StoreConflict, Unreachable
-from orchestrator.ports import Object, check_key
+from orchestrator.ports import Object, check_key, check_size
 
 GENERATION = re.compile(r"^(?P<name>.+)@(?P<number>\d+)$")
 TEMPORARY = ".tmp"
@@ -45,6 +45,7 @@ class FolderStore:
 
     def read(self, key: str) -> Object:
         with self._errors("read", key), self._open_newest(key) as (file, generation):
+            check_size(key, os.fstat(file.fileno()).st_size)
             data = file.read()
         return Object(data, _etag(generation, data))
 
@@ -89,7 +90,7 @@ class FolderStore:
         folder = self._folder(prefix)
         with self._errors("list", prefix):
             names = sorted(entry.name for entry in _entries(folder) if entry.is_dir(follow_symlinks=False) and not self._hidden(entry))
-            return [name for name in names if any(True for _ in self._walk(folder / name))]
+            return [name for name in names if self._holds_objects(folder / name)]
 
     def upload(self, key: str, path: Path) -> None:
         def write(file: BinaryIO) -> None:
@@ -213,6 +214,13 @@ class FolderStore:
                 yield from self._walk(Path(entry.path))
             elif entry.is_file(follow_symlinks=False) and not GENERATION.match(entry.name):
                 yield Path(entry.path).relative_to(self.root).as_posix()
+
+    def _holds_objects(self, folder: Path) -> bool:
+        """A folder that may not be looked into is named too: whoever asks for its keys is told why there are none."""
+        try:
+            return any(True for _ in self._walk(folder))
+        except PermissionError:
+            return True
 
     def _hidden(self, entry: os.DirEntry[str]) -> bool:
         return entry.name == TEMPORARY and Path(entry.path).parent == self.root

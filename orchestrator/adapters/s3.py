@@ -31,7 +31,7 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from orchestrator.errors import NotFound, Refused, StoreConflict, Unreachable, UsageError
-from orchestrator.ports import Object, check_key
+from orchestrator.ports import Object, check_key, check_size
 from orchestrator.redact import redacted
 
 Answer = TypeVar("Answer")
@@ -105,6 +105,7 @@ class S3Store:
         def get(_: int) -> tuple[dict[str, Any], bytes]:
             answer = self._client.get_object(Bucket=self.bucket, Key=self._name(key))
             with contextlib.closing(answer["Body"]) as body:
+                check_size(key, answer["ContentLength"])
                 return answer, body.read()
 
         def wrong(result: tuple[dict[str, Any], bytes]) -> bool:

@@ -108,7 +108,7 @@ def lineage(
     from orchestrator.errors import CorruptCheckpoint, Refused
 
     workspace = launched(Workspace.at(file, store=store))
-    committed = [status for status in take(workspace).stages if status.committed]
+    committed = [status for status in take(workspace).stages if status.committed or status.broken]
     chosen = [status for status in committed if stage in (None, status.name)]
     if not chosen:
         raise Refused(

@@ -22,7 +22,7 @@ def standings(workspace: Workspace, targets: Collection[str]) -> Iterator[Standi
     """Of the stages that are asked for and could start now: where they stand in the ledger. Raises Unreachable, Refused."""
     from orchestrator.inputs import results, stand
 
-    pipeline, ledger = workspace.pipeline, workspace.ledger
+    pipeline, ledger = workspace.pipeline, workspace.ledger.lenient()
     found = results(pipeline, ledger)
     for stage in pipeline.stages:
         if stage.name in found and (not targets or stage.name in targets):
@@ -79,7 +79,7 @@ def say(workspace: Workspace, standing: Standing) -> None:
 
     if standing.anew and not standing.begun:
         output.note(standing.anew)
-    if otherwise := goes_on_otherwise(workspace.ledger, standing):
+    if otherwise := goes_on_otherwise(workspace.ledger.lenient(), standing):
         output.note(otherwise)
 
 

@@ -139,6 +139,7 @@ def whole(snapshot: Snapshot, sight: Sight | None) -> dict[str, Any]:
         "driver": snapshot.driver,
         "usd": snapshot.usd,
         "stages": rows(snapshot, sight),
+        "remarks": list(snapshot.remarks),
     }
     return about | (sight.rows() if sight is not None else {})
 

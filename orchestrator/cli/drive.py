@@ -39,9 +39,9 @@ def drive(
     """
     import logging
 
+    from orchestrator import launched
     from orchestrator.adapters import open_store
     from orchestrator.cli.run import backend_of, projecting
-    from orchestrator.config import Pipeline
     from orchestrator.errors import Refused
     from orchestrator.ledger import Ledger
     from orchestrator.runner import Detached, Runner
@@ -52,7 +52,7 @@ def drive(
     found = ledger.revision(revision)
     if found is None:
         raise Refused(f"drive {pipeline}: revision {revision} is not in {store}. Make one with: osctl launch")
-    resolved = Pipeline.model_validate(found.pipeline)
+    resolved = launched.resolve(ledger, revision, found)
     # The profile's context is one of a person's kubeconfig; here the pod's own account is the way in.
     cluster = resolved.cluster.model_copy(update={"context": None}) if resolved.cluster is not None else None
     backend = backend_of(resolved.model_copy(update={"cluster": cluster}), opened, store)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orchestrator.cli import options, output
-from orchestrator.cli.look import launched, stage_names, take
+from orchestrator.cli.look import launched, say, stage_names, take
 from orchestrator.cli.workspace import Workspace
 
 if TYPE_CHECKING:
     from orchestrator.ledger import Ledger, LogPiece
-    from orchestrator.records import Event, Intent
+    from orchestrator.records import Event
     from orchestrator.snapshot import Snapshot
 
 FOLLOW_S = 0.5
@@ -44,37 +45,58 @@ def logs(
 
     Examples: osctl logs stage2 -f          osctl logs stage2 --rank 0,8 --since 10m          osctl logs --node 1 --attempt 2
     """
+    from orchestrator.errors import NotFound, Refused
+
     ranks = ranks_of(rank) if rank is not None else None
     after = time.time() - seconds_of(since) if since is not None else None
     workspace = launched(Workspace.at(file, store=store, cluster=cluster))
-    intent = chosen(workspace.ledger, take(workspace), stage, attempt)
-    if node is not None and node >= intent.nodes:
+    ledger = workspace.ledger.lenient()
+    meant = chosen(ledger, take(workspace), stage, attempt)
+    if node is not None and node >= meant.nodes:
         from orchestrator.errors import UsageError
 
-        raise UsageError(f"logs --node {node}: attempt {intent.attempt} of {intent.stage} has nodes 0 to {intent.nodes - 1}. Name one")
-    nodes = range(intent.nodes) if node is None else [node]
-    reader = Reader(workspace.ledger, intent, nodes)
+        raise UsageError(f"logs --node {node}: attempt {meant.attempt} of {meant.stage} has nodes 0 to {meant.nodes - 1}. Name one")
+    reader = Reader(ledger, meant, range(meant.nodes) if node is None else [node])
     lines = Lines(ranks, lambda line: output.raw(line.decode(errors="replace")))
     timeless, silent = False, True
     while True:
-        ended = workspace.ledger.outcome(intent.stage, intent.inputs, intent.attempt) is not None
+        ended = has_ended(ledger, meant)
         for piece in reader.new():
             if after is not None and piece.written is not None and piece.written < after:
                 continue
             timeless = timeless or (after is not None and piece.written is None)
-            lines.feed(piece.node, piece.text())
+            try:
+                lines.feed(piece.node, piece.text())
+            except (Refused, NotFound) as error:  # the pieces after it are shown all the same
+                say([f"{piece.key} cannot be read: {error}; it is left out"])
             silent = False
         if ended or not follow:
             break
         time.sleep(FOLLOW_S)
     lines.end()
     if silent:
-        output.note(f"{intent.stage} attempt {intent.attempt}: nothing was written{' since then' if since else ' yet'}; see: osctl status")
+        output.note(f"{meant.stage} attempt {meant.attempt}: nothing was written{' since then' if since else ' yet'}; see: osctl status")
     if timeless:
         output.note("pieces of an older version of osctl carry no time: they are shown whole")
 
 
-def chosen(ledger: Ledger, current: Snapshot, stage: str | None, attempt: int | None) -> Intent:
+@dataclass(frozen=True)
+class Meant:
+    """The attempt whose output is asked for."""
+
+    stage: str
+    inputs: str
+    attempt: int
+    nodes: int
+
+
+def has_ended(ledger: Ledger, meant: Meant) -> bool:
+    """One whose outcome cannot be read has ended too: a driver has written it."""
+    outcome = ledger.outcome(meant.stage, meant.inputs, meant.attempt)
+    return outcome is not None or ledger.keys.outcome(meant.stage, meant.inputs, meant.attempt) in ledger.remarks
+
+
+def chosen(ledger: Ledger, current: Snapshot, stage: str | None, attempt: int | None) -> Meant:
     """The attempt that is meant. Raises UsageError."""
     from orchestrator.errors import UsageError
 
@@ -86,26 +108,28 @@ def chosen(ledger: Ledger, current: Snapshot, stage: str | None, attempt: int | 
     selected = named[-1]
     numbers = [one.number for one in selected.attempts]
     number = attempt or numbers[-1]
-    assert selected.inputs is not None
-    intent = ledger.intent(selected.name, selected.inputs, number) if number in numbers else None
-    if intent is None:
+    if number not in numbers:
         raise UsageError(
             f"logs {selected.name}: attempt {number} is not in the ledger; it has {numbers[0]} to {numbers[-1]}. Name one of those"
         )
-    return intent
+    assert selected.inputs is not None
+    intent = ledger.intent(selected.name, selected.inputs, number)
+    # What was written outlives an intent that cannot be read.
+    nodes = intent.nodes if intent else 1 + max((piece.node for piece in ledger.log(selected.name, selected.inputs, number)), default=0)
+    return Meant(selected.name, selected.inputs, number, nodes)
 
 
 class Reader:
     """New pieces of several nodes, in the order in which they were written."""
 
-    def __init__(self, ledger: Ledger, intent: Intent, nodes: range | list[int]):
-        self.ledger, self.intent = ledger, intent
+    def __init__(self, ledger: Ledger, meant: Meant, nodes: range | list[int]):
+        self.ledger, self.meant = ledger, meant
         self.last = dict.fromkeys(nodes, "")
 
     def new(self) -> Iterator[LogPiece]:
         found: list[LogPiece] = []
         for node, last in self.last.items():
-            pieces = list(self.ledger.log(self.intent.stage, self.intent.inputs, self.intent.attempt, node=node, after=last))
+            pieces = list(self.ledger.log(self.meant.stage, self.meant.inputs, self.meant.attempt, node=node, after=last))
             if pieces:
                 self.last[node] = pieces[-1].key
                 found += pieces
@@ -176,7 +200,9 @@ def events(
     """
     workspace = launched(Workspace.at(file, store=store, cluster=cluster))
     if not follow:
-        rows = [event_row(event) for event in workspace.ledger.events()]
+        looked = workspace.ledger.lenient()
+        rows = [event_row(event) for event in looked.events()]
+        say([*workspace.remarks, *map(str, looked.remarks.values())])
         shown = [{**row, "time": clock(row["time"])} for row in rows] if output_ is output.Format.table else rows
         output.emit(shown, output_, {"time": "time", "kind": "event", "stage": "stage", "attempt": "attempt", "detail": "what"})
         if not rows:
@@ -206,4 +232,7 @@ def event_line(event: Event) -> str:
 
 def clock(moment: float) -> str:
     """Local time, to the second."""
-    return time.strftime("%m-%d %H:%M:%S", time.localtime(moment))
+    try:
+        return time.strftime("%m-%d %H:%M:%S", time.localtime(moment))
+    except (OverflowError, ValueError, OSError):  # no calendar has this moment: somebody else wrote it
+        return f"{moment:g} s"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,25 +13,45 @@ from orchestrator.cli import options, output
 from orchestrator.cli.workspace import Workspace, store_url
 
 if TYPE_CHECKING:
+    from orchestrator.ports import Store
     from orchestrator.snapshot import Snapshot
+
+REMARKS = 10
+"""Remarks that are said to people. Arbitrary: half a screen."""
 
 
 def launched(workspace: Workspace) -> Workspace:
-    """The same pipeline as it was last launched, where it was: what ran is what one wants to see, not what the file says today."""
-    from orchestrator.config import Pipeline
+    """The same pipeline as it was last launched, where it was: what ran is what one wants to see, not what the file says today.
 
-    revision = workspace.ledger.latest_revision()
-    return (
-        workspace
-        if revision is None
-        else Workspace(Pipeline.model_validate(revision.pipeline).model_copy(update={"store": workspace.pipeline.store}))
-    )
+    Where that launch cannot be read, the newest that can be, else the file; `remarks` says so.
+    """
+    from orchestrator import launched as launches
+
+    found = launches.last(workspace.ledger)
+    remarks = tuple(map(str, found.remarks))
+    if found.pipeline is None:
+        shown = ("no launch can be read; shown is what the file says",) if not found.is_last else ()
+        return Workspace(workspace.pipeline, remarks + shown) if remarks else workspace
+    shown = () if found.is_last else ("the last launch cannot be read; shown is the one before it that can be",)
+    return Workspace(found.pipeline.model_copy(update={"store": workspace.pipeline.store}), remarks + shown)
 
 
-def take(workspace: Workspace) -> Snapshot:
+def take(workspace: Workspace, *, quiet: bool = False) -> Snapshot:
+    """What the ledger says now. What cannot be read is left out, and said on stderr unless `quiet`."""
     from orchestrator import snapshot
 
-    return snapshot.take(workspace.pipeline, workspace.ledger, workspace.prices, time.time())
+    current = snapshot.take(workspace.pipeline, workspace.ledger, workspace.prices, time.time())
+    current = replace(current, remarks=(*workspace.remarks, *current.remarks))
+    if not quiet:
+        say(current.remarks)
+    return current
+
+
+def say(remarks: Sequence[str]) -> None:
+    for remark in remarks[:REMARKS]:
+        output.note(f"remark: {remark}")
+    if len(remarks) > REMARKS:
+        output.note(f"remark: and {len(remarks) - REMARKS} more; see: osctl status -o json")
 
 
 def status(
@@ -87,11 +108,12 @@ def watch(
     from orchestrator.cli import display
 
     workspace = launched(Workspace.at(file, store=store, cluster=cluster))
-    current = take(workspace)
+    current = take(workspace, quiet=True)
     if current.state == "running" or workspace.pipeline.cluster is not None:
         with display.Follower(workspace, workspace.prices, interval, output_) as follower:
             follower.over.wait()
-        current = take(workspace)
+        current = take(workspace, quiet=True)
+    say(current.remarks)
     if output_ is output.Format.table:
         output.console().print(display.tree(current))
     else:
@@ -102,36 +124,54 @@ def watch(
 def list_(store: options.Store = None, output_: options.Output = output.Format.table) -> None:
     """List the pipelines of a store, with their state and cost.
 
+    What cannot be read is told on stderr and in the column `remark`; the other pipelines are shown.
+
     Example: osctl list --store s3://bucket/runs
     """
     import os
 
     from orchestrator.adapters import open_store
-    from orchestrator.config import Pipeline
-    from orchestrator.ledger import Ledger, pipelines
+    from orchestrator.ledger import pipelines
 
     url = store_url(store or os.environ.get("OSCTL_STORE", ".osctl/store"))
     opened = open_store(url)
-    rows = []
-    for name in pipelines(opened):
-        revision = Ledger(opened, name).latest_revision()
-        if revision is None:
-            continue
-        pipeline = Pipeline.model_validate(revision.pipeline).model_copy(update={"store": url})
-        current = take(Workspace(pipeline))
-        committed = sum(stage.state == "committed" for stage in current.stages)
-        rows.append(
-            {
-                "name": name,
-                "state": current.state,
-                "stages": f"{committed}/{len(current.stages)}",
-                "usd": current.usd,
-                "driver": current.driver,
-            }
-        )
+    rows = [row for name in pipelines(opened) if (row := list_row(opened, url, name)) is not None]
     if not rows:
         output.note(f"no pipelines in {url}. Start one with: osctl launch")
-    output.emit(rows, output_, {"name": "pipeline", "state": "state", "stages": "committed", "usd": "cost, $", "driver": "driven by"})
+    columns = {"name": "pipeline", "state": "state", "stages": "committed", "usd": "cost, $", "driver": "driven by"}
+    output.emit(rows, output_, columns | ({"remark": "remark"} if any(row["remark"] for row in rows) else {}))
+
+
+def list_row(opened: Store, url: str, name: str) -> dict[str, Any] | None:
+    """One pipeline, or what of it cannot be read. None: a folder that holds none, or one that was never launched. Raises Unreachable."""
+    from orchestrator import launched as launches
+    from orchestrator.errors import OsctlError, Unreachable
+    from orchestrator.ledger import Ledger, is_key
+
+    row: dict[str, Any] = {"name": name, "state": "unreadable", "stages": None, "usd": None, "driver": None, "remark": None}
+    if not is_key(name):
+        say([f"{name!r} is not osctl's: no key of osctl's has such a name; it is left alone"])
+        return None
+    try:
+        found = launches.last(Ledger(opened, name))
+        remarks = tuple(map(str, found.remarks))
+        if found.pipeline is not None:
+            current = take(Workspace(found.pipeline.model_copy(update={"store": url}), remarks), quiet=True)
+            committed = sum(stage.state == "committed" for stage in current.stages)
+            row |= {"state": current.state, "stages": f"{committed}/{len(current.stages)}", "usd": current.usd, "driver": current.driver}
+            remarks = current.remarks
+        elif not remarks:
+            if not opened.children(f"{name}/") and next(opened.list(f"{name}/"), "").endswith("/lease.json"):
+                return None  # a launch that is just beginning
+            say([f"{name}/ is not osctl's: it holds no launch of a pipeline; it is left alone"])
+            return None
+    except Unreachable:
+        raise
+    except OsctlError as error:
+        remarks = (str(error),)
+    say([f"{name}: {remark}" for remark in remarks])
+    more = f" (and {len(remarks) - 1} more)" if len(remarks) > 1 else ""
+    return row | {"remark": remarks[0] + more if remarks else None}
 
 
 def stage_names() -> list[str]:

@@ -69,16 +69,24 @@ def plan(
         show_size(size_plan_of(workspace, shape, device, devices=devices, batch=batch, mfu=mfu, calibration=calibration), output_)
         return
     workspace = Workspace.open(file, settings=settings, store=store, cluster=cluster)
-    show_plan(plan_of(workspace, mfu=mfu, calibration=calibration, committed=ledger_of(workspace)), output_)
+    known = ledger_of(workspace)
+    show_plan(plan_of(workspace, mfu=mfu, calibration=calibration, committed=known), output_)
+    if known is not None:
+        from orchestrator.cli.look import say
+
+        say(known.remarks)
 
 
 def ledger_of(workspace: Workspace) -> Snapshot | None:
-    """What the ledger knows already, where there is a local one: committed stages and measured steps. A plan needs no network."""
+    """What the ledger knows already, where there is a local one: committed stages and measured steps. A plan needs no network.
+
+    It has what cannot be read in `remarks`.
+    """
     if "://" in workspace.store_url or not Path(workspace.store_url).exists():
         return None
-    from orchestrator import snapshot
+    from orchestrator.cli.look import take
 
-    return snapshot.take(workspace.pipeline, workspace.ledger, workspace.prices, time.time())
+    return take(workspace, quiet=True)
 
 
 def plan_of(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from orchestrator import launched
 from orchestrator.cli import output
 from orchestrator.errors import NotFound, Refused, Unreachable, UsageError
 
@@ -119,6 +120,7 @@ def find_or_submit(api: Api, workspace: Workspace, targets: Sequence[str], chang
     driver, new = live(found), False
     if driver is None:
         workspace.store.probe()
+        launched.check_ours(workspace.ledger)
         changed.settle(workspace, targets)
         if nothing_left(workspace, targets):
             return None

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.cli import options, output
-from orchestrator.cli.look import launched, stage_names, take
+from orchestrator.cli.look import launched, say, stage_names, take
 from orchestrator.cli.workspace import Workspace, home, latents
 
 if TYPE_CHECKING:
     from orchestrator.config import Pipeline
     from orchestrator.ports import Backend, Store
+    from orchestrator.records import Event
 
 PROJECTION_WAIT_S = 60.0
 """How long a finished launch waits for MLflow to show its last words. MLflow's first start on a small machine takes 20 s."""
@@ -88,10 +89,15 @@ def resume(
 
     Example: osctl resume
     """
+    from orchestrator import launched as launches
     from orchestrator.errors import Refused
 
     workspace = Workspace.at(file, store=store, cluster=cluster)
-    if workspace.ledger.latest_revision() is None:
+    found = launches.last(workspace.ledger)
+    if not found.is_last:
+        unread = next(remark for remark in found.remarks if remark.kind != "foreign")
+        raise Refused(f"resume {workspace.pipeline.name}: {unread}. To go on as the file says: osctl launch")
+    if found.pipeline is None:
         raise Refused(f"resume {workspace.pipeline.name}: was never launched in {workspace.store_url}. Run: osctl launch")
     workspace = launched(workspace)
     if workspace.pipeline.backend == "local" or foreground:
@@ -166,14 +172,18 @@ def check_target(workspace: Workspace, target: str | None) -> None:
 
 def run_here(workspace: Workspace, target: str | None, changed: Changed, *, dry_run: bool, quiet: bool, output_: output.Format) -> None:
     """Plan, refuse or drive in this process; then say what came out. Ends the process with the run's exit code."""
+    from orchestrator import launched as launches
     from orchestrator.cli import changes, display, remote
     from orchestrator.cli.recipe import ledger_of, plan_of, show_plan
     from orchestrator.plan import check_budget
+    from orchestrator.records import UNUSED
 
     pipeline = workspace.pipeline
     targets = [target] if target else []
     known = ledger_of(workspace)
     estimate = plan_of(workspace, committed=known, target=target)
+    remarks = known.remarks if known is not None else ()
+    say(remarks if dry_run else [remark for remark in remarks if UNUSED not in remark])  # the driver tells what it does not use
     if dry_run:
         show_plan(estimate, output_)
         if known is not None:
@@ -189,8 +199,9 @@ def run_here(workspace: Workspace, target: str | None, changed: Changed, *, dry_
     else:
         os.environ["OSCTL_LATENTS"] = str(latents())  # attempts share what one of them, or `osctl encode`, has encoded
     workspace.store.probe()
+    launches.check_ours(workspace.ledger)
     changed.settle(workspace, targets)
-    runner = Runner(pipeline, workspace.ledger, backend_of(pipeline, workspace.store, workspace.store_url))
+    runner = Runner(pipeline, workspace.ledger, backend_of(pipeline, workspace.store, workspace.store_url), on_event=say_unused)
     following = contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices)
     # With nothing left to train there is nothing new to show, and MLflow's start of several seconds is saved.
     tracking = any(row.basis != "committed" for row in estimate.rows)
@@ -201,7 +212,7 @@ def run_here(workspace: Workspace, target: str | None, changed: Changed, *, dry_
         following,
     ):
         result = runner.run(targets or None)
-    current = take(workspace)
+    current = take(workspace, quiet=True)  # its remarks were said at the start, or when they came
     lines = display.comparison(current)
     if output_ is output.Format.table:
         output.table(*display.comparison_cells(lines))
@@ -210,6 +221,12 @@ def run_here(workspace: Workspace, target: str | None, changed: Changed, *, dry_
     farewell(workspace, current, result)
     if result.exit_code:
         raise SystemExit(result.exit_code)
+
+
+def say_unused(event: Event) -> None:
+    """That a published checkpoint is not used costs steps: people hear it while it happens."""
+    if event.says_unused:
+        output.note(f"{event.stage} attempt {event.attempt}: {event.detail}")
 
 
 def launch_there(

@@ -33,6 +33,8 @@ class Workspace:
     """One pipeline and everything beside it, opened only where asked for: `plan` needs no store, `list` no pipeline."""
 
     pipeline: Pipeline
+    remarks: tuple[str, ...] = ()
+    """What the store holds of its launches and cannot be read (`look.launched`)."""
 
     @classmethod
     def open(

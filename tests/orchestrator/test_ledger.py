@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -23,9 +24,21 @@ from orchestrator.adapters.folder import FolderStore
 from orchestrator.adapters.s3 import S3Store
 from orchestrator.errors import CorruptCheckpoint, NotFound, Refused, StoreConflict, Unreachable
 from orchestrator.ledger import Ledger, pipelines, read_intent
-from orchestrator.ports import Store
+from orchestrator.ports import Object, Store
 from orchestrator.processes import Process
-from orchestrator.records import Committed, Intent, JournalPiece, Manifest, Outcome, Report, Terms, run_key
+from orchestrator.records import (
+    ADVICE,
+    Committed,
+    Damaged,
+    DamageKind,
+    Intent,
+    JournalPiece,
+    Manifest,
+    Outcome,
+    Report,
+    Terms,
+    run_key,
+)
 
 NOW = 1_800_000_000.0
 
@@ -206,26 +219,164 @@ def test_the_same_pipeline_launched_again_makes_no_new_revision(ledger: Ledger) 
     assert latest is not None and (latest.pipeline, latest.created) == ({"a": 1}, NOW + 3)
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"schema": 2}', b"\xff\xfe", b'{"schema": 1, "typo": 1}', b"[" * 100_000])
-def test_damaged_json_is_an_error_that_names_the_object(folder_ledger: Ledger, data: bytes) -> None:
+DAMAGED: dict[bytes, DamageKind] = {
+    b"": "empty",
+    b"\0" * 300: "empty",
+    b"{": "half_written",
+    b'{"schema": 1, "run': "half_written",
+    b"[]": "foreign",
+    b"\xff\xfe": "foreign",
+    b"[" * 100_000: "foreign",
+    b"read me": "foreign",
+    b'{"jobs": []}': "foreign",
+    b'{"schema": 2}': "newer",
+    b'{"schema": 0}': "older",
+    b'{"schema": 1, "typo": 1}': "damaged",
+    b'{"schema": 1, "\xff": 1}': "damaged",
+}
+
+
+@pytest.mark.parametrize("data", DAMAGED, ids=lambda data: repr(data[:20]))
+def test_a_record_on_which_something_rests_is_an_error_that_names_it_and_says_what_it_is(folder_ledger: Ledger, data: bytes) -> None:
     made = intent(folder_ledger)
     for key in (
         folder_ledger.keys.intent("stage1", made.inputs, 1),
+        folder_ledger.keys.outcome("stage1", made.inputs, 1),
         folder_ledger.keys.committed("stage1", made.inputs),
-        folder_ledger.keys.event(1, 0),
         folder_ledger.keys.lease,
-        f"{folder_ledger.keys.checkpoint('stage1', made.inputs, 100, 1)}/MANIFEST.json",
     ):
         folder_ledger.store.create(key, data)
     for call, key in (
         (lambda: folder_ledger.intent("stage1", made.inputs, 1), "attempts/1/intent.json"),
+        (lambda: folder_ledger.outcome("stage1", made.inputs, 1), "attempts/1/outcome.json"),
         (lambda: folder_ledger.committed("stage1", made.inputs), "COMMITTED.json"),
-        (lambda: list(folder_ledger.events()), "events/000001-000000.json"),
         (lambda: folder_ledger.acquire(NOW), "lease.json"),
-        (lambda: folder_ledger.checkpoints("stage1", made.inputs), "step-00000100-a1/MANIFEST.json"),
     ):
-        with pytest.raises(Refused, match=key):
+        with pytest.raises(Refused, match=key) as raised:
             call()
+        assert "lease" in key or ADVICE[DAMAGED[data]] in str(raised.value)
+    looked = folder_ledger.lenient()
+    assert looked.intent("stage1", made.inputs, 1) is None and looked.committed("stage1", made.inputs) is None and looked.lease() is None
+    assert [remark.kind for remark in looked.remarks.values() if "lease" not in remark.key] == [DAMAGED[data]] * 2
+    assert len(looked.remarks) == 3
+
+
+@pytest.mark.parametrize("data", DAMAGED, ids=lambda data: repr(data[:20]))
+def test_of_many_records_one_that_cannot_be_read_is_left_out_with_a_remark(ledger: Ledger, tmp_path: Path, data: bytes) -> None:
+    made = intent(ledger)
+    piece = JournalPiece(node=0, seq=1, start=1, end=2, devices=2, spent={"step": 1.0})
+    ledger.append_journal(made, piece)
+    held = ledger.acquire(NOW)
+    event = ledger.append_event(held, "launched", now=NOW)
+    key, _ = ledger.publish(made, step_dir(tmp_path, 100))
+    ledger.add_revision({"a": 1}, NOW)
+    broken = (
+        ledger.keys.journal("stage1", made.inputs, 1, 0, 0),
+        ledger.keys.event(1, 1),
+        f"{ledger.keys.checkpoint('stage1', made.inputs, 200, 1)}/MANIFEST.json",
+        ledger.keys.revision(2),
+    )
+    for other in broken:
+        ledger.store.create(other, data)
+    assert ledger.journal("stage1", made.inputs, 1) == [piece] and list(ledger.events()) == [event]
+    assert [key for key, _ in ledger.checkpoints("stage1", made.inputs)] == [key]
+    assert [number for number, _ in ledger.revisions()] == [1]
+    assert {key: remark.kind for key, remark in ledger.remarks.items()} == dict.fromkeys(broken, DAMAGED[data])
+    [(place, _)] = ledger.unread_manifests("stage1", made.inputs)
+    assert (place.step, place.attempt) == (200, 1)
+    assert ledger.add_revision({"a": 2}, NOW) == 3
+
+
+def test_a_record_that_was_mended_is_read_and_its_remark_is_gone(folder_ledger: Ledger, tmp_path: Path) -> None:
+    made = folder_ledger.create_intent(intent(folder_ledger))
+    path = tmp_path / "store" / folder_ledger.keys.intent("stage1", made.inputs, 1)
+    path.write_bytes(made.encode()[:40])
+    looked = folder_ledger.lenient()
+    assert looked.intent("stage1", made.inputs, 1) is None and len(looked.remarks) == 1
+    path.write_bytes(made.encode())
+    assert looked.intent("stage1", made.inputs, 1) == made and not looked.remarks
+
+
+def test_a_record_of_another_release_is_told_from_a_damaged_one(folder_ledger: Ledger) -> None:
+    made = intent(folder_ledger)
+    content = json.loads(made.encode())
+    for change, kind, says in (
+        ({"wings": 2}, "newer", "the field wings"),
+        ({"config": content["config"] | {"wings": 2}}, "newer", "the field config.wings"),
+        ({"attempt": "many"}, "damaged", "attempt"),
+        ({"created": float("nan")}, "damaged", "created"),
+    ):
+        with pytest.raises(Damaged, match=says) as raised:
+            Intent.decode(json.dumps(content | change).encode())
+        assert raised.value.kind == kind
+    piece = {"node": 0, "seq": 0, "start": 0, "end": 1, "devices": 1}
+    for change, kind, says in (
+        ({"spent": {"flying": 1.0}}, "newer", "spent.flying"),
+        ({"spent": {}, "metrics": [{"step": "x"}]}, "damaged", "metrics.0.step"),
+        ({"spent": {}, "metrics": [{"step": 1, "loss": []}]}, "damaged", "metrics.0.loss"),
+    ):
+        with pytest.raises(Damaged, match=says) as raised:
+            JournalPiece.decode(json.dumps(piece | change).encode())
+        assert raised.value.kind == kind
+
+
+def test_an_object_of_100_mb_is_not_read_into_memory(lies: Lies, ledger: Ledger) -> None:
+    made = ledger.create_intent(intent(ledger))
+    key = ledger.keys.outcome("stage1", made.inputs, 1)
+    (lies.folder / key).touch()
+    os.truncate(lies.folder / key, 100_000_000)
+    tracemalloc.start()
+    with pytest.raises(Refused, match="100000000 bytes"):
+        Ledger(lies.reach(), "demo").outcome("stage1", made.inputs, 1)
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+
+
+class Forbidding:
+    """A store that shows some keys and does not let them be read, as a bucket's policy may."""
+
+    def __init__(self, store: Store, word: str):
+        self.store, self.word = store, word
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def read(self, key: str) -> Object:
+        if self.word in key:
+            raise Refused(f"cannot read {key}: access denied (403 AccessDenied)")
+        return self.store.read(key)
+
+
+def test_what_may_not_be_read_is_told_so(folder_ledger: Ledger) -> None:
+    made = folder_ledger.create_intent(intent(folder_ledger))
+    looked = Ledger(cast(Store, Forbidding(folder_ledger.store, "intent")), "demo").lenient()
+    assert looked.intent("stage1", made.inputs, 1) is None
+    [remark] = looked.remarks.values()
+    assert remark.kind == "forbidden" and "may not be read" in str(remark) and "403" in str(remark)
+
+
+def test_foreign_names_are_left_alone_and_told(folder_ledger: Ledger) -> None:
+    made = folder_ledger.create_intent(intent(folder_ledger))
+    folder = folder_ledger.keys.attempt("stage1", made.inputs, 1)
+    foreign = (
+        "demo/revisions/README.txt", "demo/revisions/1.json", "demo/events/.DS_Store", "demo/stages/stage1/x.json",
+        f"{folder}/journal/notes.txt", f"{folder}/log/000-x.txt", f"{folder}/report.json.bak",
+        f"{folder_ledger.keys.stage('stage1', made.inputs)}/attempts/01/intent.json",
+        f"{folder_ledger.keys.stage('stage1', made.inputs)}/checkpoints/step-9-a1/MANIFEST.json",
+    )  # fmt: skip
+    for key in foreign:
+        folder_ledger.store.create(key, b"{}")
+    assert folder_ledger.revisions() == [] and list(folder_ledger.events()) == [] and folder_ledger.stages() == [("stage1", made.inputs)]
+    assert folder_ledger.attempts("stage1", made.inputs) == [1] and folder_ledger.journal("stage1", made.inputs, 1) == []
+    assert list(folder_ledger.log("stage1", made.inputs, 1)) == [] and folder_ledger.reports("stage1", made.inputs, 1) == []
+    assert folder_ledger.checkpoints("stage1", made.inputs) == []
+    assert {remark.kind for remark in folder_ledger.remarks.values()} == {"foreign"} and len(folder_ledger.remarks) == len(foreign)
+
+
+def test_data_sets_and_weights_are_no_pipelines(ledger: Ledger) -> None:
+    for key in ("datasets/mine/manifest.json", "weights/t5/manifest.json", ".trash/x", "demo/lease.json"):
+        ledger.store.create(key, b"{}")
+    assert pipelines(ledger.store) == ["demo"]
 
 
 # Checkpoints
@@ -257,6 +408,20 @@ def test_a_checkpoint_without_its_manifest_does_not_count(ledger: Ledger, tmp_pa
         f"{ledger.keys.checkpoint('stage1', made.inputs, 300, 1)}/model.safetensors", tmp_path / "step-00000100/model.safetensors"
     )
     assert [key for key, _ in ledger.checkpoints("stage1", made.inputs)] == [keys[1], late, keys[0]]
+
+
+def test_a_half_written_manifest_is_no_publication_and_a_later_step_can_be_published(ledger: Ledger, lies: Lies, tmp_path: Path) -> None:
+    """Of a store without atomic writes: a retry meets what its own first try left."""
+    made = intent(ledger)
+    first, _ = ledger.publish(made, step_dir(tmp_path, 100))
+    manifest = lies.folder / ledger.keys.checkpoint("stage1", made.inputs, 200, 1) / "MANIFEST.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_bytes(b'{"schema": 1, "run')
+    assert not ledger.is_published(made, 200)
+    with pytest.raises(StoreConflict):
+        ledger.publish(made, step_dir(tmp_path, 200))
+    last, _ = ledger.publish(made, step_dir(tmp_path, 300))
+    assert [key for key, _ in ledger.checkpoints("stage1", made.inputs)] == [first, last]
 
 
 def test_a_publisher_killed_before_the_manifest_is_finished_by_the_next(folder_ledger: Ledger, tmp_path: Path) -> None:

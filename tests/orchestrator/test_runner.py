@@ -14,13 +14,14 @@ from tiny_attempts import CONFIG, STEPS
 
 from opensora import identity
 from opensora.config import StageConfig
+from orchestrator import inputs as inputs_module
 from orchestrator.adapters.folder import FolderStore
 from orchestrator.cluster import ClusterProfile
 from orchestrator.config import Pipeline, Stage, StageSpec
 from orchestrator.errors import CorruptCheckpoint, Refused, StoreConflict, Unreachable, UsageError
 from orchestrator.ledger import Ledger
 from orchestrator.ports import Life, Store
-from orchestrator.records import EXIT_CODES, ExitClass, Intent, JournalPiece, Report
+from orchestrator.records import EXIT_CODES, Event, ExitClass, Intent, JournalPiece, Report
 from orchestrator.runner import Detached, Result, Runner, code_version, held_time
 
 
@@ -347,6 +348,120 @@ def test_a_broken_checkpoint_is_passed_over_for_an_older_one(rig: Rig, damage: s
     second = rig.ledger.intent("two", inputs, 2)
     assert second is not None and second.resume is not None and second.resume.step == 10
     assert any("ema.safetensors" in detail for detail in rig.kinds("observed"))
+
+
+HALF = b'{"schema": 1, "run'
+
+
+def spoil(rig: Rig, pattern: str, data: bytes = HALF) -> Path:
+    [path] = (rig.store.root / "demo/stages").glob(pattern)
+    path.unlink()
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("steps", "start"), [((20,), "from step 10, as nothing newer can be used"), ((10, 20), "from one, as nothing newer can be used")]
+)
+def test_a_manifest_that_cannot_be_read_is_an_unpublished_checkpoint_and_people_hear_it(
+    rig: Rig, steps: tuple[int, ...], start: str
+) -> None:
+    damages: Script = [("do", lambda: [spoil(rig, f"two@*/checkpoints/step-{step:08d}-a1/MANIFEST.json") for step in steps])]
+    rig.backend.scripts["two", 1] = [("publish", 10), ("publish", 20), *damages, ("vanish",)]
+    heard: list[Event] = []
+    result = Runner(CHAIN, rig.ledger, rig.backend, rig.clock, on_event=heard.append).run()
+    assert result.status == "succeeded" and rig.outcomes("two") == ["lost", "completed"]
+    unused = [event for event in heard if event.says_unused]
+    assert [event.kind for event in unused] == ["observed"] * len(steps) + ["retry"]
+    assert "step 20 is not used" in unused[-2].detail and "half written" in unused[-2].detail
+    assert (unused[-2].stage, unused[-2].attempt) == ("two", 1) and unused[-1].detail.startswith(start)
+
+
+def test_a_checkpoint_whose_upload_was_not_finished_is_named_where_an_older_one_is_used(rig: Rig) -> None:
+    def lose() -> None:
+        [path] = (rig.store.root / "demo/stages").glob("two@*/checkpoints/step-00000020-a1/MANIFEST.json")
+        path.unlink()
+
+    rig.backend.scripts["two", 1] = [("publish", 10), ("publish", 20), ("do", lose), ("vanish",)]
+    assert rig.launch().status == "succeeded"
+    assert any("step 20 is not used" in detail and "upload was not finished" in detail for detail in rig.kinds("observed"))
+    assert any("from step 10, as nothing newer can be used" in detail for detail in rig.kinds("retry"))
+
+
+@pytest.mark.parametrize("data", [HALF, b"", b'{"schema": 2}'])
+def test_a_result_that_cannot_be_read_stops_its_stage_alone(rig: Rig, data: bytes) -> None:
+    two_roots = pipeline(("one", None), ("two", "one"), ("other", None), seeds={"other": 7})
+    rig.launch(two_roots, "one")
+    path = spoil(rig, "one@*/COMMITTED.json", data)
+    result = rig.launch(two_roots)
+    assert (result.status, result.exit_code) == ("failed", 4) and "COMMITTED.json" in result.reason
+    assert [stage.state for stage in result.stages] == ["failed", "blocked", "committed"]
+    assert path.read_bytes() == data and rig.outcomes("one") == ["completed"]
+    with pytest.raises(Refused, match=r"COMMITTED\.json"):
+        rig.launch(two_roots, "two")
+
+
+def test_an_outcome_that_cannot_be_read_is_an_end_and_the_next_attempt_goes_on(rig: Rig) -> None:
+    rig.backend.scripts["one", 1] = [("publish", 10), ("end", "nan")]
+    rig.launch()
+    path = spoil(rig, "one@*/attempts/1/outcome.json")
+    assert rig.launch().status == "succeeded"
+    (inputs,) = rig.ledger.inputs_of("one")
+    second = rig.ledger.intent("one", inputs, 2)
+    assert second is not None and second.resume is not None and second.resume.step == 10 and path.read_bytes() == HALF
+
+
+def test_an_attempt_without_a_readable_intent_is_left_alone_and_never_doubled(rig: Rig) -> None:
+    def detach() -> None:
+        runner.detach()
+
+    rig.backend.scripts["one", 1] = [("publish", 10), ("do", detach), *[("step",)] * 40, ("vanish",)]
+    runner = rig.runner()
+    with pytest.raises(Detached):
+        runner.run()
+    spoil(rig, "one@*/attempts/1/intent.json")
+    with pytest.raises(Refused, match=r"one attempt 1 may hold devices.*intent\.json is half written"):
+        rig.launch()
+    [body] = rig.backend.bodies.values()
+    rig.backend._die(body, 1)
+    assert rig.launch().status == "succeeded"
+    (inputs,) = rig.ledger.inputs_of("one")
+    assert rig.ledger.attempts("one", inputs) == [1, 2], "its number is spent"
+
+
+def test_half_written_terms_of_a_driver_that_died_spend_their_number(rig: Rig) -> None:
+    runner = rig.runner()
+    runner.detach()
+    with pytest.raises(Detached):
+        runner.run()
+    inputs = inputs_module.name_of(CHAIN.stages[0], None)
+    rig.store.create(rig.ledger.keys.terms("one", inputs, 1), HALF)
+    assert rig.launch().status == "succeeded"
+    assert [rig.ledger.intent("one", inputs, number) is None for number in (1, 2)] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["intent.json", "outcome.json", "terms.json"])
+def test_what_cannot_be_read_of_earlier_inputs_holds_nothing_up(rig: Rig, name: str) -> None:
+    rig.launch(CHAIN, "one")
+    spoil(rig, f"one@*/attempts/1/{name}")
+    assert rig.launch(pipeline(("one", None), seeds={"one": 7})).status == "succeeded"
+
+
+@pytest.mark.parametrize("pattern", ["attempts/1/journal/000-000000.json", "attempts/1/report.json"])
+def test_a_journal_or_a_report_that_cannot_be_read_holds_nothing_up(rig: Rig, pattern: str) -> None:
+    rig.backend.scripts["one", 1] = [("publish", 10), ("publish", 20), ("end", "code")]
+    end = rig.backend._end
+
+    def end_and_spoil(body: Body, class_: ExitClass) -> None:
+        end(body, class_)
+        if (body.intent.stage, body.intent.attempt) == ("one", 1):
+            spoil(rig, f"one@*/{pattern}")
+
+    rig.backend._end = end_and_spoil  # type: ignore[method-assign]
+    assert rig.launch().status == "succeeded"
+    (inputs,) = rig.ledger.inputs_of("one")
+    second = rig.ledger.intent("one", inputs, 2)
+    assert second is not None and second.resume is not None and second.resume.step == 20
 
 
 def test_a_permanent_end_fails_the_run_and_blocks_what_hangs_on_it(rig: Rig) -> None:

@@ -333,6 +333,17 @@ def test_a_checkpoint_that_the_store_refuses_is_not_called_completed(attempts: A
     assert "model.safetensors" in ending.reason
 
 
+@pytest.mark.usefixtures("undisturbed")
+def test_a_half_written_manifest_of_one_step_does_not_keep_later_steps_from_being_published(attempts: Attempts) -> None:
+    """As a try leaves it that died in a store without atomic writes."""
+    intent = attempts.intend(config=stage_config(steps=20))
+    key = f"{attempts.ledger.keys.checkpoint('stage1', intent.inputs, 10, 1)}/MANIFEST.json"
+    attempts.store.create(key, b'{"schema": 1, "run')
+    ending = live_here(attempts, intent, AwayStore(attempts.root / "store"), patience_s=60)
+    assert (ending.class_, ending.exit_code) == ("completed", 0)
+    assert 10 not in attempts.published(intent) and attempts.published(intent)[-1] == 20
+
+
 # --- The trainer's command and environment -------------------------------------------------------------------------------
 
 
