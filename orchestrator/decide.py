@@ -243,7 +243,7 @@ def classify(report: Report | None, life: Life, *, asked: bool = True) -> Ending
     if report is not None and report.class_ == "drained" and not asked:
         return Ending("preempted", f"it was made to leave by someone else, and saved: {report.reason}")
     if report is not None:
-        return Ending(report.class_, report.reason)
+        return Ending(report.class_, report.reason or "; ".join(report.warnings))
     said_by: dict[int, ExitClass] = {code: name for name, code in EXIT_CODES.items() if name not in ("completed", "drained")}
     if life.exit_code in said_by:
         return Ending(said_by[life.exit_code], f"the agent left with exit code {life.exit_code} and no report")
