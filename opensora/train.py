@@ -366,8 +366,7 @@ class Trainer:
             return PeerLost("the loss left its range, which the first rank tells")
         return LossSpike(
             f"step {step}: loss {loss:.4g}, for the {SPIKES}rd time in a row above {self.stage.loss_spike:g} times the median of the steps "
-            f"before ({self.losses.median:.4g}); go on from the last checkpoint with a lower optimizer.lr (now "
-            f"{self.stage.optimizer.lr:g}), or look at the clips"
+            f"before ({self.losses.median:.4g}), with optimizer.lr {self.stage.optimizer.lr:g}"
         )
 
     def _not_finite(self, step: int, blamed: int | None, loss: float, norm: float) -> NotFinite | PeerLost:
@@ -376,8 +375,8 @@ class Trainer:
             return PeerLost(f"rank {blamed or 0} tells of a number that is not finite")
         unknown = " on some rank (gradients are summed before they are looked at)" if blamed is None and self.ranks.world > 1 else ""
         return NotFinite(
-            f"step {step}: loss {loss} and gradient norm {norm} are not both finite{unknown}; this step was not taken and not saved, "
-            f"lower optimizer.lr (now {self.stage.optimizer.lr:g}) or look at the clips"
+            f"step {step}: loss {loss} and gradient norm {norm} are not both finite{unknown}, with optimizer.lr "
+            f"{self.stage.optimizer.lr:g}; this step was not taken and not saved"
         )
 
     def save(self) -> float:
@@ -614,10 +613,10 @@ def _prepare(run: RunDirectory, stage: StageConfig, ranks: Ranks, start: Start) 
 
 
 def _same_clips(prepared: Prepared, ranks: Ranks, start: Start) -> None:
-    """Raises DataError where this node could use other clips than the first one, or than the run before it was resumed: the same position
-    would mean other clips, and nobody would notice."""
+    """Raises DataError where this node could use other clips than the first one, ParentError where the run before it was resumed had
+    others: the same position would mean other clips, and nobody would notice."""
     if start.clips is not None and prepared.clips != start.clips:
-        raise DataError(
+        raise ParentError(  # and no fault of the cache: to encode the clips again would not bring back the others
             f"data.source: step {start.step} was trained on other clips than the {len(prepared)} that can be used now "
             f"({len(prepared.skipped)} are left out); put the clips and captions of then in their place and remove the cache "
             f"{prepared.directory}, or start the stage anew"

@@ -245,4 +245,4 @@ def test_a_resume_is_refused_where_identity_differs(
 ) -> None:
     failed = in_process(make_run(tiny_stage(**changes), resume=half_way))
     assert (failed["status"], failed["class"]) == ("failed", "parent")
-    assert fact in failed["reason"] and failed["reason"].count(" was ") == 1
+    assert fact in failed["reason"]

@@ -292,7 +292,7 @@ def test_a_resume_among_other_clips_is_refused_until_they_are_back(tiny_stage: S
     (folder / "3.png").rename(away)
 
     refused = in_process(make_run(stage, resume=step_2))
-    assert (refused["class"], refused["step"]) == ("data", 2)
+    assert (refused["class"], refused["step"]) == ("parent", 2)
     assert "step 2 was trained on other clips than the 3 that can be used now (1 are left out)" in refused["reason"]
     away.rename(folder / "3.png")
     resumed = make_run(stage, resume=step_2)
