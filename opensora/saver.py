@@ -287,7 +287,7 @@ class Saver:
                     self._images[part] = _Image(layout, pieces[part], self._device)
                 except (RuntimeError, MemoryError) as error:
                     raise OutOfMemory(
-                        f"checkpoint: no host memory for a copy of {part} ({layout.size} bytes); with checkpoint.background false none is made"
+                        f"checkpoint: no host memory for a copy of {part} ({layout.size} bytes); checkpoint.background false makes none"
                     ) from error
 
     def check(self) -> None:

@@ -246,7 +246,7 @@ def _resources(devices: int, profile: ClusterProfile) -> dict[str, str]:
 
 
 def _trainer_env(devices: int, profile: ClusterProfile) -> dict[str, str]:
-    """What a pod's container and its site need. What NCCL writes down is the agent's (`orchestrator.agent.trainer_process`), on any backend."""
+    """What a pod's container and its site need. What NCCL writes down is said by the agent, on any backend."""
     env = {
         "HOME": "/tmp",
         "USER": "osctl",  # the image knows no user of this id, and torch asks for its name
