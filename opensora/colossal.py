@@ -101,8 +101,9 @@ class Colossal:
         self._ema = EMA(self._own, stage.ema_decay)
         self._norm = torch.zeros((), device=ranks.device)
 
-    def backward(self, loss: Tensor) -> None:
-        """Leaves gradients that are averaged over the data-parallel ranks already."""
+    def backward(self, loss: Tensor, *, first: bool = True, last: bool = True) -> None:
+        """Leaves gradients that are averaged over the data-parallel ranks already: of each part of a step, since what is added to an
+        average and averaged again is the average of the sum."""
         self._booster.backward(loss, self._optimizer)
 
     def finite(self) -> Tensor:
@@ -406,6 +407,11 @@ def _check(stage: StageConfig, ranks: Ranks) -> None:
         raise ConfigError(f"{subject} needs CUDA, this rank's device is a CPU; use torch_ddp, or strategy fsdp")
     if plugin == "gemini" and stage.dtype != "bf16":
         raise ConfigError(f"{subject} computes in bf16 alone, dtype is {stage.dtype}; use low_level_zero, or dtype bf16")
+    if plugin == "gemini" and stage.accumulate > 1:
+        raise ConfigError(
+            f"{subject} keeps gradients where its weights are and cannot add up those of {stage.accumulate} parts of a step (accumulate); "
+            f"use accumulate 1 with {stage.accumulate} times the ranks or the batch_size, or low_level_zero, or strategy fsdp"
+        )
     if plugin == "hybrid_parallel":
         if ranks.world % TENSOR_RANKS:
             raise ConfigError(f"{subject} divides layers over {TENSOR_RANKS} ranks, {ranks.world} are no multiple; start an even number")

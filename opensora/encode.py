@@ -60,7 +60,7 @@ def clock(seconds: float) -> str:
 def encode(stage_yaml: Path, cache: Path, parent: Path | None, progress: Progress) -> dict[str, object]:
     """The result as `main` prints it. Raises TrainerError, as `opensora.data.latents.prepare`."""
     began = time.monotonic()
-    stage = stage_of(stage_yaml)
+    stage = stage_of(Path("/dev/stdin") if str(stage_yaml) == "-" else stage_yaml)
     try:
         directory = prepare(stage, cache, parent, progress=progress)
     finally:
@@ -79,7 +79,7 @@ def encode(stage_yaml: Path, cache: Path, parent: Path | None, progress: Progres
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done · 1 it failed · 2 the stage is wrong."""
     parser = argparse.ArgumentParser(prog="python -m opensora.encode", description="Encode a stage's clips ahead of its training.")
-    parser.add_argument("stage", type=Path, metavar="STAGE_YAML", help="a resolved stage, as a run directory holds it")
+    parser.add_argument("stage", type=Path, metavar="STAGE_YAML", help="a resolved stage, as a run directory holds it; -: stdin")
     parser.add_argument("cache", type=Path, metavar="CACHE_DIR", help="where the encoded clips go; made if it is not there")
     parser.add_argument(
         "--parent", type=Path, metavar="CHECKPOINT", help="whose encoders are used; without one they are made from the clips"

@@ -9,8 +9,9 @@ Owns the folder: weights, encoders, configuration, and the code that runs them. 
 files of all local folders side by side; `rearrange` stands for einops; and the configuration has no pydantic. So it runs where only
 torch, diffusers and transformers are installed, and gives the frames of `opensora.sample`.
 
-The folder is built under a hidden name and renamed: it is whole or it is not there. An existing one is never written to. Weights go from
-file to file tensor by tensor.
+The folder is built under a hidden name and renamed: it is whole or it is not there. An existing one is never written to. What a killed
+export left there, the next one removes, whatever its name: an export holds a lock on its folder while it lives. Weights go from file to
+file tensor by tensor.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from __future__ import annotations
 import argparse
 import ast
 import errno
+import fcntl
 import importlib.metadata
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,6 +45,8 @@ from opensora.pretrained_encoders import TOKENIZER_FILES
 PACKAGE = Path(__file__).parent
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+NAME_CHARACTERS = 40
+"""Of the target's name in that of the hidden folder: a name has a longest length, too."""
 
 Say = Callable[[str], None]
 
@@ -72,10 +78,12 @@ def export(
     if not target.parent.is_dir():
         raise ConfigError(f"export {target}: the folder {target.parent} does not exist; make it first")
     reader = checkpoint.open_(source)
-    partial = target.parent / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir()
+        _sweep(target.parent)
+        partial, lock = _begin(target)
+    except OSError as error:
+        raise _refused(target, error) from error
+    try:
         index: dict[str, Any] = {"_class_name": ["pipeline", "OpenSoraPipeline"], "_diffusers_version": _diffusers()}
         index["transformer"] = _transformer(reader, partial / "transformer", weights, TYPES[dtype], say)
         index |= _autoencoder(source, reader.stage, partial / "vae", say)
@@ -87,15 +95,48 @@ def export(
         (partial / "README.md").write_text(_readme(reader, weights, index))
         partial.rename(target)
     except OSError as error:
+        raise _refused(target, error) from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in checkpoint.FULL:
-            raise DiskFull(f"export {target}: {error}; nothing is left of it, make room and export again") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise ConfigError(f"export {target}: {error.strerror}; name a folder that can be written") from error
-        raise
-    except TrainerError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        os.close(lock)
+
+
+def _refused(target: Path, error: OSError) -> Exception:
+    if error.errno in checkpoint.FULL:
+        return DiskFull(f"export {target}: {error}; nothing is left of it, make room and export again")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return ConfigError(f"export {target}: {error.strerror}; name a folder that can be written")
+    return error
+
+
+def _begin(target: Path) -> tuple[Path, int]:
+    """A hidden folder beside the target, and the descriptor that locks it for as long as this process lives."""
+    while True:
+        partial = target.parent / f".{target.name[:NAME_CHARACTERS]}.osctl-{secrets.token_hex(4)}.partial"
+        partial.mkdir()
+        try:
+            lock = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # another export saw it before it was locked
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if partial.is_dir():
+                return partial, lock
+        except BlockingIOError:
+            pass
+        os.close(lock)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed exports left in this folder, whatever they were to be called."""
+    for left in folder.glob(".*.osctl-????????.partial"):
+        with suppress(OSError):  # somebody else's, or gone
+            lock = os.open(left, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 # ------------------------------------------------------------------------------------------------------------------

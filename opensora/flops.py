@@ -93,14 +93,14 @@ def data_ranks(stage: StageConfig, devices: int) -> float:
 
 
 def step_flops(stage: StageConfig, devices: int, clips: Sequence[int] | None = None) -> float:
-    """One step, on average over the buckets, on so many devices."""
+    """One step, all parts of it, on average over the buckets, on so many devices."""
     shares = step_shares(stage, clips)
     flops = (bucket.batch_size * train_flops_per_clip(stage, bucket) for bucket in stage.buckets)
-    return sum(share * one for share, one in zip(shares, flops, strict=True)) * data_ranks(stage, devices)
+    return sum(share * one for share, one in zip(shares, flops, strict=True)) * data_ranks(stage, devices) * stage.accumulate
 
 
 def stage_flops(stage: StageConfig, devices: int) -> float:
-    """Every step of a stage: the global batch is a rank's batch times devices over `parallel.sequence`."""
+    """Every step of a stage: the global batch is a rank's batch times `accumulate`, times devices over `parallel.sequence`."""
     return step_flops(stage, devices) * stage.steps
 
 

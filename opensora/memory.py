@@ -198,7 +198,7 @@ def choose(stage: StageConfig, device_bytes: int, devices: int, *, device: Devic
     policy, memory = min(tried, key=lambda one: one[1].total)
     raise DoesNotFit(
         f"activations: nothing fits, {describe(policy)} needs {_gb(memory.total)} and the device has {_gb(limit)} "
-        f"({_gb(device_bytes)} less {RESERVE:.0%}). Lower batch_size, or raise parallel.sequence or the number of devices",
+        f"({_gb(device_bytes)} less {RESERVE:.0%}). Lower batch_size with accumulate raised as much, or use more devices",
         policy,
         memory,
     )

@@ -47,8 +47,13 @@ class Strategy(Protocol):
     def model(self) -> nn.Module:
         """What a step calls."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of this rank's loss; those of the step before are gone."""
+    def backward(self, loss: Tensor, *, first: bool = True, last: bool = True) -> None:
+        """Gradients of this rank's loss, added to those of the parts of this step before it.
+
+        Args:
+            first: of the step's parts: the gradients of the step before are gone.
+            last: of the step's parts: gradients may travel between the ranks. `finite` and `reduce` come after it.
+        """
 
     def finite(self) -> Tensor:
         """0-dim bool on the device: whether the gradients that this rank can see are finite."""
@@ -133,16 +138,20 @@ class Replicated:
         self._sent: list[Any] = []
         self._sound: list[Tensor] = []
         self._norm = torch.zeros((), device=ranks.device)
+        self._travels = True
         if ranks.world > 1 and len(self._buckets) > 1:
             for number, (weights, _) in enumerate(self._buckets[:-1]):
                 for weight in weights:
                     weight.register_post_accumulate_grad_hook(partial(self._filled, number))  # type: ignore[no-untyped-call]
 
-    def backward(self, loss: Tensor) -> None:
-        self._gradients.zero_()
+    def backward(self, loss: Tensor, *, first: bool = True, last: bool = True) -> None:
+        if first:
+            self._gradients.zero_()
         self._waiting = [{id(weight) for weight in weights} for weights, _ in self._buckets]
-        self._sent, self._sound = [], []
+        self._sent, self._sound, self._travels = [], [], last
         loss.backward()  # type: ignore[no-untyped-call]
+        if not last:
+            return
         for number in range(len(self._sent), len(self._buckets)):  # those whose weights took no part in this loss, and the last
             self._look(number)
 
@@ -192,7 +201,10 @@ class Replicated:
         return self.model.state_dict() | self.ema.shadow
 
     def _filled(self, number: int, weight: Tensor) -> None:
-        """Called by the backward pass when a weight's gradient is there. Buckets leave in their order, on every rank the same."""
+        """Called by the backward pass when a weight's gradient is there. Buckets leave in their order, on every rank the same; of a step in
+        several parts, in the last one."""
+        if not self._travels:
+            return
         self._waiting[number].discard(id(weight))
         while len(self._sent) < len(self._buckets) - 1 and not self._waiting[len(self._sent)]:
             self._look(len(self._sent))
@@ -260,9 +272,13 @@ class Sharded:
         self.ema = EMA(own, stage.ema_decay)
         self._norm = torch.zeros((), device=ranks.device)
 
-    def backward(self, loss: Tensor) -> None:
-        for name in self._trained:
+    def backward(self, loss: Tensor, *, first: bool = True, last: bool = True) -> None:
+        """The gradients of each part are divided over the ranks at once: to add them up first would need room for all of them. Between
+        copies of a divided model they travel once a step."""
+        for name in self._trained if first else ():
             self._weights[name].grad = None
+        if self._copies > 1:
+            cast(Any, self.model).set_requires_all_reduce(last)
         loss.backward()  # type: ignore[no-untyped-call]
 
     def finite(self) -> Tensor:

@@ -6,7 +6,8 @@ Owns scaling up (nearest neighbour: a reader should see the model's own pixels) 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,7 +24,20 @@ SHEET_CELL = 64
 SHEET_FRAMES = 8
 """Columns at most; longer clips show as many frames, evenly spread from the first to the last."""
 MARGIN, FONT_SIZE, LABEL_WIDTH = 8, 16, 220
+LONGEST_LABEL = 2_000
+"""Characters of a caption that are looked at: a label shows fewer."""
 PAPER, TEXT = (250, 250, 250), (20, 20, 20)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Where to write a file that has its name once it is whole; of a failure nothing stays."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_mp4(path: Path, clip: torch.Tensor, fps: int = 8) -> None:
@@ -48,7 +62,8 @@ def write_sheet(path: Path, clips: torch.Tensor, captions: Sequence[str]) -> Non
     height, width = clips.shape[2] * factor, clips.shape[3] * factor
     sheet = Image.new("RGB", (LABEL_WIDTH + columns * (width + MARGIN) + MARGIN, len(captions) * (height + MARGIN) + MARGIN), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
-    for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
+    printable = ["".join(letter if letter.isprintable() else " " for letter in caption[:LONGEST_LABEL]) for caption in captions]
+    for row, (clip, caption) in enumerate(zip(clips, printable, strict=True)):
         top = MARGIN + row * (height + MARGIN)
         label = "\n".join(
             textwrap.wrap(caption, LABEL_WIDTH // (FONT_SIZE * 9 // 16), max_lines=max(1, height // (FONT_SIZE + 4)), placeholder="…")

@@ -30,6 +30,8 @@ PATIENCE = timedelta(days=7)
 POLL_S, BEAT_S = 0.01, 1.0
 LONGEST_TEXT = 4096
 """Bytes that `Ranks.share` carries: a path's limit on Linux."""
+LONGEST_WORD = 2048
+"""Bytes that `Ranks.tell` carries of each rank."""
 
 
 class PeerLost(Exception):
@@ -95,9 +97,20 @@ class Ranks:
         """
         if self.patient is None:
             return text
-        content = torch.zeros(self.nodes, LONGEST_TEXT, dtype=torch.uint8)
-        if text and self.is_first_here:
-            content[self.node, : len(text.encode())] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        row = self.node if self.is_first_here else None
+        return self._exchange(text, row, (self.nodes, LONGEST_TEXT), beat)[self.node]
+
+    def tell(self, text: str, beat: Callable[[], None] = lambda: None) -> list[str]:
+        """What each rank says, LONGEST_WORD bytes at most, on every rank; `beat` as in `share`. Raises PeerLost."""
+        if self.patient is None:
+            return [text]
+        return self._exchange(text, self.rank, (self.world, LONGEST_WORD), beat)
+
+    def _exchange(self, text: str, row: int | None, shape: tuple[int, int], beat: Callable[[], None]) -> list[str]:
+        """Texts of all rows, each from the rank that has it. Over gloo, however long that takes."""
+        content = torch.zeros(shape, dtype=torch.uint8)
+        if text and row is not None:
+            content[row, : len(text.encode())] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         try:
             work, beaten = dist.all_reduce(content, group=self.patient, async_op=True), time.monotonic()
             while not work.is_completed():
@@ -108,7 +121,7 @@ class Ranks:
             work.wait()
         except RuntimeError as error:
             raise PeerLost(str(error)) from error
-        return bytes(content[self.node].tolist()).rstrip(b"\0").decode()
+        return [bytes(one.tolist()).rstrip(b"\0").decode() for one in content]
 
     def hand_out(self, data: bytes) -> bytes:
         """The first rank's bytes, on every rank of every node; what the others bring is not looked at. Raises PeerLost."""

@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ from opensora.errors import ConfigError, Kind
 RESULT_BYTES = 16_384
 """Space kept for result.json: the longest reason, and some hundred readings."""
 LONGEST_REASON = 4_000
+MOST_WARNINGS, LONGEST_WARNING = 5, 600
 
 Status = Literal["completed", "drained", "failed"]
 Phase = Literal["init", "train", "checkpoint", "evaluate"]
@@ -103,14 +104,27 @@ class RunDirectory:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def finish(self, status: Status, *, reason: str = "", kind: Kind | None = None, evaluation: Mapping[str, float] | None = None) -> bool:
+    def finish(
+        self,
+        status: Status,
+        *,
+        reason: str = "",
+        kind: Kind | None = None,
+        evaluation: Mapping[str, float] | None = None,
+        warnings: Sequence[str] = (),
+    ) -> bool:
         """Write result.json in place, into the space that was kept for it. The first to come wins: later ends follow from the first.
+
+        Args:
+            warnings: what went wrong and changed nothing about the end.
 
         Returns:
             whether this was the first.
         """
         content: dict[str, object] = {"schema": 1, "status": status, "step": self.step, "reason": reason[:LONGEST_REASON]}
         content |= {"class": kind, "rank": self.rank if kind else None, "evaluation": dict(evaluation or {})}
+        if warnings:
+            content["warnings"] = [warning[:LONGEST_WARNING] for warning in warnings[:MOST_WARNINGS]]
         data = (json.dumps(content) + "\n").encode().ljust(RESULT_BYTES)
         with (self.path / "result.json").open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

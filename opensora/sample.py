@@ -19,7 +19,7 @@ from opensora.config import SamplingConfig, StageConfig
 from opensora.encoders import Autoencoder, TextEncoder, decode_clips, load, padded
 from opensora.errors import ConfigError, TrainerError
 from opensora.model import STDiT
-from opensora.pictures import write_mp4, write_sheet
+from opensora.pictures import write_mp4, write_sheet, written
 
 
 class Sampler:
@@ -119,13 +119,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         changed = {name: getattr(args, name) for name in ("steps", "guidance") if getattr(args, name) is not None}
         sampler.sampling = sampler.sampling.model_copy(update=changed)
         clips = draw(sampler, args.prompt, args.frames or sampler.stage.data.frames, [args.seed + i for i in range(len(args.prompt))])
-        if args.out.suffix == ".mp4":
-            write_mp4(args.out, clips[0])
-        else:
-            write_sheet(args.out, clips, args.prompt)
+        with written(args.out) as path:
+            if args.out.suffix == ".mp4":
+                write_mp4(path, clips[0])
+            else:
+                write_sheet(path, clips, args.prompt)
     except TrainerError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if error.kind == "config" else 1
+    except OSError as error:
+        sys.stderr.write(f"error: --out {args.out}: {error.strerror or error}; make room, or name a file that can be written\n")
+        return 1
     sys.stdout.write(f"{args.out}\n")
     return 0
 

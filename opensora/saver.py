@@ -287,7 +287,7 @@ class Saver:
                     self._images[part] = _Image(layout, pieces[part], self._device)
                 except (RuntimeError, MemoryError) as error:
                     raise OutOfMemory(
-                        f"checkpoint: no host memory for a copy of {part} ({layout.size} bytes); set checkpoint.background to false"
+                        f"checkpoint: no host memory for a copy of {part} ({layout.size} bytes); checkpoint.background false makes none"
                     ) from error
 
     def check(self) -> None:
@@ -363,7 +363,7 @@ class Saver:
             if vanished:
                 raise PeerFailed(f"step {job.step}: another rank of this node could not save") from error
             if is_disk_full(error):
-                raise DiskFull(f"checkpoint {target}: {error}; earlier checkpoints are intact, make room and launch again") from error
+                raise DiskFull(f"checkpoint {target}: {error}; earlier checkpoints are intact") from error
             raise
 
     def _complete(self, job: _Job, partial: Path, target: Path) -> None:
@@ -416,7 +416,7 @@ def _refuse_not_finite(job: _Job) -> None:
         if weight.is_floating_point() and weight.numel():
             extremes = torch.stack(torch.aminmax(weight))  # a number that is not one wins, and nothing as large as the weight is made
             if not all(map(math.isfinite, extremes.tolist())):
-                raise NotFinite(f"step {job.step}: weight {name} is not finite; nothing was saved, lower optimizer.lr")
+                raise NotFinite(f"step {job.step}: weight {name} is not finite; nothing was saved")
 
 
 def _partial(target: Path) -> Path:

@@ -7,17 +7,18 @@ clusters, stores or trackers.
 Invariants:
 - A step is a function of (stage, weights, step, data-parallel rank): noise, times and dropped captions come from a generator seeded
   with (seed, rank, step), clips from the position in the stream. So stopping anywhere and resuming gives the unbroken run's bits.
-  Ranks that share a clip have the same data-parallel rank, and so the same numbers.
+  Ranks that share a clip have the same data-parallel rank, and so the same numbers. A step in several parts (`accumulate`) is that of as
+  many times the ranks: part j of rank r has the clips and the numbers of data-parallel rank r x parts + j.
 - With the gradients of a step travel its loss, whether anybody was asked to drain, and who saw a number that is not finite. The ranks
   therefore always agree on what happens next.
 - Nothing in a step waits for a GPU: what a step came to is read when the next one is on its way.
 - A stage ends on all nodes or on none: a node says `completed` or `drained` once every rank has come to the end of its work.
+- What comes after the training decides nothing: a sample that cannot be drawn is a warning (`opensora.after_training`).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import math
@@ -28,27 +29,28 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from opensora import checkpoint, encoders, guidance, memory, objective, parallel, weights
-from opensora.config import Activations, Autoencoder, StageConfig, TextEncoder
+from opensora import after_training, checkpoint, encoders, guidance, identity, memory, objective, parallel, weights
+from opensora.config import Activations, StageConfig
 from opensora.data.latents import Prepared, prepare
 from opensora.data.loader import Ahead, Batch, Loader
 from opensora.data.source import open_clips
 from opensora.errors import ConfigError, DataError, Kind, LossSpike, NotFinite, OutOfMemory, ParentError, TrainerError
 from opensora.model import STDiT
 from opensora.optimizer import learning_rate
-from opensora.pictures import write_mp4, write_sheet
 from opensora.ranks import PEER_LOST, PeerLost, Ranks, die_with_launcher, is_peer_lost, join
 from opensora.run_directory import Phase, RunDirectory
-from opensora.sample import Sampler, draw
 from opensora.saver import PeerFailed, Saver
+from opensora.seeds import generator_for
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -64,31 +66,16 @@ WINDOW, FEWEST, SPIKES = 100, 20, 3
 model may be far off: its loss depends on the times drawn."""
 
 
-def generator_for(seed: int, purpose: str, rank: int, step: int, device: torch.device) -> torch.Generator:
-    """The source of a rank's random numbers in one step. A hash, so that (seed 1, rank 0) and (seed 0, rank 1) do not meet."""
-    digest = hashlib.sha256(f"{purpose}/{seed}/{rank}/{step}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # What a stage starts from
 # ------------------------------------------------------------------------------------------------------------------
 
-SAME_AS_PARENT = (
-    "depth",
-    "width",
-    "heads",
-    "mlp_ratio",
-    "patch",
-    "latent_channels",
-    "caption_width",
-    "caption_tokens",
-    "temporal_position",
-)
-"""Of the model: what the weights' meaning depends on. The rest (scales, caption dropout) a stage may choose."""
+PLACES = ("data.source.path", "weights", "autoencoder.path", "text.path")
+"""Fields of a stage that say where something lies. A checkpoint is resumed whatever these were: what lies there is compared by content,
+clips by their digest (`_same_clips`), encoders by that of their files (`encoders.load`), and imported weights are in the checkpoint."""
 
-MAY_DIFFER = ("activations", "parallel", "compile", "loss_spike", "checkpoint")
-"""Of a stage: how it is computed and saved. A checkpoint is resumed whatever these were."""
+LAYOUT = ("batch_size", "data.buckets", "accumulate", "parallel")
+"""How the clips of a step lie on the ranks. Other values at the same global batch add up the same numbers in another order."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +96,8 @@ class Start:
     """Digest over the clips of that stream; none: any."""
     carried: tuple[str, ...] = ()
     reset: tuple[str, ...] = ()
+    layout: str | None = None
+    """How the ranks lie otherwise than those that made the checkpoint, in words; none: as they did, and the resume is bitwise."""
 
     @property
     def encoders(self) -> Path | None:
@@ -116,15 +105,18 @@ class Start:
         return self.reader.path if self.reader is not None else None
 
 
-def find_start(run: RunDirectory, stage: StageConfig) -> Start:
+def find_start(run: RunDirectory, stage: StageConfig, world: int) -> Start:
     """The newest checkpoint of this stage, else the parent's, else the configured import, else nothing.
+
+    Args:
+        world: ranks of the job.
 
     Raises:
         ParentError: what is there does not fit this stage.
     """
     own = checkpoint.latest(run.checkpoints)
     if own is not None:
-        return _resume(own, stage)
+        return _resume(own, stage, world)
     if run.parent is not None:
         return _chain(run.parent, stage)
     tables = f"position tables for {_size(stage)}"
@@ -133,12 +125,17 @@ def find_start(run: RunDirectory, stage: StageConfig) -> Start:
     return Start(reset=("weights", tables, "optimizer", "ema", "encoders"))
 
 
-def _resume(path: Path, stage: StageConfig) -> Start:
+def _resume(path: Path, stage: StageConfig, world: int) -> Start:
     reader = checkpoint.Reader(path)
-    record, saved = reader.record, reader.stage
-    differ = [name for name in StageConfig.model_fields if name not in MAY_DIFFER and getattr(saved, name) != getattr(stage, name)]
-    if differ:
-        raise ParentError(f"checkpoint {path}: made by another stage.yaml (different: {', '.join(differ)}); start the stage anew")
+    record = reader.record
+    differences = identity.differences(reader.stage, stage, record.world_size, world)
+    others = [one for one in differences if one.kind == "identity" and one.path not in PLACES]
+    if others:
+        facts = "; ".join(f"{one.path} was {_shown(one.path, one.old)}, is {_shown(one.path, one.new)}" for one in others)
+        raise ParentError(
+            f"checkpoint {path}: step {record.step} is of another stage ({facts}), and the numbers would be those of neither. "
+            "Set these back to go on from it, or start the stage anew in a run directory without checkpoints"
+        )
     return Start(
         reader,
         "model",
@@ -149,7 +146,22 @@ def _resume(path: Path, stage: StageConfig) -> Start:
         clips=record.clips,
         carried=record.carried,
         reset=record.reset,
+        layout=_layout(differences, record.world_size, world),
     )
+
+
+def _shown(path: str, value: object) -> str:
+    if path == "global batch" and isinstance(value, list):
+        return " and ".join(f"{clips}" for clips in value) + " clips"
+    return json.dumps(value) if isinstance(value, list | dict) else str(value)
+
+
+def _layout(differences: Sequence[identity.Difference], then: int, now: int) -> str | None:
+    """`4 of 8 ranks, not bitwise`: what is added up in another order than in the checkpoint's steps."""
+    changed = [one for one in differences if one.path.startswith(LAYOUT)]
+    facts = [f"{now} of {then} ranks" if now < then else f"{now} ranks instead of {then}"] if now != then else []
+    facts += [f"{one.path} {_shown(one.path, one.new)} instead of {_shown(one.path, one.old)}" for one in changed]
+    return f"resumed on {', '.join(facts)}, not bitwise" if facts else None
 
 
 def _chain(path: Path, stage: StageConfig) -> Start:
@@ -157,22 +169,13 @@ def _chain(path: Path, stage: StageConfig) -> Start:
     record, parent = reader.record, reader.stage
     if not record.complete:
         raise ParentError(f"parent {path}: it stopped at step {record.step} of {record.steps}; finish that stage first")
-    pairs = [(f"model.{name}", getattr(stage.model, name), getattr(parent.model, name)) for name in SAME_AS_PARENT]
-    pairs += [("objective.kind", stage.objective.kind, parent.objective.kind)]
-    pairs += [("autoencoder", _what(stage.autoencoder), _what(parent.autoencoder)), ("text", _what(stage.text), _what(parent.text))]
-    for name, ours, theirs in pairs:
-        if ours != theirs:
-            raise ParentError(f"parent {path}: its {name} is {theirs}, this stage's is {ours}; no rule turns one into the other")
+    for one in identity.misfits(stage, parent):
+        raise ParentError(f"parent {path}: its {one.path} is {one.old}, this stage's is {one.new}; no rule turns one into the other")
     source, carry = stage.parent.weights, stage.parent.optimizer == "carry"
     carried, reset = [f"weights ({source})", "autoencoder", "text encoder"], ["step", "data position", "ema (starts at the weights)"]
     (carried if carry else reset).append("optimizer")
     reset.append(f"position tables ({_size(parent)} -> {_size(stage)})")
     return Start(reader, source, optimizer=carry, carried=tuple(carried), reset=tuple(reset))
-
-
-def _what(encoder: Autoencoder | TextEncoder) -> dict[str, object]:
-    """Of an encoder's configuration what its latents or vectors depend on, and not how they are computed."""
-    return encoder.model_dump(exclude={"micro_batch", "dtype", "posterior"})
 
 
 def _size(stage: StageConfig) -> str:
@@ -231,7 +234,8 @@ class Trainer:
     def __init__(self, run: RunDirectory, stage: StageConfig, ranks: Ranks, notice: Notice, prepared: Prepared, start: Start) -> None:
         self.run, self.stage, self.ranks, self.notice, self.prepared = run, stage, ranks, notice, prepared
         self.data_rank, data_world = parallel.data_ranks(ranks, stage.parallel.ranks_a_clip)
-        self.loader = Ahead(Loader(prepared, seed=stage.seed, rank=self.data_rank, world=data_world), ranks.device)
+        loader = Loader(prepared, seed=stage.seed, rank=self.data_rank, world=data_world, parts=stage.accumulate)
+        self.loader = Ahead(loader, ranks.device)
         self.objective = objective.build(stage.objective)
         self.model = _model(stage, ranks, start, prepared)
         self.strategy = parallel.build(self.model, stage, ranks)
@@ -281,14 +285,17 @@ class Trainer:
 
     def launch(self) -> None:
         """One optimizer step, of which the device may have done nothing yet."""
-        began = time.time()
-        batch = self.loader.batch(self.seen).to(self.ranks.device)
-        waited = time.time() - began
-
-        loss = self._loss(batch)
-        self.strategy.backward(loss)
         flags = torch.zeros(2 + self.ranks.world, device=self.ranks.device)
-        flags[0] = loss.detach()
+        parts, waited = self.stage.accumulate, 0.0
+        for part in range(parts):
+            if part:
+                self.run.heartbeat(self.step, "train")
+            began = time.time()
+            batch = self.loader.batch(self.seen, part).to(self.ranks.device)
+            waited += time.time() - began
+            loss = self._loss(batch, part) / parts
+            self.strategy.backward(loss, first=part == 0, last=part == parts - 1)
+            flags[0] += loss.detach()
         flags[1] = float(self.notice.given or self.run.drain_asked())
         flags[2 + self.ranks.rank] = ~(flags[0].isfinite() & self.strategy.finite())
         flags = self.strategy.reduce(flags)
@@ -311,9 +318,9 @@ class Trainer:
         self.seen = self.loader.after(self.seen)
         self.under_way.append(Step(self.step, lr, clips, clips * frames * spatial, waited, came_to, there))
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch, part: int) -> Tensor:
         clean = batch.latents
-        generator = generator_for(self.stage.seed, "step", self.data_rank, self.step, self.ranks.device)
+        generator = generator_for(self.stage.seed, "step", self.data_rank * self.stage.accumulate + part, self.step, self.ranks.device)
         moment = self.objective.draw_time(len(clean), generator)
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         drop = torch.rand(len(clean), generator=generator, device=clean.device) < self.stage.model.caption_dropout
@@ -359,8 +366,7 @@ class Trainer:
             return PeerLost("the loss left its range, which the first rank tells")
         return LossSpike(
             f"step {step}: loss {loss:.4g}, for the {SPIKES}rd time in a row above {self.stage.loss_spike:g} times the median of the steps "
-            f"before ({self.losses.median:.4g}); go on from the last checkpoint with a lower optimizer.lr (now "
-            f"{self.stage.optimizer.lr:g}), or look at the clips"
+            f"before ({self.losses.median:.4g}), with optimizer.lr {self.stage.optimizer.lr:g}"
         )
 
     def _not_finite(self, step: int, blamed: int | None, loss: float, norm: float) -> NotFinite | PeerLost:
@@ -369,8 +375,8 @@ class Trainer:
             return PeerLost(f"rank {blamed or 0} tells of a number that is not finite")
         unknown = " on some rank (gradients are summed before they are looked at)" if blamed is None and self.ranks.world > 1 else ""
         return NotFinite(
-            f"step {step}: loss {loss} and gradient norm {norm} are not both finite{unknown}; this step was not taken and not saved, "
-            f"lower optimizer.lr (now {self.stage.optimizer.lr:g}) or look at the clips"
+            f"step {step}: loss {loss} and gradient norm {norm} are not both finite{unknown}, with optimizer.lr "
+            f"{self.stage.optimizer.lr:g}; this step was not taken and not saved"
         )
 
     def save(self) -> float:
@@ -400,32 +406,16 @@ class Trainer:
         """Say that this rank lives while it waits for a disk."""
         self.run.heartbeat(self.step, "checkpoint")
 
-    def judge(self) -> dict[str, float]:
-        """Readings of the finished stage on generated clips, the work split over the ranks; the same on every rank but for the ceilings."""
-        from opensora import evaluate  # the judge brings scikit-learn, which takes a second that no step should wait for
-
-        config = self.stage.evaluate
-        sampler = self._sampler()
-        if self.stage.prompts and self.ranks.is_first:
-            _draw_samples(self.run, self.step, sampler, self.stage, config.frames if config else self.stage.data.frames)
-        if config is None:
-            return {}
-
-        def generate(captions: Sequence[str], frames: int, seeds: Sequence[int]) -> Tensor:
-            self.run.heartbeat(self.step, "evaluate")
-            return sampler.generate(captions, frames, seeds)
-
-        rank, world = self.ranks.rank, self.ranks.world
-        images_too = self.stage.data.frames == 1
-        tallies = [
-            evaluate.tally(generate, config, images=of_images, rank=rank, world=world) for of_images in (False, True)[: 1 + images_too]
-        ]
-        self.ranks.barrier(lambda: self.run.heartbeat(self.step, "evaluate"))  # the first rank has drawn samples, too
-        video, *rest = (self.ranks.sum_(counts.to(self.ranks.device)).cpu() for counts in tallies)
-        images = rest[0] if rest else None
-        if not self.ranks.is_first:
-            return {}
-        return evaluate.readings(video, images, evaluate.ceilings(self.stage, self.prepared.autoencoder, images=images_too))
+    def show(self) -> after_training.Shown:
+        """Samples and readings of the finished stage; raises nothing."""
+        shown = after_training.show(
+            self.run, self.stage, self.ranks, step=self.step, prepared=self.prepared, averaged=self.strategy.averaged
+        )
+        with suppress(OSError):
+            self.book("evaluate")
+        with suppress(PeerLost):  # the first is done with drawing and judging: nobody leaves before, or torchrun would end it
+            self.ranks.barrier(partial(after_training.alive, self.run, self.step))
+        return shown
 
     def begin(self, born: float) -> None:
         """All that came before, since this process was born, was its init."""
@@ -439,9 +429,6 @@ class Trainer:
         now = time.time()
         self.run.record({"phase": phase, "start": self.booked, "end": now})
         self.booked = now
-
-    def _sampler(self) -> Sampler:
-        return Sampler(self.stage, self.strategy.averaged(), self.prepared.autoencoder, self.prepared.text, device=self.ranks.device)
 
     def _report(self, lines: Sequence[dict[str, float]], checkpoint_s: float) -> None:
         """Write the lines of steps; the time of a save belongs to the last of them."""
@@ -550,20 +537,6 @@ def _activations(stage: StageConfig, ranks: Ranks) -> Activations:
     return choice.activations
 
 
-def _draw_samples(run: RunDirectory, step: int, sampler: Sampler, stage: StageConfig, frames: int) -> None:
-    folder = run.samples
-    folder.mkdir(exist_ok=True)
-    seeds = [generator_for(stage.seed, "sample", 0, i, torch.device("cpu")).initial_seed() for i in range(len(stage.prompts))]
-    clips = draw(sampler, stage.prompts, frames, seeds, beat=lambda: run.heartbeat(step, "evaluate"))
-    names = [f"{i:02d}-{'-'.join(prompt.lower().split())[:60]}.mp4" for i, prompt in enumerate(stage.prompts)]
-    for name, clip in zip(names, clips, strict=True):
-        write_mp4(folder / name, clip)
-    write_sheet(folder / "sheet.png", clips, stage.prompts)
-    listing = [{"file": name, "prompt": prompt, "seed": seed} for name, prompt, seed in zip(names, stage.prompts, seeds, strict=True)]
-    content = {"schema": 1, "frames": frames, "sampling": stage.sampling.model_dump(mode="json"), "clips": listing}
-    (folder / "samples.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
@@ -590,7 +563,7 @@ def run_stage(run: RunDirectory, ranks: Ranks, notice: Notice, born: float) -> N
     """
     stage = run.stage()
     run.heartbeat(0, "init")
-    start = find_start(run, stage)
+    start = find_start(run, stage, ranks.world)
     prepared = _prepare(run, stage, ranks, start)
     trainer = Trainer(run, stage, ranks, notice, prepared, start)
     del start
@@ -598,15 +571,14 @@ def run_stage(run: RunDirectory, ranks: Ranks, notice: Notice, born: float) -> N
         _announce(trainer)
     trainer.begin(born)
 
-    drained, readings = _train(trainer), {}
+    drained, shown = _train(trainer), after_training.Shown()
+    ranks.barrier(partial(after_training.alive, run, trainer.step))  # every node has written its files: they decide, and nothing after them
     if not drained:
-        readings = trainer.judge()
-        trainer.book("evaluate")
-    ranks.barrier(lambda: run.heartbeat(trainer.step, "evaluate"))  # every node has written its files, and the first is done with judging
+        shown = trainer.show()
     if ranks.is_first_here:
-        run.finish("drained" if drained else "completed", evaluation=readings)
+        run.finish("drained" if drained else "completed", evaluation=shown.readings, warnings=shown.warnings)
     if ranks.is_first:
-        log.info("%s at step %d  %s", "drained" if drained else "completed", trainer.step, _readings(readings))
+        log.info("%s at step %d  %s", "drained" if drained else "completed", trainer.step, after_training.described(shown.readings))
 
 
 def _train(trainer: Trainer) -> bool:
@@ -630,7 +602,9 @@ def _prepare(run: RunDirectory, stage: StageConfig, ranks: Ranks, start: Start) 
     def beat() -> None:
         run.heartbeat(start.step, "init")
 
-    directory = prepare(stage, run.latents, carried, progress=lambda _done, _of: beat()) if ranks.is_first_here else ""
+    # what cannot be drawn or judged is said before the training, and never in the way of weights that are trained already
+    asked = stage if start.step == 0 else stage.model_copy(update={"prompts": (), "evaluate": None})
+    directory = prepare(asked, run.latents, carried, progress=lambda _done, _of: beat()) if ranks.is_first_here else ""
     prepared = Prepared.open(Path(ranks.share(str(directory), beat)), stage)
     _same_clips(prepared, ranks, start)
     for clip, reason in list(prepared.skipped.items())[:SKIPPED]:
@@ -639,10 +613,10 @@ def _prepare(run: RunDirectory, stage: StageConfig, ranks: Ranks, start: Start) 
 
 
 def _same_clips(prepared: Prepared, ranks: Ranks, start: Start) -> None:
-    """Raises DataError where this node could use other clips than the first one, or than the run before it was resumed: the same position
-    would mean other clips, and nobody would notice."""
+    """Raises DataError where this node could use other clips than the first one, ParentError where the run before it was resumed had
+    others: the same position would mean other clips, and nobody would notice."""
     if start.clips is not None and prepared.clips != start.clips:
-        raise DataError(
+        raise ParentError(  # and no fault of the cache: to encode the clips again would not bring back the others
             f"data.source: step {start.step} was trained on other clips than the {len(prepared)} that can be used now "
             f"({len(prepared.skipped)} are left out); put the clips and captions of then in their place and remove the cache "
             f"{prepared.directory}, or start the stage anew"
@@ -676,31 +650,44 @@ def _announce(trainer: Trainer) -> None:
     stage, ranks, model, optimizer = trainer.stage, trainer.ranks, trainer.stage.model, trainer.stage.optimizer
     count = sum(weight.numel() for weight in trainer.model.parameters())
     trained = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
-    (frames, spatial), pixels = stage.tokens, f"{stage.data.frames}x{stage.data.height}x{stage.data.width}"
-    rows = {
-        "model": f"STDiT {model.depth}x{model.width}, {model.heads} heads, {count:,} parameters, {trained:,} of them trained",
-        "objective": f"{stage.objective.kind}, caption dropout {model.caption_dropout:g}, freeze {stage.freeze}",
-        "clips": f"{len(trainer.prepared):,} of {pixels} pixels, {frames}x{spatial} tokens; {len(trainer.prepared.skipped)} skipped",
-        "steps": f"{trainer.step} -> {stage.steps}, batch {stage.batch_size} x {_readers(stage, ranks)} on {_place(ranks)}",
-        "optimizer": f"AdamW, lr {optimizer.lr:g} ({optimizer.warmup_steps} warm-up, {optimizer.decay}), ema {stage.ema_decay:g}",
-        "carried": ", ".join(trainer.start.carried) or "nothing",
-        "reset": ", ".join(trainer.start.reset) or "nothing",
-    }
-    for name, value in rows.items():
+    rows = [
+        ("model", f"STDiT {model.depth}x{model.width}, {model.heads} heads, {count:,} parameters, {trained:,} of them trained"),
+        ("objective", f"{stage.objective.kind}, caption dropout {model.caption_dropout:g}, freeze {stage.freeze}"),
+        *_said_of_clips(stage, ranks, [len(part) for part in trainer.prepared.parts], len(trainer.prepared.skipped), trainer.step),
+        ("optimizer", f"AdamW, lr {optimizer.lr:g} ({optimizer.warmup_steps} warm-up, {optimizer.decay}), ema {stage.ema_decay:g}"),
+        ("carried", ", ".join(trainer.start.carried) or "nothing"),
+        ("reset", ", ".join(trainer.start.reset) or "nothing"),
+    ]
+    rows += [("resumed", trainer.start.layout)] if trainer.start.layout else []
+    for name, value in rows:
         log.info("%-10s %s", name, value)
+
+
+def _said_of_clips(stage: StageConfig, ranks: Ranks, counts: Sequence[int], skipped: int, step: int) -> list[tuple[str, str]]:
+    """Clips, tokens and batch of each size, and which of them have fewer clips than a step takes."""
+    rows, batches, repeats = [], [], []
+    for bucket, clips, takes in zip(stage.buckets, counts, identity.global_batches(stage, ranks.world), strict=True):
+        (frames, spatial), size = stage.tokens_of(bucket), f"{bucket.frames}x{bucket.height}x{bucket.width}"
+        rows.append(("clips", f"{clips:,} of {size} pixels, {frames}x{spatial} tokens"))
+        batches.append((size, f"{bucket.batch_size} x {_readers(stage, ranks)}"))
+        if 0 < clips < takes:
+            fact = f"bucket {size} has {clips} clips, a step takes {takes}: each step holds a clip more than once"
+            repeats.append(("warning", fact))
+    rows[-1] = ("clips", f"{rows[-1][1]}; {skipped} skipped")
+    if len(batches) == 1:
+        return [*rows, ("steps", f"{step} -> {stage.steps}, batch {batches[0][1]} on {_place(ranks)}"), *repeats]
+    steps = ("steps", f"{step} -> {stage.steps} on {_place(ranks)}, each of one size")
+    return [*rows, steps, *(("batch", f"{batch} of {size}") for size, batch in batches), *repeats]
 
 
 def _readers(stage: StageConfig, ranks: Ranks) -> str:
     sharing = stage.parallel.ranks_a_clip
-    return f"{ranks.world} ranks" if sharing == 1 else f"{ranks.world // sharing} groups of {sharing} ranks"
+    readers = f"{ranks.world} ranks" if sharing == 1 else f"{ranks.world // sharing} groups of {sharing} ranks"
+    return f"{readers} x {stage.accumulate} parts" if stage.accumulate > 1 else readers
 
 
 def _place(ranks: Ranks) -> str:
     return f"{ranks.device}" if ranks.nodes == 1 else f"{ranks.device}, {ranks.nodes} nodes"
-
-
-def _readings(readings: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in readings.items())
 
 
 def _notice_signals() -> Notice:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from opensora.config import StageConfig
 from orchestrator.config import Pipeline, Stage
 from orchestrator.ports import Life
 from orchestrator.records import EXIT_CODES, ExitClass, Outcome, Report
@@ -178,27 +179,30 @@ class Rule:
     counted: Literal["never", "always", "unless progress"]
     """Whether the end counts against `max_attempts`."""
     hint: str = ""
-    """What a person can do about it."""
+    """What a person can do about it, and whether the stage then goes on or begins anew. `{stage}`, `{goes_on}`, `{lr}` and `{spike}` are
+    filled in (`_advice`). Empty where the reason of such an end says it already: an end has one next step."""
 
 
 RULES: dict[ExitClass, Rule] = {
     "completed": Rule("commit", "always"),
     "drained":   Rule("suspend", "never"),
-    "config":    Rule("stop", "always", "change the stage's configuration"),
-    "parent":    Rule("stop", "always", "`osctl lineage --verify` shows what is wrong with the parent"),
-    "data":      Rule("retry once", "always", "look at the disk that holds the cache; `osctl logs` names the shard"),
-    "nan":       Rule("stop", "always", "lower the learning rate or look at the data"),
-    "spike":     Rule("stop", "always", "raise loss_spike to let it pass; any change of the stage starts it anew"),
-    "oom":       Rule("stop", "always", "lower batch_size or set activations.recompute; `osctl plan` shows what fits"),
-    "disk":      Rule("stop", "always", "make space"),
+    "config":    Rule("stop", "always"),
+    "parent":    Rule("stop", "always"),
+    "data":      Rule("retry once", "always", "look at the disk that holds the cache; `osctl logs {stage}` names the shard"),
+    "nan":       Rule("stop", "always", "`osctl launch {stage} --set {stage}.optimizer.lr={lr}` trains the stage anew with half the rate"),
+    "spike":     Rule("stop", "always", "`osctl launch {stage} --set {stage}.loss_spike={spike}` lets it pass and {goes_on}; "
+                                        "a lower {stage}.optimizer.lr trains the stage anew"),
+    "oom":       Rule("stop", "always", "`osctl launch {stage} --set {stage}.activations.recompute=full` needs less memory and {goes_on}, "
+                                        "as does a smaller batch_size with accumulate raised as much; `osctl plan` shows what fits"),
+    "disk":      Rule("stop", "always", "make space; `osctl launch {stage}` {goes_on}"),
     "hang":      Rule("retry", "always"),
     "store":     Rule("retry", "always"),
-    "code":      Rule("retry once", "always", "`osctl logs` shows the traceback"),
+    "code":      Rule("retry once", "always", "`osctl logs {stage}` shows the traceback"),
     "signal":    Rule("retry", "unless progress"),
     "lost":      Rule("retry", "unless progress"),
     "peer":      Rule("retry", "unless progress"),
     "preempted": Rule("retry", "never"),
-    "oom_killed": Rule("retry once", "always", "raise the profile's memory, or lower batch_size"),
+    "oom_killed": Rule("retry once", "always", "raise `memory` in the cluster profile; `osctl launch {stage}` {goes_on}"),
     "unstarted": Rule("stop", "always", "`osctl doctor` looks for the cause"),
     "refused":   Rule("stop", "always", "`osctl render` shows what was sent"),
 }  # fmt: skip
@@ -243,7 +247,7 @@ def classify(report: Report | None, life: Life, *, asked: bool = True) -> Ending
     if report is not None and report.class_ == "drained" and not asked:
         return Ending("preempted", f"it was made to leave by someone else, and saved: {report.reason}")
     if report is not None:
-        return Ending(report.class_, report.reason)
+        return Ending(report.class_, report.reason or "; ".join(report.warnings))
     said_by: dict[int, ExitClass] = {code: name for name, code in EXIT_CODES.items() if name not in ("completed", "drained")}
     if life.exit_code in said_by:
         return Ending(said_by[life.exit_code], f"the agent left with exit code {life.exit_code} and no report")
@@ -287,16 +291,21 @@ class Verdict:
     exit_code: int = 0
 
 
-def judge(ends: Sequence[Attempt], max_attempts: int) -> Verdict:
-    """What the ends of this launch say about a stage that is not committed. `ends`: closed attempts, ascending."""
+def judge(ends: Sequence[Attempt], max_attempts: int, config: StageConfig | None = None) -> Verdict:
+    """What the ends of this launch say about a stage that is not committed.
+
+    Args:
+        ends: closed attempts, ascending.
+        config: the stage's, for the numbers in what is advised.
+    """
     if not ends:
         return Verdict("go")
     last = ends[-1]
     assert last.outcome is not None
     class_, rule = last.outcome.class_, RULES[last.outcome.class_]
     what = f"{last.stage}: attempt {last.number} ended with {class_}" + (f": {last.outcome.reason}" if last.outcome.reason else "")
-    advice = f". {rule.hint[0].upper()}{rule.hint[1:]}" if rule.hint else ""
     saved = max(last.published, last.resumed_from)
+    advice = _advice(rule, last.stage, saved, config)
     if rule.then == "suspend":
         return Verdict("suspended", f"{what}. `osctl launch` goes on from step {saved}", 130)
     if last.outcome.by_person:
@@ -310,6 +319,14 @@ def judge(ends: Sequence[Attempt], max_attempts: int) -> Verdict:
     if (used := sum(map(counted, ends))) >= max_attempts:
         return Verdict("failed", f"{what}. {used} of {max_attempts} counted attempts are used up{advice}", 3)
     return Verdict("go", what)
+
+
+def _advice(rule: Rule, stage: str, saved: int, config: StageConfig | None) -> str:
+    goes_on = f"goes on from step {saved}" if saved else "begins again, since nothing was saved"
+    lr = f"{config.optimizer.lr / 2:g}" if config else "LR"
+    spike = f"{config.loss_spike * 2:g}" if config and config.loss_spike else "null"
+    hint = rule.hint.format(stage=stage, goes_on=goes_on, lr=lr, spike=spike)
+    return f". {hint[0].upper()}{hint[1:]}" if hint else ""
 
 
 def _seen_before(ends: Sequence[Attempt]) -> str | None:
@@ -462,7 +479,7 @@ def _next(
     assert view.inputs is not None, f"{stage.name} has a committed parent and no inputs"
     mine = [one for one in view.attempts if one.epoch == observed.epoch or one.adopted or _ended_by_person(one, observed)]
     ends = [attempt for attempt in mine if attempt.outcome is not None]
-    verdict = judge(ends, stage.spec.max_attempts)
+    verdict = judge(ends, stage.spec.max_attempts, stage.config)
     if verdict.state != "go":
         return verdict
     if now < (until := not_before(ends)):

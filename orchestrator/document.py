@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from orchestrator.errors import UsageError
 from orchestrator.redact import redacted, typed
@@ -132,6 +133,7 @@ def validate(model: type[Model], document: Document, root: str) -> Model:
         return model.model_validate_json(json.dumps(document.value), strict=True)
     except ValidationError as error:
         errors = error.errors(include_url=False)
+    errors = [error for error in errors if not _follows_from(error["loc"], errors)]
     first = min(errors, key=lambda e: (e["type"] != "extra_forbidden", document.lines.get(_plain(document.value, e["loc"]), 0)))
     loc = _plain(document.value, first["loc"])
     if first["type"] == "extra_forbidden":
@@ -305,6 +307,11 @@ def _plain(value: Any, loc: Loc) -> Loc:
     return tuple(plain)
 
 
+def _follows_from(loc: Loc, errors: Sequence[ErrorDetails]) -> bool:
+    """Whether what is wrong here follows from what is wrong inside: a list is too short because pydantic counts its valid items alone."""
+    return any(len(other["loc"]) > len(loc) and other["loc"][: len(loc)] == loc for other in errors)
+
+
 def _unknown_key(model: type[BaseModel], document: Document, loc: Loc) -> UsageError:
     known = _fields_at(model, document.value, loc[:-1])
     return document.error(loc, f"unknown key {shown(str(loc[-1]))}", closest(str(loc[-1]), sorted(known)))
@@ -323,6 +330,9 @@ def _fields_at(model: type[BaseModel], value: Any, loc: Loc) -> list[str]:
         models = tuple(m for m in models if "kind" not in m.model_fields or kind in get_args(m.model_fields["kind"].annotation)) or models
     return [name for each in models for name in each.model_fields]
 
+
+NAME_RULE = "expected lower-case letters a-z, digits, '-' and '.', from a letter to a letter or digit, at most 40"
+"""Of pipelines and stages, the only fields with a pattern (`orchestrator.config.Name`)."""
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -344,6 +354,10 @@ _EXPECTED = {
 }
 
 
+def _length(given: Any) -> str:
+    return f" ({len(given)} characters)" if isinstance(given, str) and len(given) > 40 else ""
+
+
 def _fact(kind: str, message: str, given: Any, context: Mapping[str, Any]) -> str:
     """What is wrong, with what was expected and what was found."""
     match kind:
@@ -362,7 +376,7 @@ def _fact(kind: str, message: str, given: Any, context: Mapping[str, Any]) -> st
         case "union_tag_not_found":
             return f"expected keys and values with a `kind`, found {shown(given)}"
         case "string_pattern_mismatch":
-            return f"expected lower-case letters, digits, '-' and '.', from a letter, at most 40; found {shown(given)}"
+            return f"{NAME_RULE}; found {shown(given)}{_length(given)}"
         case "too_short" | "too_long":
             bound = f"at least {context['min_length']}" if kind == "too_short" else f"at most {context['max_length']}"
             return f"expected {bound} items, found {context['actual_length']}"

@@ -47,8 +47,6 @@ NODE_LABEL = "training.kubeflow.org/replica-index"
 PORT = 23456
 """The operator's own default, named by it `pytorchjob-port`; written out so that what is sent is what is stored."""
 USER = 1000
-RENDEZVOUS_S = 900
-"""How long nodes wait for each other before the first step: image pulls and the parent's download differ by minutes between nodes."""
 HURRY_S = 15
 """Between kubelet's SIGTERM, which the agent takes as "hurry", and its SIGKILL."""
 
@@ -185,8 +183,7 @@ def _rendezvous(name: str, nodes: int) -> Manifest:
             "rdzvId": name,
             "minReplicas": nodes,  # min = max: another number of nodes would be another global batch
             "maxReplicas": nodes,
-            "maxRestarts": 0,
-            "rdzvConf": [{"key": key, "value": str(RENDEZVOUS_S)} for key in ("join_timeout", "read_timeout")],
+            "maxRestarts": 0,  # how long they wait for each other is the agent's to say: PET_RDZV_CONF
         }
     }
 
@@ -249,7 +246,7 @@ def _resources(devices: int, profile: ClusterProfile) -> dict[str, str]:
 
 
 def _trainer_env(devices: int, profile: ClusterProfile) -> dict[str, str]:
-    """Few, and none that only debugs."""
+    """What a pod's container and its site need. What NCCL writes down is said by the agent, on any backend."""
     env = {
         "HOME": "/tmp",
         "USER": "osctl",  # the image knows no user of this id, and torch asks for its name
@@ -262,11 +259,6 @@ def _trainer_env(devices: int, profile: ClusterProfile) -> dict[str, str]:
         return env
     env |= {
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        # NCCL's flight recorder: who was in which collective when it hung. The dump needs the buffer.
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{RUN_DIR}/flight-recorder/nccl_",
-        "NCCL_DEBUG": "WARN",
     }
     site = {
         "NCCL_SOCKET_IFNAME": profile.nccl_socket_ifname,

@@ -380,7 +380,7 @@ def size_plan(
     kind: memory.DeviceKind = "cuda" if device.is_gpu else "cpu"
     size = round(device.hardware.memory_gib * 2**30) if device.hardware else None
     data = config.data.model_copy(update={"frames": frames, "height": height, "width": width, "buckets": ()})
-    stage = config.model_copy(update={"data": data, "batch_size": batch_size, "freeze": "none"})
+    stage = config.model_copy(update={"data": data, "batch_size": batch_size, "accumulate": 1, "freeze": "none"})
     stage = _divided(stage, devices, kind, size)
     speed = _speed(stage, device_name, device, mfu, None, calibrations, Activations())
     step = _Step(stage, device, devices, speed.expected)

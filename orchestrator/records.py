@@ -239,11 +239,14 @@ class JournalPiece(Record):
 class Report(Record):
     """The agent's last word on how the trainer ended."""
 
+    ADDED: ClassVar[tuple[str, ...]] = ("warnings",)
     class_: ExitClass = Field(alias="class")
     reason: str
     step: NonNegativeInt | None
     rank: NonNegativeInt | None = None
     evaluation: dict[str, float] = {}
+    warnings: tuple[str, ...] = ()
+    """What went wrong and changed nothing about the end: a sample that could not be drawn, a stage that could not be judged."""
     started: float
     ended: float
     node: NonNegativeInt = 0

@@ -35,6 +35,8 @@ class Case:
     freeze: bool = False
     temporal_position: str = "attention"
     patch_frames: int = 1
+    parts: int = 1
+    """Of a step: each takes its share of the rank's clips, or all of them where they do not divide."""
 
 
 SHAPES = {
@@ -55,6 +57,10 @@ WAYS: dict[str, dict[int, list[Case]]] = {
     "sequence in pairs": {4: [Case(sequence=2)]},
     "sequence recomputed": {2: [Case(sequence=2, recompute="full")]},
     "sequence and fsdp": {4: [Case(strategy="fsdp", sequence=2)]},
+    "ddp in parts": {2: [Case(parts=2)]},
+    "fsdp in parts": {2: [Case(strategy="fsdp", parts=2)]},
+    "fsdp in copies and parts": {4: [Case(strategy="fsdp", shard=2, parts=3)]},
+    "sequence in parts": {2: [Case(sequence=2, parts=4)]},
 }
 """By way to share the work and number of ranks."""
 
@@ -62,7 +68,7 @@ WAYS: dict[str, dict[int, list[Case]]] = {
 def combined(shape: Case, way: Case) -> Case:
     return Case(
         shape.frames, shape.rows, shape.columns, way.strategy, way.sequence, way.shard, way.recompute, shape.freeze,
-        shape.temporal_position, shape.patch_frames,
+        shape.temporal_position, shape.patch_frames, way.parts,
     )  # fmt: skip
 
 
@@ -133,11 +139,14 @@ def train(
     found: dict[str, Tensor] = {}
     for step in steps:
         own = {name: value[rank * CLIPS // world : (rank + 1) * CLIPS // world] for name, value in clips_of(case, step).items()}
-        prediction = strategy.model(own["x"], own["time"], own["captions"], own["mask"], own["drop"])
-        loss = (prediction - own["target"]).square().mean()
-        strategy.backward(loss)
         flags = torch.zeros(1 + ranks.world)
-        flags[0], flags[1 + ranks.rank] = loss.detach(), strategy.finite()
+        for part in range(case.parts):
+            some = _share(own, part, case.parts)
+            prediction = strategy.model(some["x"], some["time"], some["captions"], some["mask"], some["drop"])
+            loss = (prediction - some["target"]).square().mean() / case.parts
+            strategy.backward(loss, first=part == 0, last=part == case.parts - 1)
+            flags[0] += loss.detach()
+        flags[1 + ranks.rank] = strategy.finite()
         flags = strategy.reduce(flags)
         assert flags[1:].tolist() == [1.0] * ranks.world
         found[f"loss.{step}"], found[f"norm.{step}"] = flags[0] / ranks.world, strategy.norm().clone()
@@ -151,6 +160,11 @@ def train(
     for name, value in strategy.averaged().items():
         found[f"ema.{name}"] = value.clone()
     return strategy, found
+
+
+def _share(own: dict[str, Tensor], part: int, parts: int) -> dict[str, Tensor]:
+    count = len(own["x"])
+    return {name: value.chunk(parts)[part] for name, value in own.items()} if count % parts == 0 else own
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -177,7 +191,7 @@ def main(out: Path, source: Path | None) -> None:
             for case_of_way in worlds.get(ranks.world, []):
                 for shape, case_of_shape in SHAPES.items():
                     case = combined(case_of_shape, case_of_way)
-                    if shape != "divisible" and "recomputed" in way:
+                    if shape != "divisible" and ("recomputed" in way or "parts" in way):
                         continue
                     strategy, found = train(case, ranks)
                     if ranks.is_first:

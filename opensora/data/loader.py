@@ -3,7 +3,9 @@
 Owns the order. Each bucket has a stream of its own: epochs, each a permutation of the bucket's clips drawn from (seed, epoch, bucket), laid
 end to end without end. A position is how many clips have been taken from each stream. A step takes all its clips from one bucket: the one
 that is least far in its epochs (taken / clips; the first of several), so that buckets never differ by more than one step's worth of an
-epoch. It takes the next batch_size·world clips of that stream, rank r the r-th part.
+epoch. It takes the next batch_size·parts·world clips of that stream: rank r takes the r-th share, and its part j of the step the j-th
+piece of that share. So part j of rank r is what rank r·parts + j takes where each step has one part: the number of ranks and of parts
+may change at the same product, and a step keeps its clips.
 
 So within an epoch of a bucket nothing is lost or doubled, all ranks have equally many steps with the same shape in each, and the position
 is all that a resume needs, also onto another number of ranks. A step at the seam of two epochs takes clips of both; a bucket with fewer
@@ -93,9 +95,9 @@ class Stream:
 class Loader:
     """Batches of one rank. Holds no position: `batch` is a pure function of it."""
 
-    def __init__(self, prepared: Prepared, *, seed: int, rank: int = 0, world: int = 1) -> None:
-        """`rank`, `world`: data-parallel ones."""
-        self._prepared, self._rank, self._world = prepared, rank, world
+    def __init__(self, prepared: Prepared, *, seed: int, rank: int = 0, world: int = 1, parts: int = 1) -> None:
+        """`rank`, `world`: data-parallel ones. `parts`: batches of a step, one after the other."""
+        self._prepared, self._rank, self._world, self._parts = prepared, rank, world, parts
         self._counts = [len(part) for part in prepared.parts]
         self._sizes = [bucket.batch_size for bucket in prepared.buckets]
         self._streams = [Stream(seed, clips, bucket) for bucket, clips in enumerate(self._counts)]
@@ -106,6 +108,11 @@ class Loader:
         """Where a stage begins."""
         return (0,) * len(self._counts)
 
+    @property
+    def parts(self) -> int:
+        """Batches of a step."""
+        return self._parts
+
     def bucket(self, seen: Position) -> int:
         """Which bucket the step at this position takes its clips from."""
         if len(seen) != len(self._counts):
@@ -115,28 +122,28 @@ class Loader:
         ]
 
     def clips(self, seen: Position) -> int:
-        """Of all ranks together, in the step at this position."""
-        return self._sizes[self.bucket(seen)] * self._world
+        """Of all ranks and parts together, in the step at this position."""
+        return self._sizes[self.bucket(seen)] * self._parts * self._world
 
     def after(self, seen: Position) -> Position:
         """The position after that step."""
         bucket = self.bucket(seen)
-        return (*seen[:bucket], seen[bucket] + self._sizes[bucket] * self._world, *seen[bucket + 1 :])
+        return (*seen[:bucket], seen[bucket] + self.clips(seen), *seen[bucket + 1 :])
 
-    def batch(self, seen: Position) -> Batch:
-        """This rank's part of the step at this position.
+    def batch(self, seen: Position, part: int = 0) -> Batch:
+        """This rank's clips in one part of the step at this position.
 
         Raises:
             DataError: where the cache is no longer whole.
         """
         bucket = self.bucket(seen)
         self._prepared.check(bucket)
-        part, stream, size = self._prepared.parts[bucket], self._streams[bucket], self._sizes[bucket]
-        place = seen[bucket] + self._rank * size
+        held, stream, size = self._prepared.parts[bucket], self._streams[bucket], self._sizes[bucket]
+        place = seen[bucket] + (self._rank * self._parts + part) * size
         index = torch.from_numpy(stream.take(place, size))
         mirrored = torch.from_numpy(stream.mirrors(place, size)) if self._prepared.mirrored else 0
-        latents = part.latents.index_select(0, part.rows[index, mirrored]).float()
-        return Batch(latents, *self._text(part.caption_of[index]), index, bucket)
+        latents = held.latents.index_select(0, held.rows[index, mirrored]).float()
+        return Batch(latents, *self._text(held.caption_of[index]), index, bucket)
 
     def _text(self, captions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Vectors and mask of these captions."""
@@ -152,8 +159,8 @@ class Loader:
 class Ahead:
     """A loader's batches, read in a thread while the caller trains: a mapped file's pages may have to come from a disk first.
 
-    The same batches as `loader.batch`, at the same positions. An error is raised where its batch is asked for. A position that is not the
-    expected one starts the reading anew.
+    The same batches as `loader.batch`, at the same positions and parts. An error is raised where its batch is asked for. A position that
+    is not the expected one starts the reading anew.
     """
 
     def __init__(self, loader: Loader, device: torch.device | None = None, *, depth: int = 2) -> None:
@@ -161,7 +168,7 @@ class Ahead:
         self._loader, self._depth = loader, depth
         self._device = device if device is not None and device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(1, "loader")
-        self._waiting: deque[tuple[Position, Future[Batch]]] = deque()
+        self._waiting: deque[tuple[tuple[Position, int], Future[Batch]]] = deque()
 
     @property
     def start(self) -> Position:
@@ -173,21 +180,22 @@ class Ahead:
     def after(self, seen: Position) -> Position:
         return self._loader.after(seen)
 
-    def batch(self, seen: Position) -> Batch:
-        """`loader.batch(seen)`; the batches after it are being read when this returns.
+    def batch(self, seen: Position, part: int = 0) -> Batch:
+        """`loader.batch(seen, part)`; the batches after it are being read when this returns.
 
         Raises:
             DataError: where the cache is no longer whole.
         """
-        if self._waiting and self._waiting[0][0] != seen:
+        if self._waiting and self._waiting[0][0] != (seen, part):
             self._drop()
         if not self._waiting:
-            self._submit(seen)
-        _, batch = self._waiting.popleft()
-        position = self._waiting[-1][0] if self._waiting else seen
+            self._submit((seen, part))
+        last, batch = self._waiting.popleft()
+        if self._waiting:
+            last = self._waiting[-1][0]
         while len(self._waiting) < self._depth:
-            position = self._loader.after(position)
-            self._submit(position)
+            last = self._next(last)
+            self._submit(last)
         return batch.result()
 
     def close(self) -> None:
@@ -201,11 +209,16 @@ class Ahead:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _submit(self, seen: Position) -> None:
-        self._waiting.append((seen, self._pool.submit(self._read, seen)))
+    def _next(self, place: tuple[Position, int]) -> tuple[Position, int]:
+        """The part after this one, or the first one of the step after it."""
+        seen, part = place
+        return (seen, part + 1) if part + 1 < self._loader.parts else (self._loader.after(seen), 0)
 
-    def _read(self, seen: Position) -> Batch:
-        batch = self._loader.batch(seen)
+    def _submit(self, place: tuple[Position, int]) -> None:
+        self._waiting.append((place, self._pool.submit(self._read, place)))
+
+    def _read(self, place: tuple[Position, int]) -> Batch:
+        batch = self._loader.batch(*place)
         if self._device is None:
             return batch
         torch.cuda.set_device(self._device)  # a thread begins on the first one, and would make itself at home there

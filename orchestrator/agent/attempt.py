@@ -289,6 +289,7 @@ class Attempt:
             "step": ending.step,
             "rank": ending.rank,
             "evaluation": dict(ending.evaluation),
+            "warnings": ending.warnings,
             "started": self._bound,
             "ended": self._timeline.edge,
             "node": self._node,

@@ -30,6 +30,7 @@ _NO_MEETING = re.compile(r"^torch\.distributed\.elastic\.rendezvous\.\S*\.Rendez
 _NCCL_PEER_GONE = "remote process exited or there was a network error"
 """NCCL's ncclRemoteError, as its watchdog prints it before it aborts the rank."""
 LONGEST_REASON = 2000
+MOST_WARNINGS, LONGEST_WARNING = 5, 600
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Ending:
     step: int | None = None
     rank: int | None = None
     evaluation: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    """What went wrong and changed nothing about the end."""
     signal: int | None = None
     """Signal that ended the trainer, where one did."""
 
@@ -114,7 +117,10 @@ def _as_said(result: Mapping[str, Any], step: int | None) -> Ending:
     evaluation = {
         name: float(value) for name, value in _items(result.get("evaluation")) if isinstance(value, int | float) and math.isfinite(value)
     }
-    return Ending(class_, reason[:LONGEST_REASON], _count(result.get("step"), step), _count(result.get("rank"), None), evaluation)
+    said_beside = result.get("warnings")
+    warnings = tuple(text[:LONGEST_WARNING] for text in said_beside if isinstance(text, str)) if isinstance(said_beside, list) else ()
+    at, rank = _count(result.get("step"), step), _count(result.get("rank"), None)
+    return Ending(class_, reason[:LONGEST_REASON], at, rank, evaluation, warnings[:MOST_WARNINGS])
 
 
 def _items(value: object) -> list[tuple[str, object]]:

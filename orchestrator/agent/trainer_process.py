@@ -25,8 +25,8 @@ from orchestrator.records import Intent
 RENDEZVOUS = "PET_RDZV_ENDPOINT"
 """Where the nodes of a job meet; whoever starts several agents sets it, and PET_NNODES and PET_RDZV_BACKEND beside it: torchrun's own
 variables, as the training operator of Kubernetes sets them."""
-JOIN_S = 600
-"""How long a node waits for the others before its first step: they may still pull an image, or their parent's checkpoint."""
+JOIN_S = 900
+"""How long a node waits for the others before its first step: image pulls and the parent's download differ by minutes between nodes."""
 
 
 def command(intent: Intent, run_dir: Path, node: int = 0) -> list[str]:
@@ -42,25 +42,28 @@ def _torchrun(intent: Intent) -> tuple[str, ...]:
     """No restarts inside an attempt: an attempt is one life, and whether there is another is the driver's to decide.
 
     On one node the ranks meet on a free port of the host, so that attempts side by side do not clash. Output of several ranks is told
-    apart line by line; it costs nothing that could be measured.
+    apart line by line; it costs nothing that could be measured. torchrun's own files lie in the run directory: without a folder for them
+    it makes one among the temporary files, and leaves it there.
     """
-    options = ["--nproc-per-node", "{devices}", "--max-restarts", "0"]
+    options = ["--nproc-per-node", "{devices}", "--max-restarts", "0", "--log-dir", "{run_dir}/ranks"]
     if intent.nodes == 1:
         options += ["--standalone"]
     else:
-        waits = f"join_timeout={JOIN_S},read_timeout={JOIN_S}"
-        options += ["--rdzv-id", intent.run_key.replace("/", "."), "--rdzv-conf", waits]  # a folder of logs has this id in its name
+        options += ["--rdzv-id", intent.run_key.replace("/", ".")]  # a folder of logs has this id in its name
     if intent.nodes * intent.devices_per_node > 1:
-        options += ["--tee", "3", "--log-dir", "{run_dir}/ranks"]
+        options += ["--tee", "3"]
     return tuple(options)
 
 
 def environment(intent: Intent, base: Mapping[str, str], run_dir: Path) -> dict[str, str]:
     """The trainer's environment: the agent's, and for CPU devices one thread a rank and no CUDA device in sight.
 
-    For others the communication library keeps its last collectives, and writes them down when one of them does not end.
+    For others the communication library keeps its last collectives, and writes them down when one of them does not end. Several nodes
+    wait for each other for so long as is said here alone, whichever trainer is started by torchrun.
     """
     variables = dict(base)
+    if intent.nodes > 1:
+        variables["PET_RDZV_CONF"] = f"join_timeout={JOIN_S},read_timeout={JOIN_S}"
     if intent.device.startswith("cpu"):
         variables["CUDA_VISIBLE_DEVICES"] = ""
         variables["OMP_NUM_THREADS"] = "1"
@@ -68,6 +71,7 @@ def environment(intent: Intent, base: Mapping[str, str], run_dir: Path) -> dict[
         variables["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = f"{run_dir}/{FLIGHT_RECORDER}/rank-"
         variables.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
         variables.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        variables.setdefault("NCCL_DEBUG", "WARN")
     variables["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank${rank}] "
     variables["PYTHONUNBUFFERED"] = "1"  # a killed trainer's last words are in its log
     return variables

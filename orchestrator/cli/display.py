@@ -115,7 +115,8 @@ def describe(stage: StageStatus, sight: Sight | None = None) -> str:
         doing = "waits" if waits else "is starting" if any(pod.stage == stage.name for pod in sight.pods) else "waiting"
         return f"attempt {stage.attempts[-1].number}, {doing}"
     if stage.state == "committed":
-        return ", ".join(readings(stage.evaluation)) or "committed"
+        said = stage.attempts[-1].reason if stage.attempts and stage.attempts[-1].state == "completed" else ""
+        return ", ".join([*(readings(stage.evaluation) or ["committed"]), *([f"warning: {said}"] if said else [])])
     if stage.state == "running" and stage.attempts:
         attempt = stage.attempts[-1]
         doing = "evaluating" if stage.step >= stage.steps else attempt.state

@@ -48,7 +48,7 @@ PATIENCE_S = "10"
 """How long an object store may take. A launch is more patient."""
 HTTP_S = 5.0
 """How long an MLflow server may take."""
-INSTALL_OPERATOR = "install the training operator (docs/cluster.md)"
+INSTALL_OPERATOR = "install the training operator (k8s/operator/README.md)"
 DECIMAL = {"m": Decimal("0.001"), "": Decimal(1)} | {letter: Decimal(1000) ** power for power, letter in enumerate("kMGTP", 1)}
 BINARY = {f"{letter}i": Decimal(1024) ** power for power, letter in enumerate("KMGTP", 1)}
 UNITS = DECIMAL | BINARY

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,14 +75,10 @@ def _parent(workspace: Workspace, stage: Stage) -> tuple[str | None, Path | None
 
 
 def _encode(stage: Stage, cache: Path, parent: Path | None) -> dict[str, Any]:
-    from opensora.config import write_stage
-
-    with tempfile.TemporaryDirectory(prefix="osctl-encode-") as folder:
-        path = Path(folder) / "stage.yaml"
-        write_stage(stage.config, path)
-        command = [sys.executable, "-m", "opensora.encode", str(path), str(cache), "--name", stage.name]
-        command += ["--parent", str(parent)] if parent is not None else []
-        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "opensora.encode", "-", str(cache), "--name", stage.name]
+    command += ["--parent", str(parent)] if parent is not None else []
+    content = json.dumps(stage.config.model_dump(mode="json"))  # JSON is YAML; by a pipe, since a file would outlive a killed command
+    done = subprocess.run(command, check=False, input=content, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)
     result = json.loads(done.stdout)

@@ -38,7 +38,7 @@ def sample(
     workspace = launched(Workspace.at(file, store=store))
     committed = newest(workspace, stage, to="sample")
     folder = fetched(workspace, committed)
-    command = [sys.executable, "-m", "opensora.sample", str(folder), "--prompt", prompt, "--out", str(out), "--seed", str(seed)]
+    command = [sys.executable, "-m", "opensora.sample", str(folder), f"--prompt={prompt}", f"--out={out}", "--seed", str(seed)]
     command += ["--steps", str(steps)] if steps is not None else []
     command += ["--guidance", str(guidance)] if guidance is not None else []
     code = subprocess.run(command, check=False).returncode

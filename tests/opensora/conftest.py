@@ -85,7 +85,7 @@ def make_trainer() -> Callable[..., train.Trainer]:
 
     def make(run: RunDirectory, rank: int = 0, world: int = 1) -> train.Trainer:
         stage, ranks = run.stage(), Deaf(rank, world, torch.device("cpu"))
-        start = train.find_start(run, stage)
+        start = train.find_start(run, stage, world)
         prepared = Prepared.open(prepare(stage, run.latents, start.encoders), stage)
         return train.Trainer(run, stage, ranks, train.Notice(), prepared, start)
 

@@ -221,7 +221,7 @@ def test_another_stage_is_not_resumed(tiny_stage: Stages, make_run: Runs, comple
     run = make_run(tiny_stage(optimizer={"lr": 0.5}), resume=complete(tiny_stage()))
     failed = in_process(run)
     assert (failed["status"], failed["class"]) == ("failed", "parent")
-    assert "different: optimizer" in failed["reason"]
+    assert "step 4 is of another stage (optimizer.lr was 0.01, is 0.5)" in failed["reason"]
 
 
 def test_intervals_of_metrics_tile_the_run(tiny_stage: Stages, make_run: Runs) -> None:
@@ -292,7 +292,7 @@ def test_a_resume_among_other_clips_is_refused_until_they_are_back(tiny_stage: S
     (folder / "3.png").rename(away)
 
     refused = in_process(make_run(stage, resume=step_2))
-    assert (refused["class"], refused["step"]) == ("data", 2)
+    assert (refused["class"], refused["step"]) == ("parent", 2)
     assert "step 2 was trained on other clips than the 3 that can be used now (1 are left out)" in refused["reason"]
     away.rename(folder / "3.png")
     resumed = make_run(stage, resume=step_2)
@@ -456,7 +456,7 @@ def test_the_video_model_starts_as_the_image_model_on_each_frame(
         ({"model": {"width": 48}}, "model.width is 32, this stage's is 48"),
         ({"model": {"depth": 3}}, "model.depth is 2, this stage's is 3"),
         ({"model": {"temporal_position": "residual"}}, "model.temporal_position is attention, this stage's is residual"),
-        ({"autoencoder": {"factor": 2}}, "autoencoder is"),
+        ({"autoencoder": {"factor": 2}}, "autoencoder.factor is 4, this stage's is 2"),
     ],
 )
 def test_a_parent_that_does_not_fit_is_refused(

@@ -322,8 +322,8 @@ BAD = [
         "pipeline.yaml",
         "name: stage2",
         "name: Stage 2",
-        "pipeline.yaml:5: stages.Stage 2.name: expected lower-case letters, digits, '-' and '.', from a letter, at most 40; "
-        "found 'Stage 2'. "
+        "pipeline.yaml:5: stages.Stage 2.name: expected lower-case letters a-z, digits, '-' and '.', from a letter to a letter or digit, "
+        "at most 40; found 'Stage 2'. "
         "See `osctl explain pipeline.stages.name`",
     ),
     (
@@ -542,6 +542,66 @@ def test_frames_and_size_may_change_between_stages(recipe: Path) -> None:
 )
 def test_an_override_is_validated_like_the_file_and_blamed_by_its_own_words(recipe: Path, key: str, value: str, message: str) -> None:
     assert refusal(recipe, overrides={key: value}) == message
+
+
+BAD_NAMES = ["StageOne", "étape", "阶段", "stage 1", "..", "-q", "s@1", "s/1", "a" * 63, "1st", "a-", ""]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+@pytest.mark.parametrize("what", ["pipeline", "stage", "parent"])
+def test_a_name_that_is_none_is_shown_with_the_rule(recipe: Path, what: str, name: str) -> None:
+    """`stages: expected at least 1 items, found 0` was the answer: the wrong stage had been left out before the others were counted."""
+    content = yaml.safe_load(PIPELINE)
+    if what == "pipeline":
+        content["name"] = name
+    else:
+        content["stages"][1]["name" if what == "stage" else "parent"] = name
+    for stages in ([*content["stages"]], content["stages"][1:]):
+        Path("pipeline.yaml").write_text(yaml.safe_dump({**content, "stages": stages}, allow_unicode=True))
+        said = refusal(recipe)
+        assert "lower-case letters a-z, digits, '-' and '.', from a letter to a letter or digit, at most 40" in said
+        assert f"found {name[:30]!r}"[:-1] in said
+        assert (f"({len(name)} characters)" in said) == (len(name) > 40)
+        assert "items" not in said and said.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "fact"),
+    [
+        ("stages", [], "expected at least 1 items, found 0"),
+        ("stages", [7], "stages.0: expected keys and values, found 7"),
+        ("stages", [{"name": "stage1", "config": "stage1.yaml", "max_attempts": 0}], "max_attempts: must be above 0, found 0"),
+        ("trainer", ["train", 7], "trainer.1: expected text, found 7"),
+    ],
+)
+def test_of_a_list_the_wrong_item_is_named(recipe: Path, where: str, value: object, fact: str) -> None:
+    Path("pipeline.yaml").write_text(yaml.safe_dump({**yaml.safe_load(PIPELINE), where: value}))
+    assert fact in refusal(recipe)
+
+
+@pytest.mark.parametrize(
+    ("buckets", "fact"),
+    [
+        ([{"frames": 1, "height": 16, "width": 16, "batch_size": 0}], "data.buckets.0.batch_size: must be above 0, found 0"),
+        ([{"frames": 1, "height": 16, "width": 16}], "data.buckets.0.batch_size: is missing"),
+    ],
+)
+def test_of_a_stages_lists_the_wrong_item_is_named(recipe: Path, buckets: object, fact: str) -> None:
+    content = yaml.safe_load(STAGE)
+    content["data"]["buckets"] = buckets
+    Path("stage2.yaml").write_text(yaml.safe_dump(content))
+    assert fact in refusal(recipe)
+
+
+@pytest.mark.parametrize(
+    ("patch", "fact"), [([1, 2], "model.patch"), ([1, 0, 2], "model.patch.1: must be above 0"), ([1, 2, 2, 2], "model.patch")]
+)
+def test_a_list_of_fixed_length_is_counted_as_it_was_given(recipe: Path, patch: object, fact: str) -> None:
+    content = yaml.safe_load(STAGE)
+    content["model"]["patch"] = patch
+    Path("stage2.yaml").write_text(yaml.safe_dump(content))
+    said = refusal(recipe)
+    assert fact in said and ("found 0" not in said or patch == [1, 0, 2])
 
 
 def test_a_variable_is_blamed_by_its_own_words(recipe: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
@@ -11,9 +13,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from opensora import identity
 from opensora.config import StageConfig
 from orchestrator.cluster import ClusterProfile
-from orchestrator.config import Pipeline, Stage, StageSpec
+from orchestrator.config import Pipeline, Stage, StageSpec, find, load
 from orchestrator.decide import (
     BACKOFF_S,
     RULES,
@@ -195,6 +198,33 @@ def test_what_is_retried_once_stops_at_the_second_end_without_progress(class_: E
 @pytest.mark.parametrize(("class_", "advice"), [("oom", "activations.recompute"), ("spike", "loss_spike"), ("data", "cache")])
 def test_advice_names_what_a_person_can_change(class_: ExitClass, advice: str) -> None:
     assert advice in judge([attempt(1, class_, failed_at=3), attempt(2, class_, failed_at=3)], max_attempts=5).reason
+
+
+@pytest.mark.parametrize("class_", get_args(ExitClass))
+@pytest.mark.parametrize("saved", [0, 20])
+def test_an_end_has_one_next_step_and_it_is_true(class_: ExitClass, saved: int) -> None:
+    """ "Go on from the last checkpoint with a lower optimizer.lr" stood beside "any change of the stage starts it anew"."""
+    ends = [attempt(number, class_, resumed=saved, published=saved, failed_at=saved + 3) for number in (1, 2, 3)]
+    stage = ONE.stages[0]
+    said = judge(ends, 5, stage.config).reason
+    assert "{" not in said and said.count("rains the stage anew") <= 1
+    assert f"goes on from step {saved}" in said or "goes on" not in said
+    for key, value in re.findall(r"--set (\S+?)=([^`\s]+)", said):
+        field = key.removeprefix("one.")
+        anew = identity.is_identity(field)
+        after = said.split(f"{key}={value}`")[1].split(";")[0]
+        assert ("anew" in after) == anew and (("goes on" in after) or ("begins again" in after)) == (not anew), (key, after)
+
+
+def test_what_is_advised_can_be_pasted() -> None:
+    for class_ in get_args(ExitClass):
+        said = judge([attempt(number, class_, failed_at=3) for number in (1, 2, 3)], 5, ONE.stages[0].config).reason
+        for command in re.findall(r"`osctl ([^`]+)`", said):
+            words = shlex.split(command)
+            assert words[0] in {"launch", "logs", "plan", "lineage", "doctor", "render", "resume"}, command
+            settings = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
+            overrides = dict(setting.replace("one.", "stage1.", 1).split("=", 1) for setting in settings)
+            load(find("demo"), overrides=overrides)
 
 
 @pytest.mark.parametrize("class_", ["hang", "store", "signal", "lost"])

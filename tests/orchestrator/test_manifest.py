@@ -22,6 +22,7 @@ from manifest_specs import HOSTILE, Spec
 from pod_security import violations
 
 from orchestrator import manifest
+from orchestrator.agent import trainer_process
 from orchestrator.cluster import ClusterProfile
 from orchestrator.errors import Refused
 from orchestrator.records import Keys
@@ -228,6 +229,7 @@ def test_nodes_find_each_other_and_one_node_needs_nobody(profile: ClusterProfile
     policy = several["spec"]["elasticPolicy"]
     assert (policy["rdzvBackend"], policy["minReplicas"], policy["maxReplicas"]) == ("c10d", 8, 8)
     assert policy["rdzvId"] == several["metadata"]["name"]
+    assert "rdzvConf" not in policy, "how long they wait is said by the agent alone"
     assert "nProcPerNode" not in policy, "deprecated, and forbidden beside nprocPerNode"
     assert several["spec"]["nprocPerNode"] == "8"
     assert "elasticPolicy" not in alone["spec"], "with it the operator would set PET_RDZV_ENDPOINT"
@@ -253,11 +255,21 @@ def test_nothing_is_placed_on_an_excluded_node(profile: ClusterProfile) -> None:
     assert term == {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": ["h800-1", "h800-3", "h800-7"]}]}
 
 
+@pytest.mark.parametrize("nodes", [1, 8])
+def test_a_variable_is_set_in_one_place(nodes: int, profile: ClusterProfile, tmp_path: Path) -> None:
+    """The time of the meeting and NCCL's variables were set by manifest and agent, to different values, and one of them never acted."""
+    pod = environment(job_of(profile, nodes=nodes))
+    intent = manifest_specs.intent("p", "s", "0" * 12, 1, nodes, 8).model_copy(update={"device": "h800"})
+    agent = trainer_process.environment(intent, {}, tmp_path)
+    assert agent and not set(agent) & set(pod)
+    assert ("PET_RDZV_CONF" in agent) == (nodes > 1)
+    both = trainer_process.environment(intent, {"PET_RDZV_CONF": "join_timeout=1", **pod}, tmp_path)
+    assert both == {**pod, **agent} | ({} if nodes > 1 else {"PET_RDZV_CONF": "join_timeout=1"})
+
+
 def test_nccl_is_spoken_of_only_where_gpus_are(profile: ClusterProfile) -> None:
     with_gpus, without = environment(job_of(profile)), environment(job_of(profile.model_copy(update={"gpu_resource": None})))
-    assert with_gpus["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "2000"
-    assert with_gpus["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
-    assert with_gpus["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == "/run/osctl/attempt/flight-recorder/nccl_"
+    assert {name for name in with_gpus if "NCCL" in name} == {"NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_GID_INDEX"} & set(with_gpus)
     assert with_gpus["NCCL_SOCKET_IFNAME"] == "=eth0"
     assert with_gpus["OMP_NUM_THREADS"] == "15"
     assert not [name for name in without if "NCCL" in name or "CUDA" in name]

@@ -362,7 +362,9 @@ def test_nodes_meet_where_the_operator_says_and_output_is_told_apart_by_rank(att
     assert "/" not in words[words.index("--rdzv-id") + 1]
     assert words[words.index("--nproc-per-node") + 1] == "4"
     assert (words[words.index("--tee") + 1], words[words.index("--log-dir") + 1]) == ("3", "/run/it/ranks")
-    assert "--tee" not in command(attempts.intend(trainer=(), stage="alone"), Path("/run/it")), "one rank needs no prefix"
+    alone = command(attempts.intend(trainer=(), stage="alone"), Path("/run/it"))
+    assert "--tee" not in alone, "one rank needs no prefix"
+    assert alone[alone.index("--log-dir") + 1] == "/run/it/ranks", "torchrun would make a folder among the temporary files, and leave it"
     named = attempts.intend(trainer=("train", "{node}/{nodes}"), nodes=2, stage="named")
     assert command(named, Path("/run/it"), node=1) == ["train", "1/2"]
 

@@ -9,7 +9,9 @@ import pytest
 
 from opensora.errors import Kind
 from orchestrator.agent.ending import Ending, ending_of
-from orchestrator.records import EXIT_CODES, ExitClass
+from orchestrator.decide import classify
+from orchestrator.ports import Life
+from orchestrator.records import EXIT_CODES, ExitClass, Report
 
 TORCHRUN_KILLED = """
 E1123 07:21:27 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9) local_rank: 1 (pid: 16368) of binary: python
@@ -179,3 +181,15 @@ def test_a_cause_on_this_node_is_told_from_one_on_another(output: str, class_: E
 def test_the_last_words_of_a_rank_are_found_behind_its_prefix() -> None:
     output = "[rank1] Traceback (most recent call last):\n[rank1] RuntimeError: boom\n" + summary(failure(0, 1, 1))
     assert ending_of(None, EXITED_1, output, 6).reason.endswith(": RuntimeError: boom")
+
+
+def test_warnings_beside_a_good_end_reach_the_outcome_and_older_releases_read_the_report() -> None:
+    said = {"status": "completed", "step": 4, "reason": "", "warnings": ["no samples were drawn: OSError", 7, "x" * 10_000]}
+    ending = ending_of(said, 0, "", 4)
+    assert (ending.class_, ending.saved, ending.warnings[0], len(ending.warnings[1])) == ("completed", True, said["warnings"][0], 600)  # type: ignore[index]
+    content = {"class": "completed", "reason": "", "step": 4, "started": 0.0, "ended": 1.0}
+    warned, silent = Report.model_validate({**content, "warnings": ending.warnings[:1]}), Report.model_validate(content)
+    assert classify(warned, Life("ended")).reason == "no samples were drawn: OSError"
+    assert Report.decode(warned.encode()) == warned
+    assert b"warnings" not in silent.encode(), "an older release refuses a field that it does not know"
+    assert ending_of({"status": "completed", "warnings": "not a list"}, 0, "", 1).warnings == ()
