@@ -329,7 +329,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @settings(
-    max_examples=int(os.environ.get("OSCTL_TEST_DAMAGES", "25")),
+    max_examples=int(os.environ.get("OSCTL_TEST_DAMAGES", "8")),
     deadline=None,
     derandomize="OSCTL_TEST_DAMAGES" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
