@@ -335,8 +335,9 @@ class Saver:
             finally:
                 self._copied.set()
             self._publish(job)
-        except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to: the next step does
-            self._failure = error
+        except BaseException as error:  # noqa: BLE001 - a thread has nobody to raise to: the next step does
+            said = f"step {job.step}: the thread that writes checkpoints ended with {type(error).__name__}: {error}"
+            self._failure = error if isinstance(error, Exception) else RuntimeError(said)
 
     def _publish(self, job: _Job) -> None:
         target = directory(self._folder, job.step)
@@ -357,12 +358,12 @@ class Saver:
                 self._until(lambda: not partial.is_dir(), failed, (min(self._here),))
                 if not target.is_dir():
                     raise PeerFailed(f"step {job.step}: another rank of this node could not save")
-        except (OSError, NotFinite, PeerFailed) as error:
+        except BaseException as error:
             vanished = isinstance(error, FileNotFoundError) and failed.is_dir()
             self._abandon(partial, failed)
             if vanished:
                 raise PeerFailed(f"step {job.step}: another rank of this node could not save") from error
-            if is_disk_full(error):
+            if isinstance(error, Exception) and is_disk_full(error):
                 raise DiskFull(f"checkpoint {target}: {error}; earlier checkpoints are intact") from error
             raise
 
