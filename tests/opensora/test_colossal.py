@@ -121,17 +121,22 @@ class Alone:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def take_steps(strategy: colossal.Colossal, stage: StageConfig, ranks: Ranks, numbers: range) -> tuple[list[float], list[float]]:
+def take_steps(
+    strategy: colossal.Colossal, stage: StageConfig, ranks: Ranks, numbers: range, parts: int = 1
+) -> tuple[list[float], list[float]]:
     """Losses over all ranks and norms, as the trainer takes its steps."""
     losses, norms, shared = [], [], stage.parallel.ranks_a_clip
     here, count = ranks.rank // shared, ranks.world // shared
     for step in numbers:
         own = tuple(part.chunk(count)[here] for part in batch_of(stage, step))
-        with torch.autocast("cpu", torch.bfloat16, enabled=stage.dtype == "bf16"):
-            loss = loss_of(strategy.model, own)
-        strategy.backward(loss)
+        total = torch.zeros(())
+        for part in range(parts):
+            with torch.autocast("cpu", torch.bfloat16, enabled=stage.dtype == "bf16"):
+                loss = loss_of(strategy.model, tuple(piece.chunk(parts)[part] for piece in own)) / parts
+            strategy.backward(loss, first=part == 0, last=part == parts - 1)
+            total += loss.detach()
         assert bool(strategy.finite())
-        flags = strategy.reduce(torch.stack([loss.detach(), torch.ones(())]))
+        flags = strategy.reduce(torch.stack([total, torch.ones(())]))
         losses.append(float(flags[0] / flags[1]))
         norms.append(float(strategy.norm()))
         strategy.step(LR, (CLIP / (strategy.norm() + 1e-6)).clamp(max=1.0), step)
@@ -201,6 +206,13 @@ def report_of(case: str, ranks: Ranks, folder: Path) -> dict[str, float]:
     assert all(found["optimizer"].pop(name) == expected["optimizer"].pop(name) == STEPS for name in counts)
     report |= {"movement": apart(found["model"], expected["model"], start), "moments": apart(found["optimizer"], expected["optimizer"])}
     report["averaged"] = distance(strategy.averaged(), found["ema"])
+
+    if stage.parallel.plugin != "gemini":
+        accumulating = colossal.Colossal(model_of(stage), stage, ranks)
+        losses_, norms_ = take_steps(accumulating, stage, ranks, range(STEPS), parts=2)
+        state = all_of(accumulating, ranks)["model"]
+        moved = [relative(losses_, alone.losses), relative(norms_, alone.norms), apart(state, expected["model"], start)]
+        report["in parts"] = worst(moved)
 
     saver = Saver(folder / case, stage, shard=strategy.writer(ranks.rank), shards=ranks.world, here=ranks.here, device=ranks.device)
     saver.save(strategy.pieces(), folder, step=STEPS, world_size=ranks.world, seen=(4 * STEPS,), clips="", carried=(), reset=())
@@ -297,6 +309,11 @@ def test_two_ranks_take_the_steps_of_one_process_up_to_bf16(reports: dict[str, d
     assert reports[case][measure] < 1e-2
 
 
+@pytest.mark.parametrize("case", [case for case in (*EXACT, *ROUNDED) if not case.startswith("gemini")])
+def test_a_step_in_two_parts_is_the_step(reports: dict[str, dict[str, float]], case: str) -> None:
+    assert reports[case]["in parts"] < (1e-5 if case in EXACT else 1e-2)
+
+
 @pytest.mark.parametrize("case", [*EXACT, *ROUNDED])
 def test_fp32_weights_are_those_given_not_what_bf16_left_of_them(reports: dict[str, dict[str, float]], case: str) -> None:
     assert reports[case]["as given"] == 0
@@ -359,6 +376,11 @@ def test_what_a_plugin_cannot_do_is_refused() -> None:
     one_head = {"depth": 2, "width": 36, "heads": 1, "caption_width": 10, "caption_tokens": 5}
     assert "model.heads is 1" in refusal("hybrid_fp32", model=one_head)
     assert "without a launcher" in refusal("torch_ddp", device="cpu", world=1)
+
+
+def test_a_plugin_that_cannot_add_up_parts_of_a_step_is_refused() -> None:
+    said = refusal("gemini", accumulate=4)
+    assert "4 parts of a step (accumulate)" in said and "accumulate 1 with 4 times the ranks" in said
 
 
 def test_ranks_that_share_layers_see_the_same_clips() -> None:
