@@ -157,11 +157,12 @@ def _shown(path: str, value: object) -> str:
 
 
 def _layout(differences: Sequence[identity.Difference], then: int, now: int) -> str | None:
-    """`4 of 8 ranks, not bitwise`: what is added up in another order than in the checkpoint's steps."""
+    """`resumed on 4 of 8 ranks, not bitwise`: what is added up in another order than in the checkpoint's steps."""
     changed = [one for one in differences if one.path.startswith(LAYOUT)]
-    facts = [f"{now} of {then} ranks" if now < then else f"{now} ranks instead of {then}"] if now != then else []
-    facts += [f"{one.path} {_shown(one.path, one.new)} instead of {_shown(one.path, one.old)}" for one in changed]
-    return f"resumed on {', '.join(facts)}, not bitwise" if facts else None
+    facts = [f"on {now} of {then} ranks" if now < then else f"on {now} ranks instead of {then}"] if now != then else []
+    others = [f"{one.path} {_shown(one.path, one.new)} instead of {_shown(one.path, one.old)}" for one in changed]
+    facts += [f"with {' and '.join(others)}"] if others else []
+    return f"resumed {' '.join(facts)}, not bitwise" if facts else None
 
 
 def _chain(path: Path, stage: StageConfig) -> Start:
@@ -658,9 +659,10 @@ def _announce(trainer: Trainer) -> None:
         ("carried", ", ".join(trainer.start.carried) or "nothing"),
         ("reset", ", ".join(trainer.start.reset) or "nothing"),
     ]
-    rows += [("resumed", trainer.start.layout)] if trainer.start.layout else []
     for name, value in rows:
         log.info("%-10s %s", name, value)
+    if trainer.start.layout:
+        log.info("%s", trainer.start.layout)
 
 
 def _said_of_clips(stage: StageConfig, ranks: Ranks, counts: Sequence[int], skipped: int, step: int) -> list[tuple[str, str]]:

@@ -170,7 +170,7 @@ def test_ranks_and_parts_of_one_product_take_the_same_steps(tiny_stage: Stages, 
     one = make_run(tiny_stage(**same, accumulate=4), resume=at(two, 4))
     with caplog.at_level(logging.INFO, "opensora.train"):
         assert in_process(one)["status"] == "completed"
-    assert "resumed on 1 of 2 ranks, accumulate 4 instead of 2, not bitwise" in caplog.text
+    assert "resumed on 1 of 2 ranks with accumulate 4 instead of 2, not bitwise" in caplog.text
 
     assert {line["clips"] for run in (four, two, again, one) for line in steps(run)} == {8}
     losses = {line["step"]: line["loss"] for line in steps(four)}
@@ -246,3 +246,39 @@ def test_a_resume_is_refused_where_identity_differs(
     failed = in_process(make_run(tiny_stage(**changes), resume=half_way))
     assert (failed["status"], failed["class"]) == ("failed", "parent")
     assert fact in failed["reason"]
+
+
+def test_the_log_says_that_a_resume_is_not_bitwise_and_why(
+    half_way: Path, tiny_stage: Stages, make_run: Runs, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "opensora.train"):
+        in_process(make_run(tiny_stage(loss_spike=None), resume=half_way))
+        assert "bitwise" not in caplog.text
+        in_process(make_run(tiny_stage(batch_size=2, accumulate=2), resume=half_way))
+    assert "resumed with batch_size 2 instead of 4 and accumulate 2 instead of 1, not bitwise" in caplog.text
+
+
+def test_each_size_of_clips_is_said_and_that_a_step_takes_more_than_there_are(
+    tiny_stage: Stages, make_run: Runs, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    folder, rows = tmp_path / "pictures", ["path,text"]
+    folder.mkdir()
+    for number in range(8):
+        Image.new("RGB", (16, 16) if number < 5 else (8, 32), (20 * number, 0, 0)).save(folder / f"{number}.png")
+        rows.append(f"{number}.png,a red square")
+    (folder / "captions.csv").write_text("\n".join(rows))
+    sizes = [{"frames": 1, "height": 16, "width": 16, "batch_size": 2}, {"frames": 1, "height": 32, "width": 8, "batch_size": 2}]
+    data = {"source": {"kind": "folder", "path": str(folder)}, "buckets": sizes}
+    with caplog.at_level(logging.INFO, "opensora.train"):
+        assert in_process(make_run(tiny_stage(data=data, accumulate=2)))["status"] == "completed"
+    for line in (
+        "clips      5 of 1x16x16 pixels, 1x4 tokens",
+        "clips      3 of 1x32x8 pixels, 1x4 tokens; 0 skipped",
+        "batch      2 x 1 ranks x 2 parts of 1x16x16",
+        "batch      2 x 1 ranks x 2 parts of 1x32x8",
+        "warning    bucket 1x32x8 has 3 clips, a step takes 4: each step holds a clip more than once",
+    ):
+        assert line in caplog.messages, line
+    assert "bucket 1x16x16 has" not in caplog.text

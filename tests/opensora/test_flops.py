@@ -126,3 +126,8 @@ def test_parameters_are_the_models(config: ModelConfig, channels: int) -> None:
 def test_planning_needs_no_torch() -> None:
     code = "import sys, opensora.flops; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_step_in_parts_counts_as_on_as_many_times_the_devices() -> None:
+    assert flops.step_flops(stage(accumulate=3), 2) == flops.step_flops(stage(), 6)
+    assert flops.stage_flops(stage(accumulate=3), 2) == flops.stage_flops(stage(), 6)

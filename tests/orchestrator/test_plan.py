@@ -83,6 +83,18 @@ def test_measured_steps_win_over_the_assumption_and_say_their_mfu() -> None:
     assert row.high.wall_h == pytest.approx(1.1 * row.expected.wall_h)
 
 
+def test_parts_of_a_step_take_the_devices_as_much_longer() -> None:
+    """Half the nodes and twice the parts are the same work: equal device-hours and dollars, twice the hours."""
+    whole = with_devices(OPEN_SORA, 8)
+    half = with_devices(OPEN_SORA, 4)
+    parts = [one.model_copy(update={"config": one.config.model_copy(update={"accumulate": 2})}) for one in half.stages]
+    ours, theirs = (plan(each, PRICES, mfu=0.45) for each in (half.model_copy(update={"stages": tuple(parts)}), whole))
+    for one, other in zip(ours.rows, theirs.rows, strict=True):
+        if other.basis != "import" and other.steps:
+            assert one.expected.device_hours == pytest.approx(other.expected.device_hours, rel=1e-6)
+            assert one.expected.wall_h == pytest.approx(2 * other.expected.wall_h, rel=1e-6)
+
+
 def test_what_is_committed_costs_nothing_more() -> None:
     whole = plan(OPEN_SORA, PRICES)
     rest = plan(OPEN_SORA, PRICES, committed={"stage1", "stage2"})
