@@ -309,7 +309,7 @@ def counted(attempt: Attempt) -> bool:
 def not_before(ends: Sequence[Attempt]) -> float:
     """Unix time before which no other attempt starts; 0 where nothing has ended yet."""
     stalled = progress_free(ends)
-    if not stalled or not ends:
+    if not stalled or not ends or ends[-1].damaged is not None:  # another checkpoint may be tried at once
         return 0.0
     outcome = ends[-1].outcome
     assert outcome is not None
