@@ -95,7 +95,7 @@ def test_a_second_signal_hurries_a_trainer_that_does_not_save(attempts: Attempts
     pod = Pod(attempts, attempts.key(intent))
     attempts.reaches(intent, 5)
     os.kill(pod.pid, signal.SIGTERM)
-    time.sleep(TOGETHER_S)
+    time.sleep(TOGETHER_S + 0.5)
     os.kill(pod.pid, signal.SIGTERM)
     assert pod.outer.wait(timeout=30) == 137, pod.log.read_text()
     report = attempts.report(intent)
