@@ -97,6 +97,15 @@ def publish(store: Store, intent: Intent, directory: Path) -> tuple[str, Manifes
     return _seal(store, intent, description.step, description.complete, files)
 
 
+def discard(store: Store, intent: Intent, step: int) -> None:
+    """Remove what was uploaded of a checkpoint that will never have its manifest. Raises Unreachable, Refused."""
+    prefix = _prefix(intent, step) + "/"
+    names = list(store.list(prefix))
+    if prefix + MANIFEST not in names:
+        for key in names:
+            store.discard(key)
+
+
 def publish_part(store: Store, intent: Intent, directory: Path, node: int) -> Part:
     """Upload one node's files of a checkpoint, then its part. Repeatable. Raises as `publish`."""
     description = _describe(directory)

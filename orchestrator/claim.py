@@ -1,6 +1,7 @@
 """Whose an attempt's run directory is: lock, claim, time of death. All that a launcher and an agent say to each other besides signals.
 
-Owns `RUN_DIR/lock`, `RUN_DIR/submitted.json`, `RUN_DIR/agent.json` and `RUN_DIR/alive`. Refuses to start or end anything. Linux only.
+Owns `RUN_DIR/lock`, `RUN_DIR/submitted.json`, `RUN_DIR/agent.json`, `RUN_DIR/asked`, `RUN_DIR/trouble.json` and `RUN_DIR/alive`.
+Refuses to start or end anything. Linux only.
 
 Invariants:
 - The lock is a `flock` that a local launcher hands to the agent it starts, and that the agent and its guard hold together. Free means:
@@ -8,6 +9,7 @@ Invariants:
 - `submitted.json` is written once, by the launcher that holds the lock, before it starts the agent. There means: devices are held from
   then on, even if the agent dies before it can say a word.
 - `agent.json` is written once, by the agent that holds the lock. There means: this attempt has lived.
+- `asked` is there while a launcher's request to leave is on its way: the agent takes it away with the signal that it belongs to.
 - `alive` is touched every 20 ms while the agent lives, and once more when it dies. Its mtime is the time of death.
 """
 
@@ -16,18 +18,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from orchestrator.processes import Process
 
+log = logging.getLogger(__name__)
+
 LOCK = "lock"
 SUBMITTED = "submitted.json"
 CLAIM = "agent.json"
 ALIVE = "alive"
+ASKED = "asked"
+TROUBLE = "trouble.json"
 PULSE_S = 0.02
 
 
@@ -88,6 +95,29 @@ def read_submission(run_dir: Path) -> float | None:
     return bound
 
 
+def read_trouble(run_dir: Path) -> str:
+    """Why no checkpoint of this attempt reaches the store, in its agent's words; empty: they do, as far as anybody has said."""
+    try:
+        return str(json.loads((run_dir / TROUBLE).read_text())["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def write_asked(run_dir: Path) -> None:
+    """The launcher's next SIGTERM is a request to save and leave, whoever else sends one meanwhile."""
+    with contextlib.suppress(OSError):  # a full disk: then both count
+        (run_dir / ASKED).touch()
+
+
+def take_asked(run_dir: Path) -> bool:
+    """Whether a launcher's request is on its way; answered once."""
+    try:
+        (run_dir / ASKED).unlink()
+    except OSError:
+        return False
+    return True
+
+
 def take_lock(run_dir: Path) -> int | None:
     """Descriptor that holds the lock of a run directory until it and all its copies are closed; none where it is held."""
     lock = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -108,15 +138,25 @@ def is_locked(run_dir: Path) -> bool:
 
 
 @contextlib.contextmanager
-def pulse(run_dir: Path) -> Iterator[None]:
-    """Keep `alive` as long as there is no guard to do it, and leave it at the time of the end."""
+def pulse(run_dir: Path, clock: Callable[[], float]) -> Iterator[None]:
+    """Keep `alive` as long as there is no guard to do it, and leave it at the time of the end. `clock`: the attempt's."""
     alive, over = run_dir / ALIVE, threading.Event()
 
-    def beat() -> None:
-        while not over.wait(PULSE_S):
-            alive.touch()
+    def touch() -> None:
+        alive.touch()
+        os.utime(alive, (clock(), clock()))
 
-    alive.touch()
+    def beat() -> None:
+        said = False
+        while not over.wait(PULSE_S):
+            try:
+                touch()
+            except Exception:
+                if not said:  # once: it comes again 50 times a second
+                    log.exception("run directory %s: its time of death cannot be kept up", run_dir)
+                said = True
+
+    touch()
     thread = threading.Thread(target=beat, name="pulse", daemon=True)
     thread.start()
     try:
@@ -124,7 +164,7 @@ def pulse(run_dir: Path) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-        alive.touch()
+        touch()
 
 
 def last_alive(run_dir: Path) -> float | None:

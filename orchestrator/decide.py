@@ -19,7 +19,7 @@ from typing import Literal
 from opensora.config import StageConfig
 from orchestrator.config import Pipeline, Stage
 from orchestrator.ports import Life
-from orchestrator.records import EXIT_CODES, ExitClass, Outcome, Report
+from orchestrator.records import EXIT_CODES, DamagedCheckpoint, ExitClass, Outcome, Report
 
 # --- What a driver sees ------------------------------------------------------------------------------------------------------------
 
@@ -59,6 +59,12 @@ class Attempt:
     """Whether an earlier driver has intended it, and this one has found it alive: its end is this driver's to judge."""
     given_up: str = ""
     """Why this driver has killed it before it started: the fault that kept it from that until the deadline."""
+    told: bool = False
+    """Whether this driver has asked it, where no signal reaches it, to leave without saving."""
+    damaged: DamagedCheckpoint | None = None
+    """What it was to go on from, where that is not what was published."""
+    reached: int | None = None
+    """Last step that is known to have ended; none: not known. Of attempts of this launch that are over."""
 
     @property
     def alive(self) -> bool:
@@ -78,6 +84,19 @@ class Attempt:
     @property
     def progressed(self) -> bool:
         return self.published > self.resumed_from
+
+    @property
+    def saved(self) -> int:
+        """Step of its newest published checkpoint, or of the one that it went on from."""
+        return max(self.published, self.resumed_from)
+
+    @property
+    def lost(self) -> str:
+        """Which of its steps nobody has saved, for people; empty where none is known."""
+        if self.reached is None or self.reached <= self.saved:
+            return ""
+        count = self.reached - self.saved
+        return f"{'' if self.report is not None else 'at least '}{count} step{'s' if count > 1 else ''} after step {self.saved} lost"
 
 
 @dataclass(frozen=True)
@@ -208,10 +227,14 @@ RULES: dict[ExitClass, Rule] = {
 }  # fmt: skip
 
 STALLS = 3
-"""So many ends in a row without a new checkpoint stop a stage, whatever their class."""
+"""So many ends in a row without a new checkpoint stop a stage, whatever their class; but for those of `blameless`."""
 
-BACKOFF_S = (0.0, 5.0, 20.0)
-"""Seconds before the next attempt, by the number of ends in a row without a new checkpoint (beyond the first: most faults are passing)."""
+BACKOFF_S = (0.0, 5.0, 20.0, 60.0, 180.0)
+"""Seconds before the next attempt, by the number of ends in a row without a new checkpoint (beyond the first: most faults are passing).
+The last counts for all that follow: nodes that the market takes again and again cost a start each time."""
+
+OTHER_CLIPS = "other clips"
+"""In the reason of a `data` end: the clips are not those of the checkpoint. Another attempt finds the same ones."""
 
 LEFT_EARLY = (EXIT_CODES["drained"], EXIT_CODES["store"])
 """How an agent leaves that is asked to before it has begun: ended by SIGTERM, or, a moment later, refusing to start."""
@@ -228,13 +251,16 @@ class Ending:
     by_person: bool = False
 
 
-def classify(report: Report | None, life: Life, *, asked: bool = True) -> Ending:
+def classify(report: Report | None, life: Life, *, asked: bool = True, damaged: DamagedCheckpoint | None = None) -> Ending:
     """How an attempt that is over has ended. The agent's own word counts first, but for what it cannot know: that the cluster or a
     person took its pods away. An exit code only says why there is no word.
 
     Args:
         asked: whether this driver has asked it to save and leave.
+        damaged: what it was to go on from, where that is not what was published.
     """
+    if damaged is not None and report is not None and report.class_ == "parent":
+        return Ending("store", f"step {damaged.step}, from which it was to go on, is damaged: {damaged.reason}")
     if life.cause is not None and (report is None or report.class_ in CONSEQUENCES) and not (asked and report is not None):
         said = "" if report is None else f" ({report.class_} at step {report.step}: {report.reason})"
         match life.cause:
@@ -251,7 +277,7 @@ def classify(report: Report | None, life: Life, *, asked: bool = True) -> Ending
     said_by: dict[int, ExitClass] = {code: name for name, code in EXIT_CODES.items() if name not in ("completed", "drained")}
     if life.exit_code in said_by:
         return Ending(said_by[life.exit_code], f"the agent left with exit code {life.exit_code} and no report")
-    seen = "nobody saw how" if life.exit_code is None else f"exit code {life.exit_code}"
+    seen = (life.where or "nobody saw how") if life.exit_code is None else f"exit code {life.exit_code}"
     return Ending("lost", f"the agent vanished without a report ({seen})")
 
 
@@ -265,9 +291,17 @@ def progress_free(ends: Sequence[Attempt]) -> int:
     return count
 
 
+def blameless(attempt: Attempt) -> bool:
+    """Whether an end says nothing about the stage: the cluster took the devices, or an older checkpoint is to be tried."""
+    assert attempt.outcome is not None
+    return RULES[attempt.outcome.class_].counted == "never" or attempt.damaged is not None
+
+
 def counted(attempt: Attempt) -> bool:
     """Whether a closed attempt counts against `max_attempts`."""
     assert attempt.outcome is not None
+    if attempt.damaged is not None:
+        return False
     rule = RULES[attempt.outcome.class_]
     return rule.counted == "always" or (rule.counted == "unless progress" and not attempt.progressed)
 
@@ -275,7 +309,7 @@ def counted(attempt: Attempt) -> bool:
 def not_before(ends: Sequence[Attempt]) -> float:
     """Unix time before which no other attempt starts; 0 where nothing has ended yet."""
     stalled = progress_free(ends)
-    if not stalled or not ends:
+    if not stalled or not ends or ends[-1].damaged is not None:  # another checkpoint may be tried at once
         return 0.0
     outcome = ends[-1].outcome
     assert outcome is not None
@@ -304,17 +338,22 @@ def judge(ends: Sequence[Attempt], max_attempts: int, config: StageConfig | None
     assert last.outcome is not None
     class_, rule = last.outcome.class_, RULES[last.outcome.class_]
     what = f"{last.stage}: attempt {last.number} ended with {class_}" + (f": {last.outcome.reason}" if last.outcome.reason else "")
-    saved = max(last.published, last.resumed_from)
+    what += f"; {last.lost}" if last.lost else ""
+    saved = last.saved
     advice = _advice(rule, last.stage, saved, config)
+    if last.damaged is not None:
+        return _after_damage(ends, what)
     if rule.then == "suspend":
         return Verdict("suspended", f"{what}. `osctl launch` goes on from step {saved}", 130)
     if last.outcome.by_person:
         return Verdict("failed", f"{what}. `osctl resume` goes on from step {saved}", 3)
     if rule.then == "stop":
         return Verdict("failed", what + advice, 4 if class_ in ("parent", "refused") else 3)
+    if class_ == "data" and OTHER_CLIPS in last.outcome.reason:
+        return Verdict("failed", what, 3)
     if rule.then == "retry once" and (again := _seen_before(ends)):
         return Verdict("failed", f"{what}, {again}{advice}", 3)
-    if (stalled := progress_free(ends)) >= STALLS:
+    if (stalled := progress_free([attempt for attempt in ends if not blameless(attempt)])) >= STALLS:
         return Verdict("failed", f"{what}. {stalled} attempts in a row published no new checkpoint{advice}", 3)
     if (used := sum(map(counted, ends))) >= max_attempts:
         return Verdict("failed", f"{what}. {used} of {max_attempts} counted attempts are used up{advice}", 3)
@@ -327,6 +366,16 @@ def _advice(rule: Rule, stage: str, saved: int, config: StageConfig | None) -> s
     spike = f"{config.loss_spike * 2:g}" if config and config.loss_spike else "null"
     hint = rule.hint.format(stage=stage, goes_on=goes_on, lr=lr, spike=spike)
     return f". {hint[0].upper()}{hint[1:]}" if hint else ""
+
+
+def _after_damage(ends: Sequence[Attempt], what: str) -> Verdict:
+    """Another attempt goes on from an older checkpoint. Damage that an agent finds is a fact. Where the trainer alone refuses one
+    checkpoint after the other, it may be the trainer that cannot read them, and beginning anew would throw good work away.
+    """
+    refused = [attempt for attempt in ends[-2:] if attempt.damaged is not None and attempt.damaged.by == "trainer"]
+    if len(refused) == 2:
+        return Verdict("failed", f"{what}. The trainer has refused two checkpoints in a row; `osctl logs` shows why", 4)
+    return Verdict("go", what)
 
 
 def _seen_before(ends: Sequence[Attempt]) -> str | None:
@@ -378,7 +427,8 @@ def _settle(view: StageView, observed: Observed) -> list[Action]:
         elif attempt.ended and attempt.given_up:
             actions.append(CloseAttempt(attempt, "unstarted", attempt.given_up))
         elif attempt.ended:
-            ending = classify(attempt.report, attempt.life, asked=attempt.draining or observed.stop is not None)
+            asked = attempt.draining or observed.stop is not None
+            ending = classify(attempt.report, attempt.life, asked=asked, damaged=attempt.damaged)
             actions.append(CloseAttempt(attempt, ending.class_, ending.reason, ending.by_person))
         elif attempt.unborn and (stray or attempt.epoch < observed.epoch):
             # An agent whose intent is older than the lease refuses to start, so its number is spent.
@@ -413,7 +463,7 @@ def _commit(view: StageView) -> Commit | None:
 def _stop(views: Sequence[StageView], observed: Observed) -> list[Action]:
     alive = [attempt for view in views for attempt in (*view.strays, *view.attempts) if attempt.alive]
     if observed.stop == "kill":
-        running = [attempt for attempt in alive if attempt.life.state == "running"]
+        running = [attempt for attempt in alive if attempt.life.state == "running" and not attempt.told]
         if running:
             return [Kill(attempt) for attempt in running]
     else:
@@ -424,9 +474,24 @@ def _stop(views: Sequence[StageView], observed: Observed) -> list[Action]:
             return [Wait(f"{_names(alive)} saves and leaves")]
     if all(view.committed for view in views if view.name in observed.targets):
         return [Finish("succeeded", 0, "every stage is committed")]
-    if observed.cancelled:
-        return [Finish("cancelled", 130, "cancelled; `osctl launch` goes on from the last checkpoint")]
-    return [Finish("suspended", 130, "stopped; `osctl launch` goes on from the last checkpoint")]
+    said = "; ".join(filter(None, (_left(view, observed) for view in views if view.name in observed.targets)))
+    status: Literal["cancelled", "suspended"] = "cancelled" if observed.cancelled else "suspended"
+    return [Finish(status, 130, f"{'cancelled' if observed.cancelled else 'stopped'}; {said or '`osctl launch` goes on'}")]
+
+
+def _left(view: StageView, observed: Observed) -> str:
+    """What a stop leaves of a stage: how its attempt ended, from where the next one goes on, and what nobody has saved."""
+    if view.committed or not view.attempts:
+        return ""
+    last = view.attempts[-1]
+    start = f"from step {view.checkpoints[-1].step}" if view.checkpoints else "from the start"
+    onward = f"`osctl launch` goes on with {view.name} {start}"
+    if last.outcome is None:
+        return f"{onward}, once attempt {last.number} has left ({last.life.where or last.life.state})"
+    of_this_launch = last.epoch == observed.epoch or last.adopted or last.outcome.epoch == observed.epoch
+    ended = f"attempt {last.number} ended with {last.outcome.class_}" + (f": {last.outcome.reason}" if last.outcome.reason else "")
+    how = f"{ended}; " if of_this_launch and last.outcome.class_ not in ("drained", "completed") else ""
+    return f"{how}{onward}{f'; {last.lost}' if of_this_launch and last.lost else ''}"
 
 
 def _go(pipeline: Pipeline, observed: Observed, now: float) -> list[Action]:
@@ -502,7 +567,11 @@ def _attend(alive: Sequence[Attempt], now: float, deadline_s: float) -> Kill | W
         return Wait(f"the backend cannot say whether {_names(unseen)} lives")
     waiting = [attempt for attempt in alive if attempt.life.waits]
     said = [f"{_names([attempt])} waits: {attempt.life.waits}" for attempt in waiting]
-    running = [attempt for attempt in alive if not attempt.life.waits]
+    far = [attempt for attempt in alive if attempt.life.where]
+    said += [f"{_names([attempt])} lives elsewhere ({attempt.life.where}); this launch waits for it and starts nothing" for attempt in far]
+    troubled = [attempt for attempt in alive if attempt.life.trouble]
+    said += [f"{_names([attempt])}: {attempt.life.trouble}" for attempt in troubled]
+    running = [attempt for attempt in alive if not (attempt.life.waits or attempt.life.where or attempt.life.trouble)]
     deadlines = [attempt.life.since + deadline_s for attempt in waiting if attempt.life.waits_for == "fault" and attempt.life.since]
     return Wait("; ".join([*said, *([f"{_names(running)} runs"] if running else [])]), min(deadlines, default=None))
 

@@ -30,6 +30,8 @@ class LeaseHandle:
     def __init__(self, store: Store, key: str, lease: Lease, etag: str, ttl_s: float):
         self.record = lease
         self.lost = False
+        self.before: Lease | None = None
+        """Whose it was."""
         self.next_seq = 0
         """Sequence number of this epoch's next event."""
         self.ttl_s = ttl_s
@@ -96,7 +98,9 @@ def acquire(
             continue
         taken = _claim(me, lease.epoch + 1, now + ttl_s)
         with contextlib.suppress(StoreConflict):
-            return LeaseHandle(store, key, taken, store.replace(key, taken.encode(), there.etag), ttl_s)
+            handle = LeaseHandle(store, key, taken, store.replace(key, taken.encode(), there.etag), ttl_s)
+            handle.before = lease
+            return handle
 
 
 def decode_lease(key: str, data: bytes) -> Lease:

@@ -11,7 +11,7 @@ Where many are listed (events, journals, manifests, revisions), and for who only
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,11 @@ from orchestrator.ports import Store, check_key
 from orchestrator.records import (
     ADVICE,
     RESERVED,
+    AgentClaim,
+    Asked,
     Committed,
     Damaged,
+    DamagedCheckpoint,
     DamageKind,
     Decision,
     Event,
@@ -43,7 +46,9 @@ from orchestrator.records import (
     Record,
     Report,
     Revision,
+    Sign,
     Terms,
+    Trouble,
     inputs_of_old,
     merge_reports,
     sha256,
@@ -260,6 +265,61 @@ class Ledger:
         """The first writer wins; what is there comes back."""
         return self._put(self.keys.outcome(intent.stage, intent.inputs, intent.attempt), outcome)
 
+    # What agents and drivers of different places say to each other
+
+    def claim(self, intent: Intent, claim: AgentClaim) -> AgentClaim:
+        """The first writer of a node wins; what is there comes back."""
+        return self._put(self.keys.agent(intent.stage, intent.inputs, intent.attempt, claim.node), claim)
+
+    def agent(self, intent: Intent, node: int = 0) -> AgentClaim | None:
+        """None: no agent has begun on this node, or one of a release that does not say so."""
+        return self._find(AgentClaim, self.keys.agent(intent.stage, intent.inputs, intent.attempt, node))
+
+    def append_sign(self, intent: Intent, sign: Sign) -> None:
+        self.store.create(self.keys.sign(intent.stage, intent.inputs, intent.attempt, sign.node, sign.seq), sign.encode())
+
+    def newest_sign(self, intent: Intent, after: Sequence[str] = ("", "", "")) -> tuple[str, ...]:
+        """The last key of each kind that an agent adds to while it lives; those of `after` where none is newer."""
+        attempt = self.keys.attempt(intent.stage, intent.inputs, intent.attempt)
+        return tuple(
+            max(self.store.list(f"{attempt}/{kind}/", last), default=last)
+            for kind, last in zip(("journal", "log", "signs"), after, strict=True)
+        )
+
+    def ask_attempt(self, intent: Intent, asked: Asked) -> Asked:
+        """For an attempt that no signal of ours reaches: its agent looks for it."""
+        return self._put(self.keys.asked(intent.stage, intent.inputs, intent.attempt, asked.how), asked)
+
+    def asked(self, intent: Intent) -> Literal["save", "now"] | None:
+        """The most urgent that any driver asked for."""
+        prefix = self.keys.asked(intent.stage, intent.inputs, intent.attempt, "now").removesuffix("now.json")
+        names = {key.removeprefix(prefix) for key in self.store.list(prefix)}
+        return "now" if "now.json" in names else "save" if "save.json" in names else None
+
+    def append_trouble(self, intent: Intent, trouble: Trouble) -> None:
+        self.store.create(self.keys.trouble(intent.stage, intent.inputs, intent.attempt, trouble.node, trouble.seq), trouble.encode())
+
+    def trouble(self, stage: str, inputs: str, attempt: int) -> Trouble | None:
+        """Of the first node whose checkpoints do not reach the store. None: all do, as far as anybody has said."""
+        found = self._read_all(Trouble, self.store.list(f"{self.keys.attempt(stage, inputs, attempt)}/trouble/"))
+        newest = {trouble.node: trouble for trouble in found}
+        return next((trouble for _, trouble in sorted(newest.items()) if trouble.reason), None)
+
+    def write_damaged(self, intent: Intent, damaged: DamagedCheckpoint) -> DamagedCheckpoint:
+        return self._put(self.keys.damaged(intent.stage, intent.inputs, intent.attempt), damaged)
+
+    def damaged(self, stage: str, inputs: str, attempt: int) -> DamagedCheckpoint | None:
+        """What this attempt was to go on from, where that is not what was published."""
+        return self._find(DamagedCheckpoint, self.keys.damaged(stage, inputs, attempt))
+
+    def has_attempt(self, stage: str, inputs: str, attempt: int) -> bool:
+        """Whether anybody has intended it. Asks the store each time."""
+        try:
+            self.store.size(self.keys.intent(stage, inputs, attempt))
+        except NotFound:
+            return False
+        return True
+
     # Journal, log, samples
 
     def append_journal(self, intent: Intent, piece: JournalPiece) -> None:
@@ -334,6 +394,10 @@ class Ledger:
     def publish(self, intent: Intent, step_dir: Path) -> tuple[str, Manifest]:
         """See `checkpoints.publish`."""
         return checkpoints.publish(self.store, intent, step_dir)
+
+    def discard(self, intent: Intent, step: int) -> None:
+        """See `checkpoints.discard`."""
+        checkpoints.discard(self.store, intent, step)
 
     def publish_part(self, intent: Intent, step_dir: Path, node: int) -> Part:
         """See `checkpoints.publish_part`."""

@@ -71,6 +71,9 @@ class Store(Protocol):
     def size(self, key: str) -> int:
         """Bytes. Raises NotFound."""
 
+    def discard(self, key: str) -> None:
+        """Remove an object that its own writer has never finished with: nothing names it. Absent is well. Raises Unreachable, Refused."""
+
     def probe(self) -> None:
         """Try that the store is there and holds its conditional writes. Raises Unreachable, Refused."""
 
@@ -97,6 +100,10 @@ class Life:
     """capacity: others hold the devices, and waiting is the right thing; fault: nothing will happen until somebody mends something."""
     since: float | None = None
     """Unix time since which it waits for that."""
+    where: str = ""
+    """Where it lives or lived, for people, if not below this driver: no signal of ours reaches it, and the ledger alone tells of it."""
+    trouble: str = ""
+    """Why its checkpoints do not reach the store, as far as that can be seen from here."""
 
 
 class Backend(Protocol):

@@ -83,6 +83,8 @@ class AttemptFacts:
     time: AttemptTime
     samples: tuple[str, ...]
     """Keys in the store."""
+    trouble: str = ""
+    """Of one that lives: why its checkpoints do not reach the store."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,9 @@ class Reader:
             last_published=published if published is not None else resumed,
             device=intent.device,
         )
-        return AttemptFacts(intent, outcome, spent, tuple(self.ledger.samples(stage, inputs, number)))
+        trouble = self.ledger.trouble(stage, inputs, number) if outcome is None else None
+        samples = tuple(self.ledger.samples(stage, inputs, number))
+        return AttemptFacts(intent, outcome, spent, samples, trouble.reason if trouble is not None else "")
 
 
 def _pipeline(content: dict[str, Any]) -> Pipeline | None:
@@ -338,6 +342,8 @@ def _attempt_picture(facts: Facts, stage: StageFacts, attempt: AttemptFacts, bil
     }
     if outcome is not None:
         tags |= {"osctl/class": outcome.class_, "osctl/reason": outcome.reason[:VALUE_CHARACTERS]}
+    elif attempt.trouble:
+        tags |= {"osctl/reason": attempt.trouble[:VALUE_CHARACTERS]}
     return RunPicture(
         key=intent.run_key,
         parent=stage_key(facts, stage),

@@ -282,6 +282,62 @@ class Part(Record):
     """Without CHECKPOINT.json, which node 0 writes for all."""
 
 
+class AgentClaim(Record):
+    """Who lives an attempt on one node. Written by its agent, which then looks once more whether it may: of an agent and a driver that
+    takes over at the same moment, one always sees the other."""
+
+    node: NonNegativeInt
+    host: str
+    pid: PositiveInt
+    started: float
+    boot: str
+    bound: float
+    """Unix time since which the devices are held."""
+    silent_s: float
+    """Once nothing of it has reached the store for so long it is gone: it ends itself before."""
+
+
+class Sign(Record):
+    """That an agent lives which has nothing else to say."""
+
+    node: NonNegativeInt
+    seq: NonNegativeInt
+    time: float
+
+
+class Asked(Record):
+    """What a driver wants of an attempt that lives where it cannot send a signal."""
+
+    how: Literal["save", "now"]
+    """save: save and leave; now: leave without saving."""
+    epoch: NonNegativeInt
+    by: str
+    """user@host:pid of the driver."""
+
+
+class Trouble(Record):
+    """That checkpoints of an attempt do not reach the store, or that they do again."""
+
+    node: NonNegativeInt
+    seq: NonNegativeInt
+    time: float
+    reason: str
+    """What the store says. Empty: it takes them again."""
+    published: NonNegativeInt
+    """Step of the newest checkpoint that is safe in the store; what comes after it is at risk."""
+
+
+class DamagedCheckpoint(Record):
+    """A checkpoint that an attempt was to go on from, and that is not what was published. No attempt uses it again."""
+
+    key: str
+    """Key of its MANIFEST.json."""
+    step: NonNegativeInt
+    reason: str
+    by: Literal["agent", "trainer"]
+    """Who found it: the agent by its bytes, or the trainer when it read it."""
+
+
 class Manifest(Record):
     """What a published checkpoint consists of. Written last, by the agent alone."""
 
@@ -499,6 +555,21 @@ class Keys:
 
     def flight_record(self, stage: str, inputs: str, attempt: int, node: int, name: str) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/flight-recorder/{node:03d}-{name}"
+
+    def agent(self, stage: str, inputs: str, attempt: int, node: int) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/agents/{node:03d}.json"
+
+    def sign(self, stage: str, inputs: str, attempt: int, node: int, seq: int) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/signs/{node:03d}-{seq:06d}.json"
+
+    def asked(self, stage: str, inputs: str, attempt: int, how: Literal["save", "now"]) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/asked/{how}.json"
+
+    def trouble(self, stage: str, inputs: str, attempt: int, node: int, seq: int) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/trouble/{node:03d}-{seq:06d}.json"
+
+    def damaged(self, stage: str, inputs: str, attempt: int) -> str:
+        return f"{self.attempt(stage, inputs, attempt)}/damaged.json"
 
     def outcome(self, stage: str, inputs: str, attempt: int) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/outcome.json"

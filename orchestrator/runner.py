@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from opensora import identity
 from orchestrator import inputs as inputs_module
 from orchestrator import launched
 from orchestrator.checkpoints import Place
+from orchestrator.clock import boottime
 from orchestrator.config import Pipeline, Stage
 from orchestrator.decide import (
     Action,
@@ -41,6 +43,7 @@ from orchestrator.decide import (
     decide,
     parentless,
 )
+from orchestrator.elsewhere import Elsewhere
 from orchestrator.errors import CorruptCheckpoint, Refused, StoreConflict, Unreachable, UsageError
 from orchestrator.lease import LeaseHandle
 from orchestrator.ledger import Ledger
@@ -49,13 +52,16 @@ from orchestrator.records import (
     EXIT_CODES,
     NO_NEWER,
     UNUSED,
+    Asked,
     Committed,
+    DamagedCheckpoint,
     Event,
     Intent,
     JournalPiece,
     Manifest,
     Outcome,
     ParentRef,
+    Report,
     ResumeRef,
     Terms,
     run_key,
@@ -78,6 +84,9 @@ SUBMITTED, ASKED, KILLED = "submitted", "asked to save and leave", "killed"
 CANCEL_POLL_S = 1.0
 """Seconds between two looks for a `cancel` in the ledger; on S3 each is a request."""
 
+TROUBLE_POLL_S = 5.0
+"""Seconds between two looks for an agent that cannot publish; on S3 each is a request for each attempt that lives."""
+
 UNREACHABLE_POLL_S = 2.0
 """Seconds before a store or cluster that did not answer is asked again. Attempts go on meanwhile."""
 
@@ -93,12 +102,18 @@ class Clock(Protocol):
     def now(self) -> float:
         """Unix time in seconds."""
 
+    def elapsed(self) -> float:
+        """Seconds of a clock that nobody sets, and that goes on while the machine sleeps."""
+
     def sleep(self, seconds: float) -> None: ...
 
 
 class SystemClock:
     def now(self) -> float:
         return time.time()
+
+    def elapsed(self) -> float:
+        return boottime()
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
@@ -153,6 +168,7 @@ class Runner:
         self.detached = False
         """Whether it was asked to leave."""
         self._lease: _HeldLease
+        self._elsewhere: Elsewhere
         self._finished: dict[str, Attempt] = {}
         """Attempts with an outcome, by run key. Their records never change again, so they are read once."""
         self._results: dict[tuple[str, str], Committed] = {}
@@ -160,7 +176,15 @@ class Runner:
         """`<inputs>` by stage."""
         self._strays: dict[str, set[tuple[str, int]]] | None = None
         """By stage: (inputs, number) of open attempts of other inputs. Only a driver makes attempts, so they are listed once."""
+        self._alive: dict[str, Attempt] = {}
+        """Those that were seen alive at the last look, by run key."""
         self._draining: set[str] = set()
+        self._told: set[str] = set()
+        """Run keys of attempts elsewhere that were asked to leave without saving."""
+        self._damaged: dict[str, DamagedCheckpoint | None] = {}
+        """What attempts were to go on from and found damaged, by run key; of those whose agent says `parent`."""
+        self._trouble: dict[str, tuple[float, str]] = {}
+        """By run key, why checkpoints do not reach the store, as its agent wrote into the ledger, and when that was read."""
         self._broken: set[str] = set()
         """Keys of manifests that did not verify."""
         self._refused: dict[str, str] = {}
@@ -198,6 +222,7 @@ class Runner:
         try:
             with _HeldLease(lease, self.clock, self.lease_ttl_s, self.pipeline.name) as self._lease:
                 self._heard = (lease.epoch, -1)
+                self._elsewhere = Elsewhere(self.ledger, lease.before, self.clock.elapsed)
                 self.ledger.add_revision(self.pipeline.model_dump(mode="json"), self.clock.now())
                 self._event("launched", detail=",".join(stage.name for stage in self.pipeline.stages if stage.name in wanted))
                 self._repair_events()
@@ -228,6 +253,7 @@ class Runner:
     # --- The loop ------------------------------------------------------------------------------------------------------------------
 
     def _drive(self, wanted: frozenset[str]) -> Finish:
+        said = ""
         while True:
             try:
                 self._lease.check()
@@ -243,21 +269,43 @@ class Runner:
                     else:
                         self._lease.check()
                         self._act(action)
+                said = ""
             except Unreachable as error:
-                log.warning("%s; asking again in %.0f s", error, UNREACHABLE_POLL_S)
+                troubles = [life.trouble for key in self._alive if (life := self.backend.observe(key)).trouble]
+                if said != (said := "; ".join([str(error), *troubles])):
+                    log.warning("%s; asking again every %.0f s", said, UNREACHABLE_POLL_S)
                 with contextlib.suppress(Unreachable):  # where the store is away, nobody can be told
                     self._say(str(error))
+                if self._stop is not None:
+                    self._stop_unwritten(error)
                 self.clock.sleep(UNREACHABLE_POLL_S)
+
+    def _stop_unwritten(self, error: Unreachable) -> None:
+        """A person wants a stop, and the store takes no word of it: attempts are asked all the same, and once they are gone so is this.
+
+        The next launch finds how they ended. Raises Unreachable.
+        """
+        ask = self.backend.kill if self._stop == "kill" else self.backend.drain
+        living = []
+        for key, attempt in self._alive.items():
+            if attempt.life.where or self.backend.observe(key).state != "running":
+                continue
+            living.append(key)
+            if self._stop == "kill" or key not in self._draining:
+                self._draining.add(key)
+                ask(key)
+        if not living and self._alive:
+            raise Unreachable(f"stopped, and how it ended could not be written: {error}. `osctl launch` finds it once the store answers")
 
     def _wait(self, observed: Observed, wait: Wait) -> None:
         """Until an attempt's life changes, the time has come, or somebody wants a stop."""
         began, quiet_s = self.clock.now(), QUIET_S[self.pipeline.backend]
         views = observed.stages.values()
-        alive = {_run_key(self.pipeline, one): _news(one.life) for view in views for one in (*view.strays, *view.attempts) if one.alive}
+        alive = [(one, _news(one.life)) for view in views for one in (*view.strays, *view.attempts) if one.alive]
         while self._stop == observed.stop and not self.detached and (wait.until is None or self.clock.now() < wait.until):
             if self.clock.now() >= began + quiet_s:
                 self._say(wait.reason)
-            if any(_news(self.backend.observe(key)) != known for key, known in alive.items()):
+            if any(_news(self._life(self._intent_of(one))) != known for one, known in alive):
                 return
             self._lease.check()
             self._listen()
@@ -300,6 +348,29 @@ class Runner:
                 else:
                     self.drain()
 
+    def _intent_of(self, attempt: Attempt) -> Intent:
+        intent = self.ledger.intent(attempt.stage, attempt.inputs, attempt.number)
+        assert intent is not None
+        return intent
+
+    def _life(self, intent: Intent) -> Life:
+        """What the backend sees; of what a local backend does not see, what the ledger tells."""
+        life = self.backend.observe(intent.run_key)
+        if life.state == "absent" and self.pipeline.backend == "local" and intent.epoch < self._lease.epoch:
+            life = self._elsewhere.life(intent) or life
+        if life.state == "running" and not life.trouble:
+            life = replace(life, trouble=self._trouble_of(intent))
+        return life
+
+    def _trouble_of(self, intent: Intent) -> str:
+        now = self.clock.elapsed()
+        looked, reason = self._trouble.get(intent.run_key, (-math.inf, ""))
+        if now - looked >= TROUBLE_POLL_S:
+            trouble = self.ledger.trouble(intent.stage, intent.inputs, intent.attempt)
+            reason = trouble.reason if trouble is not None else ""
+            self._trouble[intent.run_key] = now, reason
+        return reason
+
     # --- Observing -----------------------------------------------------------------------------------------------------------------
 
     def _observe(self, wanted: frozenset[str]) -> Observed:
@@ -318,6 +389,8 @@ class Runner:
             views[stage.name] = self._look(stage, inputs, strays[stage.name])
             strays[stage.name] = {(attempt.inputs, attempt.number) for attempt in views[stage.name].strays}
         self._strays = strays
+        found = (attempt for view in views.values() for attempt in (*view.strays, *view.attempts) if attempt.alive)
+        self._alive = {_run_key(self.pipeline, attempt): attempt for attempt in found}
         return Observed(self._lease.epoch, views, wanted, self._stop, self._cancelled)
 
     def _inputs(self, stage: Stage) -> str | None:
@@ -376,7 +449,7 @@ class Runner:
             if remark.key not in self._broken:
                 self._broke(remark.key, place.step, place.attempt, stage, str(remark))
         published = {number: max(m.step for _, m in manifests if m.attempt == number) for number in {m.attempt for _, m in manifests}}
-        attempts = [_with_published(attempt, published.get(attempt.number, 0)) for attempt in attempts]
+        attempts = [self._with_reached(_with_published(attempt, published.get(attempt.number, 0))) for attempt in attempts]
         self._finished |= {_run_key(self.pipeline, attempt): attempt for attempt in attempts if attempt.outcome is not None}
         checkpoints = tuple(
             Checkpoint(key, manifest.digest(), manifest.step, manifest.attempt, manifest.complete)
@@ -384,6 +457,28 @@ class Runner:
             if key not in self._broken
         )
         return StageView(stage.name, inputs, committed, tuple(attempts), checkpoints, open_strays, refused)
+
+    def _with_reached(self, attempt: Attempt) -> Attempt:
+        """How far an attempt of this launch came. The others' are nobody's loss today."""
+        if attempt.outcome is None or attempt.outcome.epoch != self._lease.epoch:
+            return attempt
+        heard = [
+            piece.last_step for piece in self.ledger.journal(attempt.stage, attempt.inputs, attempt.number) if piece.last_step is not None
+        ]
+        said = attempt.report.step if attempt.report is not None else None
+        return replace(attempt, reached=said if said is not None else max(heard, default=None))
+
+    def _damage(self, stage: str, inputs: str, number: int, report: Report | None) -> DamagedCheckpoint | None:
+        """What an attempt was to go on from, where that is not what was published: nobody uses it again."""
+        if report is None or report.class_ != "parent":
+            return None
+        key = run_key(self.pipeline.name, stage, inputs, number)
+        if key not in self._damaged:
+            self._damaged[key] = self.ledger.damaged(stage, inputs, number)
+        found = self._damaged[key]
+        if found is not None:
+            self._broken.add(found.key)
+        return found
 
     def _attempt(self, stage: str, inputs: str, number: int, published: int) -> Attempt | None:
         """None: a folder without an intent, which nobody wrote through the ledger."""
@@ -402,7 +497,7 @@ class Runner:
             outcome = _unknown_end(
                 f"how it ended cannot be told: {error}", intent.created, intent.nodes * intent.devices_per_node, intent.epoch
             )
-        life = self.backend.observe(key) if outcome is None else Life("absent")
+        life = self._life(intent) if outcome is None else Life("absent")
         report = self.ledger.report(stage, inputs, number)  # after its life: one that is seen dead has no more to say
         traces = report is not None or (life.state == "absent" and outcome is None and bool(self.ledger.journal(stage, inputs, number)))
         lived = traces or (intent.epoch, stage, number) in self._submitted
@@ -410,7 +505,7 @@ class Runner:
             # No process of ours deletes a job that nobody asked to end: one that lived and is not there was deleted by a person.
             ours = self._ended_by_us.get((stage, number), 0) >= intent.epoch
             life, traces = Life("ended", cause=None if ours else "deleted"), True
-        if self.pipeline.backend == "kubernetes" and life.state == "running" and intent.epoch < self._lease.epoch:
+        if life.state == "running" and intent.epoch < self._lease.epoch:
             self._adopted.add(key)
         return Attempt(
             stage,
@@ -426,6 +521,8 @@ class Runner:
             draining=key in self._draining,
             adopted=key in self._adopted,
             given_up=self._given_up.get(key, ""),
+            told=key in self._told,
+            damaged=self._damage(stage, inputs, number, report),
         )
 
     def _without_terms(self, stage: str, inputs: str, number: int) -> Attempt | None:
@@ -472,14 +569,25 @@ class Runner:
                 self._commit(action)
             case Drain(attempt):
                 self._announce(attempt, ASKED)
-                self.backend.drain(_run_key(self.pipeline, attempt))
+                if attempt.life.where:
+                    self._ask(attempt, "save")
+                else:
+                    self.backend.drain(_run_key(self.pipeline, attempt))
                 self._draining.add(_run_key(self.pipeline, attempt))
             case Kill(attempt, why):
                 self._announce(attempt, f"{KILLED}: {why}" if why else KILLED)
+                if attempt.life.where:
+                    self._ask(attempt, "now")
+                    self._told.add(_run_key(self.pipeline, attempt))
+                    return
                 self.backend.kill(_run_key(self.pipeline, attempt))
                 self._given_up[_run_key(self.pipeline, attempt)] = why
             case Wait() | Finish():
                 raise AssertionError(f"{action} is no effect")
+
+    def _ask(self, attempt: Attempt, how: Literal["save", "now"]) -> None:
+        """By way of the ledger, where its agent looks for it."""
+        self.ledger.ask_attempt(self._intent_of(attempt), Asked(how=how, epoch=self._lease.epoch, by=self._lease.handle.record.holder))
 
     def _announce(self, attempt: Attempt, detail: str) -> None:
         """Said before it is done, and once: a driver that takes over must know who ended it."""
@@ -767,13 +875,17 @@ class _HeldLease:
             ) from error
 
     def _keep(self) -> None:
+        """Goes on after any fault but the loss of the lease: a driver whose lease is not renewed is taken for dead."""
+        said = ""
         while not self._over.wait(self.ttl_s / 3):
             try:
                 self.check()
-            except Refused:
-                return
-            except Unreachable as error:
-                log.warning("lease not renewed: %s", error)
+                said = ""
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next renewal may succeed, and `check` tells the driver too
+                if self._lost:
+                    return
+                if said != (said := f"{type(error).__name__}: {error}"):
+                    log.warning("lease not renewed: %s", error if isinstance(error, Unreachable) else said)
 
 
 def held_time(attempt: Attempt, pieces: Sequence[JournalPiece], nodes: int, now: float) -> tuple[float | None, float, float]:
@@ -811,7 +923,7 @@ def _is_newer(place: Place, stage: str, action: StartAttempt) -> bool:
 
 def _news(life: Life) -> tuple[str, str, str | None]:
     """What of a life is worth a new decision, or a word to people."""
-    return life.state, life.waits, life.waits_for
+    return life.state, life.waits + life.trouble, life.waits_for
 
 
 def _with_published(attempt: Attempt, step: int) -> Attempt:

@@ -15,7 +15,7 @@ from orchestrator.config import Pipeline, Stage
 from orchestrator.cost import AttemptTime, Bill, Prices, account
 from orchestrator.inputs import find
 from orchestrator.ledger import Ledger, Remark
-from orchestrator.records import UNUSED, Committed, Event, JournalPiece, Lease, run_key
+from orchestrator.records import UNUSED, Committed, Event, JournalPiece, Lease, Trouble, run_key
 
 LIVE_S = 60.0
 """An open attempt without a journal piece for so long is shown as silent. Arbitrary: twelve pieces at the default interval."""
@@ -197,6 +197,8 @@ def _attempts(
                 if "step" in line:
                     lines[line["step"]] = line  # a redone step counts with its last reading
         heard = pieces[-1].end if pieces else intent_created
+        step = max((piece.last_step or 0 for piece in pieces), default=None)
+        trouble = ledger.trouble(stage.name, inputs, time.attempt) if outcome is None else None
         unheard = "waiting" if queued else "starting" if now - heard < LIVE_S else "silent"
         live = unheard if not pieces else "running" if now - heard < LIVE_S else "silent"
         unread = ledger.remarks.get(ledger.keys.outcome(stage.name, inputs, time.attempt))  # its driver has seen it end
@@ -205,12 +207,12 @@ def _attempts(
                 number=time.attempt,
                 state=outcome.class_ if outcome else "lost" if unread else live,
                 run_key=run_key(ledger.pipeline, stage.name, inputs, time.attempt),
-                step=max((piece.last_step or 0 for piece in pieces), default=None),
+                step=step,
                 reason=outcome.reason
                 if outcome
                 else f"how it ended cannot be told: {unread}"
                 if unread
-                else ""
+                else _at_risk(trouble, step)
                 if live != "silent"
                 else f"nothing heard for {now - heard:.0f} s",
                 bound=time.bound,
@@ -241,6 +243,12 @@ def _unread(stage: Stage, inputs: str, ledger: Ledger) -> Iterator[AttemptStatus
             ended=outcome.ended if outcome else max((piece.end for piece in pieces), default=0.0),
             usd=Decimal(0),
         )
+
+
+def _at_risk(trouble: Trouble | None, step: int | None) -> str:
+    if trouble is None:
+        return ""
+    return f"{trouble.reason}; {max(0, (step or 0) - trouble.published)} steps are at risk"
 
 
 def attempt_times(stage: Stage, inputs: str, ledger: Ledger) -> list[tuple[AttemptTime, float, list[JournalPiece], Any]]:

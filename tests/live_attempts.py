@@ -20,7 +20,7 @@ from orchestrator.claim import Claim, is_locked
 from orchestrator.ledger import Ledger
 from orchestrator.ports import Life
 from orchestrator.processes import Process
-from orchestrator.records import Committed, Intent, JournalPiece, ParentRef, Report, ResumeRef, run_key
+from orchestrator.records import Committed, Intent, JournalPiece, ParentRef, Report, ResumeRef, Terms, run_key
 
 STAND_IN = str(Path(__file__).parent / "stand_in_trainer.py")
 PATIENCE_S = 60.0
@@ -81,6 +81,7 @@ class Attempts:
         """`options`: of the stand-in trainer."""
         config = config or stage_config()
         inputs = identity.name(config, nodes * devices, parent.committed_digest if parent else None)
+        self.ledger.write_terms(stage, inputs, attempt, Terms(identity=identity.VERSION, contents=identity.Contents(), price=None))
         return self.ledger.create_intent(
             Intent(
                 run_key=run_key("demo", stage, inputs, attempt),

@@ -2,7 +2,8 @@
 
     intent.trainer = (sys.executable, "tests/stand_in_trainer.py", "{run_dir}", "{devices}", "--step-ms", "5")
 
-Like torchrun it is one parent that starts each rank in a session of its own and flattens every end to exit code 1; unlike
+Like torchrun it is one parent that starts each rank in a session of its own, passes a SIGTERM on to them, ends them 30 s later, and
+flattens every end to exit code 1; its ranks save and leave at a SIGTERM, as those of `opensora.train` do. Unlike
 `opensora.train` its ranks ignore the death of their parent, so that whoever starts it must clean up after it. Imports the standard library
 and yaml alone.
 
@@ -67,6 +68,13 @@ class StandIn:
         self.fail_step = int(step or 1) if armed else -1
         self.step, self.state = self.start()
         self.booked = time.time()
+        self.told = False
+        self.deaf = kind == "drainless"
+        if not self.deaf:
+            signal.signal(signal.SIGTERM, self.tell)
+
+    def tell(self, _number: int, _frame: object) -> None:
+        self.told = True
 
     # where it starts
 
@@ -117,12 +125,14 @@ class StandIn:
         while self.step < self.steps and not drained:
             if self.step + 1 == self.fail_step and self.failure != "half":
                 return self.fail()
-            drained = (self.run / "drain").exists() and self.failure != "drainless"
+            if (self.told or (self.run / "drain").exists()) and not self.deaf and not self.arrived[self.options.devices]:
+                self.arrived[self.options.devices] = self.step + 1
             began = time.time()
             time.sleep(self.options.step_ms / 1000)
             self.step += 1
             self.state = digest(self.state, str(self.step).encode())
             self.meet()
+            drained = 0 < self.arrived[self.options.devices] <= self.step
             saving = time.time()
             if self.local == 0 and (drained or self.step % self.every == 0 or self.step == self.steps):
                 self.save()
@@ -139,7 +149,7 @@ class StandIn:
         return 0
 
     def meet(self) -> None:
-        """What an all-reduce does to ranks: nobody leaves a step before all have come to it."""
+        """What an all-reduce does to ranks: nobody leaves a step before all have come to it, and all know who was asked to drain."""
         self.arrived[self.local] = self.step
         while min(self.arrived[: self.options.devices]) < self.step and not self.finished():
             time.sleep(0.0005)
@@ -207,7 +217,8 @@ class StandIn:
         kind = self.failure
         print(f"stand-in: rank {self.rank} fails by {kind} before step {self.step + 1}", flush=True)
         if kind in SAID:
-            self.finish("failed", f"{kind} as asked, before step {self.step + 1}", kind)
+            what = f"checkpoint {self.run / 'checkpoints' / f'step-{self.step:08d}'}: " if kind == "parent" else ""
+            self.finish("failed", f"{what}{kind} as asked, before step {self.step + 1}", kind)
             return 1
         if kind in ("segv", "kill", "half"):
             os.kill(os.getpid(), signal.SIGSEGV if kind == "segv" else signal.SIGKILL)
@@ -253,8 +264,16 @@ def main() -> int:
     chosen = options()
     with (chosen.run_dir / "result.json").open("ab") as file:
         file.write(b" " * RESULT_BYTES)
-    arrived = mmap.mmap(-1, 8 * chosen.devices)
+    arrived = mmap.mmap(-1, 8 * (chosen.devices + 1))  # each rank's step, and the step at which all leave
     ranks = {start_rank(chosen, rank, arrived): rank for rank in range(chosen.devices)}
+
+    def pass_on(_number: int, _frame: object) -> None:
+        for rank in ranks:
+            os.kill(rank, signal.SIGTERM)
+        signal.signal(signal.SIGALRM, lambda *_: [os.kill(rank, signal.SIGKILL) for rank in ranks])
+        signal.alarm(30)
+
+    signal.signal(signal.SIGTERM, pass_on)
     while ranks:
         pid, status = os.wait()
         rank = ranks.pop(pid)
@@ -262,7 +281,7 @@ def main() -> int:
             continue
         code = os.waitstatus_to_exitcode(status)
         for other in ranks:
-            os.kill(other, signal.SIGTERM)
+            os.kill(other, signal.SIGKILL)
         print(
             f"Root Cause (first observed failure):\n[0]:\n  rank      : {rank} (local_rank: {rank})\n  exitcode  : {code} (pid: {pid})",
             flush=True,

@@ -118,6 +118,13 @@ class FolderStore:
         with self._errors("read", key), self._open_newest(key) as (file, _):
             return os.fstat(file.fileno()).st_size
 
+    def discard(self, key: str) -> None:
+        path = self._path(key)
+        with self._errors("remove", key):
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # others lie there still
+                path.parent.rmdir()
+
     def probe(self) -> None:
         with self._errors("write", "."):
             with self._temporary(lambda file: None) as one, self._temporary(lambda file: None) as two:

@@ -10,20 +10,34 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.claim import SUBMITTED, Claim, is_locked, last_alive, read_submission, take_lock, write_submission
+from orchestrator.claim import (
+    SUBMITTED,
+    Claim,
+    is_locked,
+    last_alive,
+    read_submission,
+    read_trouble,
+    take_lock,
+    write_asked,
+    write_submission,
+)
+from orchestrator.clock import boottime
 from orchestrator.errors import Refused, Unreachable
 from orchestrator.ports import Life
+
+log = logging.getLogger(__name__)
 
 GONE_S = 30.0
 """How long a killed attempt may take to be gone; a process inside a driver's call cannot be killed sooner."""
@@ -43,13 +57,23 @@ class _Child:
 
     process: subprocess.Popen[bytes]
     bound: float
+    boot: float
+    """CLOCK_BOOTTIME at `bound`."""
     ended: float | None = None
     exit_code: int | None = None
 
 
 class LocalBackend:
-    def __init__(self, store_url: str, root: Path, *, clock: Callable[[], float] = time.time) -> None:
-        """`root`: holds the run directories."""
+    def __init__(
+        self,
+        store_url: str,
+        root: Path,
+        *,
+        clock: Callable[[], float] = time.time,
+        options: Sequence[str] = (),
+    ) -> None:
+        """`root`: holds the run directories; `options`: more of the agent's."""
+        self._options = tuple(options)
         self._store_url, self._root, self._clock = store_url, root.resolve(), clock
         self._children: dict[str, _Child] = {}
 
@@ -75,12 +99,12 @@ class LocalBackend:
             raise Refused(f"run directory {run_dir}: {error.strerror}; nothing was started") from error
 
     def _start(self, intent_key: str, run_key: str, run_dir: Path, lock: int) -> None:
-        bound = self._clock()
+        bound, boot = self._clock(), boottime()
         write_submission(run_dir, bound)
         try:
             with (run_dir / "agent.log").open("ab") as output:
                 process = subprocess.Popen(
-                    self._command(intent_key, run_dir, bound, lock),
+                    self._command(intent_key, run_dir, bound, boot, lock),
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
@@ -90,18 +114,27 @@ class LocalBackend:
         except OSError:
             (run_dir / SUBMITTED).unlink()
             raise
-        child = self._children[run_key] = _Child(process, bound)
+        child = self._children[run_key] = _Child(process, bound, boot)
         threading.Thread(target=self._witness, args=(child,), name=f"witness of {run_key}", daemon=True).start()
 
-    def _command(self, intent_key: str, run_dir: Path, bound: float, lock: int) -> list[str]:
+    def _command(self, intent_key: str, run_dir: Path, bound: float, boot: float, lock: int) -> list[str]:
         options = {"--store": self._store_url, "--intent": intent_key, "--run-dir": str(run_dir), "--bound": repr(bound)}
-        words = [word for option in options.items() for word in option]
+        words = [word for option in options.items() for word in option] + ["--anchor", f"{bound!r},{boot!r}", *self._options]
         return [sys.executable, "-m", "orchestrator.agent", *words, "--launcher-pid", str(os.getpid()), "--lock-fd", str(lock)]
 
     def _witness(self, child: _Child) -> None:
-        code = child.process.wait()
+        said = False
+        while True:
+            try:
+                code = child.process.wait()
+                break
+            except Exception:
+                if not said:  # once; without this thread the attempt would seem to run for ever
+                    log.exception("agent %d: its end cannot be waited for; trying again", child.process.pid)
+                said = True
+                time.sleep(0.01)
         child.exit_code = 128 - code if code < 0 else code
-        child.ended = self._clock()  # last: who sees it sees the exit code too
+        child.ended = child.bound + boottime() - child.boot  # last: who sees it sees the exit code too
 
     def observe(self, run_key: str) -> Life:
         run_dir = self.run_dir(run_key)
@@ -110,12 +143,13 @@ class LocalBackend:
         if bound is None:
             return Life("absent")
         if (child is not None and child.ended is None) or is_locked(run_dir):
-            return Life("running", bound)
+            return Life("running", bound, trouble=read_trouble(run_dir))
         if child is not None:
             return Life("ended", bound, child.ended, child.exit_code)
         return Life("ended", bound, last_alive(run_dir))
 
     def drain(self, run_key: str) -> None:
+        write_asked(self.run_dir(run_key))
         self._signal(run_key, signal.SIGTERM)
 
     def kill(self, run_key: str) -> None:

@@ -186,6 +186,9 @@ class S3Store:
     def size(self, key: str) -> int:
         return int(self._head(key)["ContentLength"])
 
+    def discard(self, key: str) -> None:
+        self._call("remove", key, lambda _: self._client.delete_object(Bucket=self.bucket, Key=self._name(key)))
+
     def probe(self) -> None:
         """Two writes that a store must refuse, on an object that stays. Also aborts multipart uploads that were left behind."""
         with contextlib.suppress(StoreConflict):  # it lies there since an earlier launch

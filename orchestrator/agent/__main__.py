@@ -12,12 +12,12 @@ import argparse
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.agent.events import Events
 from orchestrator.claim import Claim, pulse, take_lock
+from orchestrator.clock import AttemptClock
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +32,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--run-dir", required=True, type=Path, help="directory of this attempt, on a local disk")
     parser.add_argument("--node", type=int, default=0, help="which of the intent's nodes this is, from 0 (0)")
     parser.add_argument("--bound", type=float, help="Unix time since which the devices are held; none: now")
+    parser.add_argument("--anchor", help="WALL,BOOT: both clocks at the moment of --bound; none: as they are now")
     parser.add_argument("--launcher-pid", type=int, help="process whose death ends the attempt; none: nobody's")
     parser.add_argument("--lock-fd", type=int, help="descriptor that holds the run directory's lock; none: the agent takes it")
     parser.add_argument("--store-patience", type=float, default=300.0, help="seconds to wait for a store that does not answer (300)")
+    parser.add_argument("--silence", type=float, default=300.0, help="seconds without a word after which others take it for gone (300)")
+    parser.add_argument("--unsaved", type=float, default=1800.0, help="seconds that it trains on while no checkpoint is published (1800)")
     parser.add_argument("--peer-silence", type=float, default=30.0, help="seconds after which a silent node is given up at the end (30)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    began = time.time()
     args = parse(argv)
+    clock = AttemptClock.parse(args.anchor) if args.anchor else AttemptClock.here()
+    began = clock()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     events = Events(args.launcher_pid)
     run_dir: Path = args.run_dir.resolve()
@@ -55,12 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("error: run directory %s: this attempt has been lived before; nothing was started", run_dir)
         return NOT_STARTED
     bound = began if args.bound is None else args.bound
-    with pulse(run_dir):
+    with pulse(run_dir, clock):
         from orchestrator.agent.attempt import Patience
         from orchestrator.agent.start import begin
 
-        patience = Patience(store_s=args.store_patience, peer_s=args.peer_silence)
-        begun = begin(args.store, args.intent, run_dir, node=args.node, lock=lock, bound=bound, events=events, patience=patience)
+        patience = Patience(store_s=args.store_patience, peer_s=args.peer_silence, silent_s=args.silence, unsaved_s=args.unsaved)
+        begun = begin(
+            args.store, args.intent, run_dir, node=args.node, lock=lock, bound=bound, events=events, patience=patience, clock=clock
+        )
     if begun is None:
         return NOT_STARTED
     attempt, trainer = begun

@@ -5,6 +5,7 @@ Owns the order of things and the books. Invariants:
 - `completed` and `drained` are said only of an attempt whose last checkpoint is published, by all of its nodes.
 - A node's own failure is reported as what it is, and another's as `peer`: which node is to blame is read from all reports.
 - Nothing the trainer started is running when the last piece is written.
+- Where another attempt counts, or nothing has reached the store for so long that another may, the trainer is ended at once.
 """
 
 from __future__ import annotations
@@ -17,17 +18,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 from orchestrator.agent.courier import Courier, Parcel, is_disk_full
 from orchestrator.agent.ending import Ending, ending_of
 from orchestrator.agent.events import Events, Task
 from orchestrator.agent.publication import Publication, name_of
 from orchestrator.agent.run_directory import FLIGHT_RECORDER, SETTLED_S, Heartbeat, RunDirectory
+from orchestrator.agent.standing import Standing
 from orchestrator.agent.timeline import Timeline
 from orchestrator.agent.trainer_process import JOIN_S, RENDEZVOUS, TrainerProcess, command, environment
-from orchestrator.errors import NotFound, Refused, Unreachable
+from orchestrator.claim import take_asked
+from orchestrator.clock import PARTED_S, AttemptClock, boottime
+from orchestrator.errors import CorruptCheckpoint, NotFound, Refused, Unreachable
 from orchestrator.ledger import Ledger
-from orchestrator.records import Intent, JournalPiece, Report
+from orchestrator.processes import Process
+from orchestrator.records import DamagedCheckpoint, Intent, JournalPiece, Report, Trouble
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +43,10 @@ LOOK_S = 1.0
 """Longest time between two looks at heartbeats and checkpoints."""
 HURRY_S = 5.0
 """What is left to an agent whose launcher died, or that was asked twice to leave, to hand over what is finished."""
+HEIR_S = 2.0
+"""How long a trainer whose launcher died goes on while the agent looks whether another launcher has taken over."""
+SAVE_AT, END_AT = 0.7, 0.9
+"""Parts of `Patience.silent_s` after which the trainer of an agent that cannot reach the store is asked to save, and ended."""
 LOG_PIECE_BYTES, LOG_BYTES = 1 << 18, 8 << 20
 """Of the trainer's output, at most so much is sent a piece and an attempt; of a longer one, the end."""
 
@@ -53,6 +63,10 @@ class Patience:
     """A store that does not answer."""
     peer_s: float
     """Another node that says nothing."""
+    silent_s: float = 300.0
+    """Once nothing has reached the store for so long, other launches take this attempt for gone. In a pod nobody does: its job tells."""
+    unsaved_s: float = 1800.0
+    """Since the first checkpoint that could not be published, with none published since: then the trainer is asked to save and leave."""
 
 
 class Attempt:
@@ -67,14 +81,14 @@ class Attempt:
         node: int,
         bound: float,
         patience: Patience,
-        clock: Callable[[], float] = time.time,
+        clock: AttemptClock | None = None,
     ) -> None:
         """`bound`: Unix time since which the devices are held."""
         self.ledger, self.intent, self.run, self.trainer, self.events = ledger, intent, run, trainer, events
-        self._node, self._patience, self._clock = node, patience, clock
+        self._node, self._patience, self._clock = node, patience, clock or AttemptClock.here()
         self._bound = bound
         self._timeline = Timeline(bound, node=node, devices=intent.devices_per_node, every_steps=intent.config.checkpoint.every_steps)
-        self._small = Courier("journal", events.wake)
+        self._small = Courier("journal", events.wake, waits_for_space=True)
         silence_s = max(patience.peer_s, 3 * intent.flush_s)  # a node that lives adds to its journal that often
         self._checkpoints = Publication(ledger, intent, run, node, events.wake, silence_s)
         self._next_flush = time.monotonic() + intent.flush_s
@@ -92,6 +106,17 @@ class Attempt:
         self._heard = time.monotonic()
         """When a heartbeat was last seen to change. Not by the heartbeats' own clock, which may be set."""
         self._hurry: float | None = None
+        self._orphaned_at: float | None = None
+        """time.monotonic() when the launcher was found dead."""
+        self._leave = ""
+        """Why the trainer was asked to save and leave, if not by a signal."""
+        self._troubles = 0
+        self._trouble = ""
+        events.tell_launchers_requests(partial(take_asked, run.path))
+        self.standing = Standing(ledger, intent, node, events.wake, self._last_heard, patience.silent_s)
+
+    def _last_heard(self) -> float | None:
+        return max(filter(None, (self._small.delivered, self._checkpoints.courier.delivered)), default=None)
 
     def live(self) -> Ending:
         """The whole life. When it returns, everything is published or given up, and the process has only to leave."""
@@ -113,12 +138,14 @@ class Attempt:
         task = Task(self._fetch, self.events.wake)
         while not task.done:
             self._wait()
-            if self.events.launcher_died:
-                return Ending("lost", "the launcher died", self._step)
-            if self.events.asked_to_leave:
-                return Ending("drained", "asked to leave before the trainer was started", self._step)
+            if (cut := self._called_off()) is not None:
+                return replace(cut, step=self._step)
+            if self._asked_to_leave():
+                return Ending("drained", f"{self._leave or 'asked to leave'}, before the trainer was started", self._step)
         try:
             task.check()
+        except _DamagedResume as error:
+            return self._damaged_resume("agent", str(error))
         except (Refused, NotFound) as error:
             return Ending("parent", str(error))
         except Unreachable as error:
@@ -134,7 +161,23 @@ class Attempt:
             self._patiently(partial(self.ledger.fetch, intent.parent.key, intent.parent.manifest_digest, run.parent))
         if intent.resume is not None:
             target = run.checkpoint(intent.resume.step)
-            self._patiently(partial(self.ledger.fetch, intent.resume.key, intent.resume.manifest_digest, target))
+            try:
+                self._patiently(partial(self.ledger.fetch, intent.resume.key, intent.resume.manifest_digest, target))
+            except (CorruptCheckpoint, NotFound) as error:
+                raise _DamagedResume(str(error)) from error
+
+    def _damaged_resume(self, by: Literal["agent", "trainer"], reason: str) -> Ending:
+        """Another attempt goes on from an older checkpoint: whoever drives finds in the ledger which one is not to be used."""
+        resume = self.intent.resume
+        assert resume is not None
+        damaged = DamagedCheckpoint(key=resume.key, step=resume.step, reason=reason, by=by)
+        self._small.put(Parcel("word of a damaged checkpoint", partial(self.ledger.write_damaged, self.intent, damaged)))
+        return Ending("parent", f"step {resume.step}, from which this attempt was to go on: {reason}")
+
+    def _refuses_resume(self, reason: str) -> bool:
+        """Whether a trainer that refuses what it starts from means the files of its own checkpoint, and not that it fits no longer."""
+        resume = self.intent.resume
+        return resume is not None and f"checkpoint {self.run.checkpoint(resume.step)}" in reason and "is of another stage" not in reason
 
     def _patiently(self, fetch: Callable[[], object]) -> None:
         deadline = time.monotonic() + self._patience.store_s
@@ -166,7 +209,7 @@ class Attempt:
             if self.trainer.fileno() in ready:
                 self.trainer.listen(self._clock())
                 continue
-            if self.events.asked_to_leave and not self._draining:
+            if self._asked_to_leave() and not self._draining:
                 self._draining = True
                 self.run.ask_drain()
                 self._checkpoints.watch()
@@ -178,8 +221,8 @@ class Attempt:
 
     def _cut(self) -> Ending | None:
         """Why the trainer must be ended now, if it must."""
-        if self.events.launcher_died:
-            return Ending("lost", "the launcher died")
+        if (off := self._called_off()) is not None:
+            return off
         if self.events.asked_to_leave > 1:
             return Ending("signal", "asked a second time to leave, before the trainer had saved")
         if self._checkpoints.lost:
@@ -188,6 +231,62 @@ class Attempt:
         if self._draining and self.intent.nodes > 1 and not beats:  # a node that waits for others does not look at `drain`
             return Ending("drained", "asked to leave before the nodes had met")
         return self._misplaced(beats) or self._hung(beats)
+
+    def _called_off(self) -> Ending | None:
+        """Why this attempt must end at once, whatever its trainer does."""
+        if self._orphaned():
+            return Ending("lost", "the launcher died")
+        if self.standing.over:
+            return Ending("lost", f"{self.standing.over}; this one ends")
+        if self.standing.asked == "now":
+            return Ending("lost", "ended at once, as another launch asked")
+        if self._fences and (silent_s := boottime() - self.standing.heard) > END_AT * self._patience.silent_s:
+            return Ending(
+                "store", f"nothing has reached the store for {silent_s:.0f} s, and soon another attempt may take this one's place"
+            )
+        return None
+
+    @property
+    def _fences(self) -> bool:
+        """Whether others may take this attempt for gone because they hear nothing of it."""
+        return not self.events.outlives_launcher
+
+    def _asked_to_leave(self) -> bool:
+        """By whom or what, for people, is in `_leave` where no signal said so."""
+        if not self._leave and self.standing.asked == "save":
+            self._leave = "asked to leave by the launch that drives now"
+        if not self._leave and self._fences and boottime() - self.standing.heard > SAVE_AT * self._patience.silent_s:
+            self._leave = f"nothing reached the store for {SAVE_AT * self._patience.silent_s:g} s"
+        since = self._checkpoints.unsaved_since
+        if not self._leave and since is not None and time.monotonic() - since > self._patience.unsaved_s:
+            self._leave = f"no checkpoint could be published for {self._patience.unsaved_s:g} s"
+        if self._leave and not self._draining:
+            log.warning("%s: the trainer is asked to save and leave: %s", self.intent.run_key, self._leave)
+        return bool(self.events.asked_to_leave or self._leave)
+
+    def _orphaned(self) -> bool:
+        """Whether the launcher is dead and no other one has taken over. One of this host is followed from now on; to leave the attempt to
+        one that is elsewhere, it saves and leaves."""
+        if not self.events.launcher_died:
+            return False
+        now = time.monotonic()
+        if self._orphaned_at is None:
+            self._orphaned_at = now
+            self.standing.look()
+        if self.standing.looked < self._orphaned_at:
+            return now - self._orphaned_at > HEIR_S
+        heir = self.standing.heir
+        if heir is None:
+            return True
+        self._orphaned_at = None
+        if self.events.follow(Process(heir.host, heir.pid, heir.started, heir.boot)):
+            log.warning(
+                "%s: its launcher is gone; follows %s (epoch %d), which has taken over", self.intent.run_key, heir.holder, heir.epoch
+            )
+        else:
+            self._leave = f"its launcher is gone, and {heir.holder} drives from elsewhere"
+            self.events.outlive_launcher()
+        return False
 
     def _has_had_its_say(self) -> bool:
         if self._said is None and self.run.result() is not None:
@@ -223,8 +322,11 @@ class Attempt:
         said = ending_of(result, ended.status, self.run.output_tail().decode(errors="replace"), self._step)
         ending = said if cut is None or said.saved else replace(cut, step=self._step)
         working = "step" if self._timeline.trained else "init"
+        if ending.class_ == "parent" and self._refuses_resume(ending.reason):
+            ending = replace(self._damaged_resume("trainer", ending.reason), rank=ending.rank)
         if ending.class_ == "completed":
-            self._timeline.book(working, min(ended.time, (self.run.path / "result.json").stat().st_mtime))
+            said_at = self._clock.of_wall((self.run.path / "result.json").stat().st_mtime)
+            self._timeline.book(working, min(ended.time, said_at))
             self._timeline.book("publish", ended.time)
         else:
             tail = {"drained": "drain", "hang": "hang"}.get(ending.class_, "drain" if self._draining else working)
@@ -241,6 +343,8 @@ class Attempt:
         """Hand over what is finished; the ending, corrected where the store did not take what it promises."""
         self._phase = "publish"
         self._flush(final=True)
+        if self.standing.over:
+            self._checkpoints.courier.drop()  # pieces of the journal still go: the devices were held
         self._checkpoints.close(ending.step if ending.saved and not self._as_resumed(ending) else None)
         while not (self._checkpoints.idle and self._small.idle) and not self._give_up():
             self._wait()
@@ -254,7 +358,7 @@ class Attempt:
 
     def _give_up(self) -> bool:
         now = time.monotonic()
-        if self._hurry is None and (self.events.launcher_died or self.events.asked_to_leave > 1):
+        if self._hurry is None and (self._orphaned() or self.standing.over or self.events.asked_to_leave > 1 or self._small.disk_full):
             self._hurry = now + HURRY_S
         if self._hurry is not None and now > self._hurry:
             return True
@@ -264,12 +368,12 @@ class Attempt:
     def _undelivered(self, ending: Ending) -> Ending:
         name = name_of(ending.step)
         refused = self._checkpoints.refusal(ending.step)
+        lies = f"; it lies in {self.run.checkpoint(ending.step or 0)}"
         if refused is not None:
-            return Ending("disk" if refused.disk_full else "store", f"{name} could not be published: {refused.reason}", ending.step)
+            return Ending("disk" if refused.disk_full else "store", f"{name} could not be published: {refused.reason}{lies}", ending.step)
         if self._checkpoints.trouble:
-            return Ending(
-                "store", f"{name} could not be published in {self._patience.store_s:g} s: {self._checkpoints.trouble}", ending.step
-            )
+            trouble = f"{name} could not be published in {self._patience.store_s:g} s: {self._checkpoints.trouble}{lies}"
+            return Ending("store", trouble, ending.step)
         if self._checkpoints.lost:
             return Ending("peer", f"{name} was not published: {self._checkpoints.lost}", ending.step)
         if self.events.launcher_died:
@@ -315,12 +419,30 @@ class Attempt:
             self._flush()
         elif self._phase is None:
             self._checkpoints.offer()  # the trainer deletes old ones, and a killed attempt keeps what is published
+        self._tell_trouble()
         return ready
+
+    def _tell_trouble(self) -> None:
+        """Checkpoints do not reach the store, or do again: in the run directory for the launcher, in the store for everybody else."""
+        trouble = self._checkpoints.failing
+        if bool(trouble) == bool(self._trouble):
+            return
+        published = max(self._checkpoints.published, default=0)
+        reason = f"no checkpoint after step {published} could be published: {trouble}" if trouble else ""
+        log.warning("%s: %s", self.intent.run_key, reason or "checkpoints are published again")
+        self._trouble = trouble
+        self.run.tell_trouble(reason)
+        word = Trouble(node=self._node, seq=self._troubles, time=self._clock(), reason=reason, published=published)
+        self._troubles += 1
+        self._small.put(Parcel("word of trouble", partial(self.ledger.append_trouble, self.intent, word)))
 
     def _flush(self, *, final: bool = False) -> None:
         """Book what is known up to now, and hand everything new to the couriers."""
         now = self._clock()
         self._next_flush = time.monotonic() + self.intent.flush_s
+        if news := self._clock.news():
+            log.warning("%s: %s", self.intent.run_key, news)
+            self._ship(f"osctl: {news}\n".encode())
         if self._phase in ("init", None):
             beats = self.run.heartbeats()  # before the lines: a beat then never speaks of a time before an unread line
             self._read_lines(now)
@@ -330,14 +452,14 @@ class Attempt:
         for piece in self._timeline.take():
             self._small.put(Parcel(f"journal piece {piece.seq}", partial(self._append, piece)))
         self._ship_output(final=final)
-        self._offer_files(now if final else now - SETTLED_S)
+        self._offer_files(time.time() - (0 if final else SETTLED_S))
         self._checkpoints.offer()
 
     def _append(self, piece: JournalPiece) -> None:
         self.ledger.append_journal(self.intent, piece)
 
     def _read_lines(self, now: float) -> None:
-        for line in self.run.new_lines():
+        for line in map(self._on_our_clock, self.run.new_lines()):
             self._phase = None
             self._timeline.line(line, now)
             if "step" in line:
@@ -348,7 +470,15 @@ class Attempt:
         if self._phase == "init":
             self._timeline.book("init", now)
         elif beats and beats[0].rank % self.intent.devices_per_node == 0 and beats[0].phase == "evaluate":
-            self._timeline.book("evaluate", beats[0].time)
+            self._timeline.book("evaluate", self._clock.of_wall(beats[0].time))
+
+    def _on_our_clock(self, line: dict[str, Any]) -> dict[str, Any]:
+        """A trainer reads the wall clock. Where that was set, its times are moved; one of before the step is cut to what is booked."""
+        parted = self._clock.parted()
+        if abs(parted) < PARTED_S:
+            return line
+        moved = {name: line[name] - parted for name in ("time", "start", "end") if isinstance(line.get(name), int | float)}
+        return line | moved
 
     def _ship_output(self, *, final: bool) -> None:
         left = LOG_BYTES - self._logged
@@ -398,3 +528,7 @@ def _who_stands(beats: list[Heartbeat], devices: int, node: int) -> tuple[list[i
     step = min(beat.step for beat in beats)
     behind = [beat for beat in beats if beat.step == step]
     return [beat.rank for beat in behind], f"at step {step} in phase {'/'.join(sorted({beat.phase for beat in behind}))}"
+
+
+class _DamagedResume(Exception):
+    """What the attempt was to go on from is not what was published."""

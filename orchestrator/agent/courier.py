@@ -47,10 +47,20 @@ class Refusal:
     disk_full: bool
 
 
+def _shielded(call: Callable[[], object], what: str) -> None:
+    """Whatever goes wrong beside a delivery must not end the thread: everything behind it would wait for ever."""
+    try:
+        call()
+    except Exception:
+        log.exception("%s failed", what)
+
+
 class Courier(threading.Thread):
     """One queue. `wake` is called, from this thread, whenever a parcel is done with."""
 
-    def __init__(self, name: str, wake: Callable[[], None]) -> None:
+    def __init__(self, name: str, wake: Callable[[], None], *, waits_for_space: bool = False) -> None:
+        """`waits_for_space`: a full disk refuses nothing for good. Of pieces that belong together one must not be left out."""
+        self._waits_for_space, self.disk_full = waits_for_space, False
         super().__init__(name=name, daemon=True)
         self._wake = wake
         self._changed = threading.Condition()
@@ -62,6 +72,8 @@ class Courier(threading.Thread):
         """time.monotonic() of the first failure after the last success."""
         self.trouble = ""
         """What the store last said, while it fails."""
+        self.delivered: float | None = None
+        """time.clock_gettime(CLOCK_BOOTTIME) at the start of the last delivery that succeeded: what the store has is not older."""
         self.start()
 
     def put(self, parcel: Parcel, *, keep: int | None = None) -> None:
@@ -74,7 +86,15 @@ class Courier(threading.Thread):
             self._changed.notify()
         for old in dropped:
             log.warning("%s: not published, newer ones wait behind it", old.name)
-            old.after()
+            _shielded(old.after, f"after {old.name}")
+
+    def drop(self) -> None:
+        """Forget what is not yet under way."""
+        with self._changed:
+            dropped = list(self._queue)
+            self._queue.clear()
+        for parcel in dropped:
+            _shielded(parcel.after, f"after {parcel.name}")
 
     @property
     def idle(self) -> bool:
@@ -88,27 +108,29 @@ class Courier(threading.Thread):
                     self._changed.wait()
                 parcel, self._busy = self._queue.popleft(), True
             self._deliver(parcel)
-            parcel.after()
+            _shielded(parcel.after, f"after {parcel.name}")
             with self._changed:
                 self._busy = False
-            self._wake()
+            _shielded(self._wake, "wake")
 
     def _deliver(self, parcel: Parcel) -> None:
         pause = FIRST_PAUSE_S
         while True:
+            began = time.clock_gettime(time.CLOCK_BOOTTIME)
             try:
                 parcel.send()
             except Exception as error:  # noqa: BLE001 - one parcel's fault must neither hold up the others nor keep the agent from leaving
-                if is_disk_full(error) or not isinstance(error, Unreachable | OSError):
+                full = is_disk_full(error)
+                if (full and not self._waits_for_space) or not isinstance(error, Unreachable | OSError):
                     self._refuse(parcel, error)
                     return
                 self.trouble = f"{parcel.name}: {error}"
                 log.warning("%s; again in %.1f s", self.trouble, pause)
-                self.failing_since = self.failing_since or time.monotonic()
+                self.failing_since, self.disk_full = self.failing_since or time.monotonic(), full
                 time.sleep(pause * random.uniform(0.5, 1.0))  # not all agents at once
                 pause = min(2 * pause, LONGEST_PAUSE_S)
                 continue
-            self.failing_since, self.trouble = None, ""
+            self.failing_since, self.trouble, self.disk_full, self.delivered = None, "", False, began
             return
 
     def _refuse(self, parcel: Parcel, error: Exception) -> None:

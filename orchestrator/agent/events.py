@@ -10,9 +10,15 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Protocol
+
+from orchestrator.processes import Process
+
+TOGETHER_S = 1.0
+"""Requests to leave that come within so long are one: a node that shuts down asks every process, and so does the launcher that it asks."""
 
 
 class Readable(Protocol):
@@ -25,15 +31,20 @@ class Events:
     def __init__(self, launcher_pid: int | None) -> None:
         """`launcher_pid`: the process whose death ends the attempt; none in a pod, where the agent is PID 1."""
         self.asked_to_leave = 0
-        """How many SIGTERM and SIGINT came."""
+        """How often it was asked to leave by SIGTERM, SIGINT or SIGHUP. Requests of one moment are one, and the launcher's is the same as
+        the first that came from elsewhere."""
+        self._others = 0
+        self._last_asked = -TOGETHER_S
+        self._launchers: Callable[[], bool] = lambda: False
         self._poll = select.poll()
         self._woken, self._waker = os.pipe()
         os.set_blocking(self._woken, False)
         os.set_blocking(self._waker, False)
         self._poll.register(self._woken, select.POLLIN)
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, self._on_signal)
         self._launcher = None if launcher_pid is None else _watch(launcher_pid)
         self.outlives_launcher = launcher_pid is None
         self.launcher_died = launcher_pid is not None and self._launcher is None
@@ -41,7 +52,37 @@ class Events:
             self._poll.register(self._launcher, select.POLLIN)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked_to_leave += 1
+        now = time.monotonic()
+        together = now - self._last_asked < TOGETHER_S
+        self._last_asked = now
+        if self._launchers():  # it asks once to save; to end at once it kills
+            self.asked_to_leave = max(self.asked_to_leave, 1)
+        elif not together or not self._others:
+            self._others += 1
+            self.asked_to_leave = max(self.asked_to_leave, self._others)
+
+    def tell_launchers_requests(self, is_launchers: Callable[[], bool]) -> None:
+        """`is_launchers` says, once for each, whether the launcher has made a request: one of the signals that come is that one."""
+        self._launchers = is_launchers
+
+    def follow(self, launcher: Process) -> bool:
+        """Live and die with another launcher from now on. False: it does not live, or not where it could be seen from here."""
+        if not launcher.is_here:
+            return False
+        try:
+            handle = os.pidfd_open(launcher.pid)
+        except ProcessLookupError:
+            return False
+        if not launcher.alive():  # asked while the handle is held, so the pid cannot change hands in between
+            os.close(handle)
+            return False
+        self._launcher, self.launcher_died = handle, False
+        self._poll.register(handle, select.POLLIN)
+        return True
+
+    def outlive_launcher(self) -> None:
+        """Go on without one."""
+        self.launcher_died = False
 
     def listen_to(self, source: Readable) -> None:
         self._poll.register(source, select.POLLIN)

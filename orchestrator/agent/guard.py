@@ -2,7 +2,7 @@
 
     agent ── socket ──> guard (subreaper) ──> trainer's command ──> ranks, in sessions of their own
 
-Started as a script, `python -I -S guard.py SOCKET_FD LOCK_FD ALIVE_FD`, before anything else; imports the standard library alone.
+Started as a script, `python -I -S guard.py SOCKET_FD LOCK_FD ALIVE_FD OFFSET`, before anything else; imports the standard library alone.
 It starts the trainer when told so, kills all descendants when the trainer has ended or the agent says so, and when the socket
 closes, which the kernel does at any death of the agent, it kills all descendants and leaves. It holds the run directory's lock
 until then. It touches `alive` every 20 ms while the agent lives and once when it dies: the agent, busy with uploads, could not
@@ -80,12 +80,16 @@ def end_children() -> None:
 
 
 class Guard:
-    def __init__(self, agent: socket.socket, alive: int) -> None:
-        self.agent, self.alive = agent, alive
+    def __init__(self, agent: socket.socket, alive: int, offset: float) -> None:
+        """`offset`: what makes Unix seconds of CLOCK_BOOTTIME, as the agent counts them: a clock that is set changes nothing."""
+        self.agent, self.alive, self.offset = agent, alive, offset
         self.trainer: int | None = None
         self.status: int | None = None
         self.ending = False
         self._unread = b""  # of a message that has not fully arrived
+
+    def now(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME) + self.offset
 
     def watch(self) -> None:
         """Returns when the agent is dead."""
@@ -96,10 +100,10 @@ class Guard:
         poll = select.poll()
         poll.register(self.agent, select.POLLIN)
         poll.register(woken, select.POLLIN)
-        seen = time.time()
+        seen = self.now()
         while True:
             ready = {descriptor for descriptor, _ in poll.poll(TICK_S * 1000)}
-            last, seen = seen, time.time()
+            last, seen = seen, self.now()
             if woken in ready:
                 os.read(woken, 4096)
             if self.agent.fileno() in ready and not self._listen():
@@ -133,7 +137,7 @@ class Guard:
             kill_children()
         elif self.ending:
             self.ending = False
-            self._say({"status": self.status, "ended": time.time()})
+            self._say({"status": self.status, "ended": self.now()})
 
     def _say(self, word: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent has died: the next poll tells
@@ -167,7 +171,7 @@ def start(order: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    agent, lock, alive = map(int, sys.argv[1:])
+    agent, lock, alive = map(int, sys.argv[1:4])
     for descriptor in (agent, lock, alive):
         os.set_inheritable(descriptor, False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -176,7 +180,7 @@ def main() -> None:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     with contextlib.suppress(PermissionError):  # as root: on a busy machine a late wake-up is a wrong time of death
         os.setpriority(os.PRIO_PROCESS, 0, -10)
-    Guard(socket.socket(fileno=agent), alive).watch()
+    Guard(socket.socket(fileno=agent), alive, float(sys.argv[4])).watch()
     end_children()
 
 

@@ -44,6 +44,8 @@ class Publication:
         resumed = set() if intent.resume is None else {intent.resume.step}
         self.published, self._offered = resumed, set(resumed)
         self._promised: int | None = None
+        self._refused_since: float | None = None
+        self._refused_last = ""
         self.courier = Courier("checkpoints", wake)
         """Of this node's own files."""
         self.peers = Peers(ledger, intent, node, wake, silence_s, self.published) if intent.nodes > 1 else None
@@ -54,7 +56,7 @@ class Publication:
             if step not in self._offered:
                 self._offered.add(step)
                 if self._run.pin(step) or self._run.checkpoint(step).is_dir():
-                    parcel = Parcel(name_of(step), partial(self._publish, step), partial(self._run.unpin, step))
+                    parcel = Parcel(name_of(step), partial(self._publish, step), partial(self._done_with, step))
                     self.courier.put(parcel, keep=PENDING_CHECKPOINTS)
 
     def watch(self) -> None:
@@ -79,6 +81,17 @@ class Publication:
         return (self.courier.failing_since, None if self.peers is None else self.peers.failing_since)
 
     @property
+    def failing(self) -> str:
+        """Why the newest checkpoint that was tried is not in the store; empty: it is, or none was tried."""
+        return self.trouble or self._refused_last
+
+    @property
+    def unsaved_since(self) -> float | None:
+        """time.monotonic() of the first failure of any kind after the last checkpoint that was published."""
+        times = [since for since in (*self.failing_since, self._refused_since) if since is not None]
+        return min(times, default=None)
+
+    @property
     def trouble(self) -> str:
         """What the store last said, while it fails."""
         return self.courier.trouble or ("" if self.peers is None else self.peers.trouble)
@@ -93,7 +106,23 @@ class Publication:
         mine = self.courier.refused.get(name_of(step))
         return mine if mine or self.peers is None or step is None else self.peers.refused.get(step)
 
+    def _done_with(self, step: int) -> None:
+        """Delivered, refused or dropped."""
+        refused = self.courier.refused.get(name_of(step))
+        if refused is not None:
+            self._refused_last, self._refused_since = refused.reason, self._refused_since or time.monotonic()
+            if self.peers is None:  # of several nodes, another may still be at it
+                try:
+                    self._ledger.discard(self._intent, step)
+                except (OsctlError, OSError) as error:
+                    log.warning("%s: what was uploaded of it stays: %s", name_of(step), error)
+        self._run.unpin(step)
+
     def _publish(self, step: int) -> None:
+        self._send(step)
+        self._refused_since, self._refused_last = None, ""
+
+    def _send(self, step: int) -> None:
         pinned = self._run.pinned(step)
         directory = pinned if pinned.is_dir() else self._run.checkpoint(step)
         if self.peers is None:

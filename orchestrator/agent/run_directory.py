@@ -8,6 +8,7 @@ this machine in no word of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from opensora.config import StageConfig, write_stage
+from orchestrator.claim import TROUBLE
 
 SETTLED_S = 2.0
 """A sample that has not changed for so long is whole; the trainer does not say so."""
@@ -90,6 +92,13 @@ class RunDirectory:
             os.write(descriptor, json.dumps({"schema": 1, **result}).encode() + b"\n")
         finally:
             os.close(descriptor)
+
+    def tell_trouble(self, reason: str) -> None:
+        """To the launcher, where the store may not take a word: why no checkpoint is published; empty: they are again."""
+        draft = self.path / f".{TROUBLE}"
+        with contextlib.suppress(OSError):  # a full disk takes no word either
+            draft.write_text(json.dumps({"schema": 1, "reason": reason}))
+            draft.replace(self.path / TROUBLE)
 
     # what is to be published
 

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,10 +19,11 @@ from orchestrator.agent.events import Events
 from orchestrator.agent.run_directory import RunDirectory
 from orchestrator.agent.trainer_process import TrainerProcess
 from orchestrator.claim import Claim
+from orchestrator.clock import AttemptClock
 from orchestrator.errors import NotFound, OsctlError, Refused, Unreachable
 from orchestrator.ledger import Ledger, read_intent
 from orchestrator.processes import Process
-from orchestrator.records import Intent
+from orchestrator.records import AgentClaim, Intent
 from orchestrator.redact import masker
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,16 @@ T = TypeVar("T")
 
 
 def begin(
-    store_url: str, intent_key: str, run_dir: Path, *, node: int, lock: int, bound: float, events: Events, patience: Patience
+    store_url: str,
+    intent_key: str,
+    run_dir: Path,
+    *,
+    node: int,
+    lock: int,
+    bound: float,
+    events: Events,
+    patience: Patience,
+    clock: AttemptClock,
 ) -> tuple[Attempt, TrainerProcess] | None:
     """Claim the run directory, whose lock is held. None, said in the log: there is no right to start."""
     try:
@@ -40,14 +51,21 @@ def begin(
             raise Refused(f"{intent.run_key}: has {intent.nodes} nodes, so there is no node {node}; nothing was started")
         ledger = Ledger(store, intent.pipeline)
         _ask(lambda: check_right(ledger, intent, outlives_driver=events.outlives_launcher), events, patience.store_s)
-        if not Claim(Process.of(os.getpid()), bound).write(run_dir):
+        me = Process.of(os.getpid())
+        claim = AgentClaim(node=node, **asdict(me), bound=bound, silent_s=patience.silent_s)
+        said = _ask(lambda: ledger.claim(intent, claim), events, patience.store_s)
+        if said != claim:
+            raise Refused(f"{intent.run_key}: agent {said.pid} on {said.host} lives this attempt, or has; nothing was started")
+        # Again, now that every driver can see the claim: one that has taken over before has not seen it.
+        _ask(lambda: check_right(ledger, intent, outlives_driver=events.outlives_launcher), events, patience.store_s)
+        if not Claim(me, bound).write(run_dir):
             raise Refused(f"run directory {run_dir}: this attempt has been lived before; nothing was started")
     except (OsctlError, NotFound) as error:
         log.error("error: %s", error)
         return None
-    trainer = TrainerProcess(run_dir, lock)
+    trainer = TrainerProcess(run_dir, lock, clock)
     run = RunDirectory(run_dir, masker(os.environ))
-    return Attempt(ledger, intent, run, trainer, events, node=node, bound=bound, patience=patience), trainer
+    return Attempt(ledger, intent, run, trainer, events, node=node, bound=bound, patience=patience, clock=clock), trainer
 
 
 def check_right(ledger: Ledger, intent: Intent, *, outlives_driver: bool) -> None:

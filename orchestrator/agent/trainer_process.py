@@ -20,6 +20,7 @@ from pathlib import Path
 from orchestrator.agent import guard
 from orchestrator.agent.run_directory import FLIGHT_RECORDER
 from orchestrator.claim import ALIVE
+from orchestrator.clock import AttemptClock
 from orchestrator.records import Intent
 
 RENDEZVOUS = "PET_RDZV_ENDPOINT"
@@ -94,15 +95,16 @@ class Ended:
 class TrainerProcess:
     """A guard, and once `start` was called the trainer below it."""
 
-    def __init__(self, run_dir: Path, lock: int) -> None:
-        """Start the guard. `lock`: descriptor of the run directory's lock, which the guard shares."""
+    def __init__(self, run_dir: Path, lock: int, clock: AttemptClock) -> None:
+        """Start the guard. `lock`: descriptor of the run directory's lock, which the guard shares; `clock`: the attempt's."""
         # Should somebody kill the guard, what it leaves comes to this process and is ended here.
         guard.prctl(guard.PR_SET_CHILD_SUBREAPER, 1)
         self.run_dir = run_dir
         self._socket, theirs = socket.socketpair()
         alive = os.open(run_dir / ALIVE, os.O_WRONLY | os.O_CREAT, 0o644)
         shared = (theirs.fileno(), lock, alive)
-        argv = [sys.executable, "-I", "-S", guard.__file__, *map(str, shared)]
+        argv = [sys.executable, "-I", "-S", guard.__file__, *map(str, shared), repr(clock.offset)]
+        self._clock = clock
         self._guard = subprocess.Popen(argv, pass_fds=shared, start_new_session=True, stdin=subprocess.DEVNULL)
         theirs.close()
         self._alive = alive
@@ -158,7 +160,7 @@ class TrainerProcess:
 
     def touch(self) -> None:
         """Say that the agent lives, as the guard does, for the case that somebody killed the guard."""
-        os.utime(self._alive)
+        os.utime(self._alive, (self._clock(), self._clock()))
 
     def close(self) -> None:
         """Let the guard go, which ends whatever still runs. An agent need not: its death says the same."""

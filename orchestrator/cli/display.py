@@ -120,7 +120,8 @@ def describe(stage: StageStatus, sight: Sight | None = None) -> str:
     if stage.state == "running" and stage.attempts:
         attempt = stage.attempts[-1]
         doing = "evaluating" if stage.step >= stage.steps else attempt.state
-        return f"attempt {attempt.number}, {doing}" if attempt.number > 1 or doing != "running" else "running"
+        shown = f"attempt {attempt.number}, {doing}" if attempt.number > 1 or doing != "running" else "running"
+        return f"{shown}: {attempt.reason}" if attempt.reason else shown
     return stage.why or stage.state
 
 
@@ -301,6 +302,8 @@ class Follower:
                 self._trouble = ""
             except OsctlError as error:  # the display is no reason to stop a run; the runner has its own word on a store that is gone
                 self._trouble = str(error)
+            except Exception as error:  # noqa: BLE001 - whatever it is, a display that stands still without a word is worse
+                self._trouble = f"the ledger cannot be shown: {type(error).__name__}: {error}"
             self._moved.set()
             self._stopped.wait(self.interval_s)
 
@@ -354,7 +357,10 @@ class Follower:
         for stage in current.stages:
             doing = describe(stage, sight)
             tenth = 10 * stage.step // max(stage.steps, 1)
-            key = f"{stage.state} {tenth if stage.state == 'running' else ''} {stage.why} {doing}"
+            words = "".join(
+                letter for letter in f"{stage.why} {doing}" if not letter.isdigit()
+            )  # how many steps are at risk changes always
+            key = f"{stage.state} {tenth if stage.state == 'running' else ''} {len(stage.attempts)} {words}"
             if stage.attempts and said.get(stage.name) != key:
                 said[stage.name] = key
                 loss = f" loss {stage.loss:.4f}" if stage.loss is not None else ""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from orchestrator.ports import Backend, Store
     from orchestrator.records import Event
 
+TOGETHER_S = 1.0
+"""Requests to stop that come within so long of each other are one."""
 PROJECTION_WAIT_S = 60.0
 """How long a finished launch waits for MLflow to show its last words. MLflow's first start on a small machine takes 20 s."""
 
@@ -201,7 +203,7 @@ def run_here(workspace: Workspace, target: str | None, changed: Changed, *, dry_
     workspace.store.probe()
     launches.check_ours(workspace.ledger)
     changed.settle(workspace, targets)
-    runner = Runner(pipeline, workspace.ledger, backend_of(pipeline, workspace.store, workspace.store_url), on_event=say_unused)
+    runner = Runner(pipeline, workspace.ledger, backend_of(pipeline, workspace.store, workspace.store_url), on_event=tell)
     following = contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices)
     # With nothing left to train there is nothing new to show, and MLflow's start of several seconds is saved.
     tracking = any(row.basis != "committed" for row in estimate.rows)
@@ -221,12 +223,6 @@ def run_here(workspace: Workspace, target: str | None, changed: Changed, *, dry_
     farewell(workspace, current, result)
     if result.exit_code:
         raise SystemExit(result.exit_code)
-
-
-def say_unused(event: Event) -> None:
-    """That a published checkpoint is not used costs steps: people hear it while it happens."""
-    if event.says_unused:
-        output.note(f"{event.stage} attempt {event.attempt}: {event.detail}")
 
 
 def launch_there(
@@ -282,19 +278,24 @@ def backend_of(pipeline: Pipeline, store: Store, store_url: str) -> Backend:
 
 @contextlib.contextmanager
 def on_interrupt(runner: Any) -> Iterator[None]:
-    """SIGINT or SIGTERM once: save and stop. Twice: end now."""
-    asked = 0
+    """SIGINT, SIGTERM or SIGHUP once: save and stop. Again, `TOGETHER_S` later or more: end now.
+
+    A machine that shuts down, or a terminal that closes, sends several at once.
+    """
+    last: float | None = None
 
     def handle(signum: int, _frame: object) -> None:
-        nonlocal asked
-        asked += 1
-        if asked == 1:
-            output.note("\nsaving, then stopping; once more to end at once without saving")
+        nonlocal last
+        before, last = last, time.monotonic()
+        if before is None:
             runner.drain()
-        else:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                output.note("\nsaving, then stopping; once more to end at once without saving")
+        elif last - before >= TOGETHER_S:
             runner.kill()
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
@@ -337,6 +338,18 @@ def projecting(pipeline: Pipeline, store_url: str, log: Path | None = None) -> I
             code = follower.wait()
         if code != 0 and patience_s:
             output.note(f"MLflow ({tracking}) is behind the ledger. Bring it up to date with: osctl sync")
+
+
+def tell(event: Event) -> None:
+    """What of a driver's events a person at the terminal should not have to look for: what is tried again and from where, what is not
+    used, what it waits for that is not its own."""
+    about = f"{event.stage} attempt {event.attempt}" if event.attempt is not None else event.stage or ""
+    about = f"{about}: " if about else ""
+    again = event.kind == "retry" or (event.kind == "attempt" and event.attempt != 1)
+    unused = event.says_unused
+    waited = event.kind == "observed" and event.stage is None and not event.detail.endswith((" runs", " leaves"))
+    if again or unused or waited:
+        output.note(f"{about}{event.detail}")
 
 
 def farewell(workspace: Workspace, current: Any, result: Any) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from live_attempts import STAND_IN, until
 from tiny_recipe import Osctl, write
 
 from orchestrator.adapters.folder import FolderStore
@@ -32,6 +36,140 @@ def outcomes(osctl: Osctl) -> list[Outcome]:
     (inputs,) = ledger.inputs_of("stage1")
     found = [ledger.outcome("stage1", inputs, attempt) for attempt in ledger.attempts("stage1", inputs)]
     return [outcome for outcome in found if outcome is not None]
+
+
+def stand_in(folder: Path, *options: str, steps: int = 400, every_steps: int = 20) -> Osctl:
+    """One stage of the stand-in trainer, with a CLI around it."""
+    changes = {"steps": steps, "checkpoint": {"every_steps": every_steps, "keep_last": 2}, "prompts": []}
+    trainer = [sys.executable, STAND_IN, "{run_dir}", "{devices}", "--step-ms", "20", *options]
+    return Osctl(write(folder, devices=2, stages=1, changes=changes, trainer=trainer))
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all that it has started, guards and ranks in sessions of their own included."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
+def reaches(osctl: Osctl, step: int, attempt: int = 1) -> None:
+    """Wait until the attempt has published a checkpoint of this step or later."""
+    until(
+        lambda: any(
+            int(path.parent.name[5:13]) >= step
+            for path in osctl.folder.glob(f".osctl/store/tiny/stages/*/checkpoints/*-a{attempt}/MANIFEST.json")
+        ),
+        f"step {step} is published",
+    )
+
+
+def terminal(osctl: Osctl) -> str:
+    return (osctl.folder / "launch.log").read_text()
+
+
+def all_at_once(osctl: Osctl, launcher: subprocess.Popen[bytes]) -> None:
+    """What a machine that shuts down does to every process."""
+    for pid in tree(launcher.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    assert launcher.wait(PATIENCE_S) == 130, terminal(osctl)
+    (only,) = outcomes(osctl)
+    (bill,) = osctl.json("cost", "--by-attempt")
+    ledger = Ledger(FolderStore(osctl.folder / ".osctl/store"), "tiny")
+    (inputs,) = ledger.inputs_of("stage1")
+    reached = max(piece.last_step or 0 for piece in ledger.journal("stage1", inputs, 1))
+    assert (only.class_, only.step) == ("drained", reached), (only, terminal(osctl))
+    assert f"goes on with stage1 from step {reached}" in terminal(osctl) and "lost" not in terminal(osctl)
+    assert bill["device_seconds"]["lost"] == 0
+
+
+def test_a_machine_that_shuts_down_loses_no_step(tmp_path: Path) -> None:
+    osctl = stand_in(tmp_path)
+    launcher = osctl.start("launch", "-q")
+    reaches(osctl, 40)
+    all_at_once(osctl, launcher)
+
+
+@pytest.mark.long
+def test_a_machine_that_shuts_down_loses_no_step_of_torchrun(tmp_path: Path) -> None:
+    changes = {"steps": 3000, "checkpoint": {"every_steps": 40, "keep_last": 2}, "prompts": []}
+    osctl = Osctl(write(tmp_path, devices=2, stages=1, changes=changes))
+    launcher = osctl.start("launch", "-q")
+    reaches(osctl, 40)
+    all_at_once(osctl, launcher)
+
+
+def test_a_person_who_asks_twice_is_told_what_is_lost(tmp_path: Path) -> None:
+    osctl = stand_in(tmp_path, "--fail", "drainless@9999", every_steps=50)
+    launcher = osctl.start("launch", "-q")
+    reaches(osctl, 50)
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(1.2)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(PATIENCE_S) == 130
+    said = terminal(osctl)
+    (only,) = outcomes(osctl)
+    assert only.class_ == "lost" and f"goes on with stage1 from step {only.step}" in said
+    count = int(said.partition("at least ")[2].partition(" ")[0])
+    assert count >= 30 and f"{count} steps after step {only.step} lost" in said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [1000, 24_000_000], ids=["the driver finds it", "an agent finds it"])
+def test_a_stage_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_and_says_so(tmp_path: Path, size: int) -> None:
+    osctl = stand_in(tmp_path, "--bytes", str(size), steps=60)
+    launcher = osctl.start("launch", "-q")
+    reaches(osctl, 40)
+    launcher.kill()
+    launcher.wait()
+    (newest,) = osctl.folder.glob(".osctl/store/tiny/stages/*/checkpoints/step-00000040-a1/ema.safetensors")
+    newest.chmod(0o644)
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    said = osctl("launch", "-q").stderr
+    assert "ema.safetensors" in said and "from step 20" in said and ("step 40 is not used" in said or "step 40, from which" in said), said
+    ends = [outcome.class_ for outcome in outcomes(osctl)]
+    assert ends == ["lost", "completed"] if size == 1000 else ["lost", "store", "completed"]
+    status = " ".join(osctl("status").stdout.split())
+    assert size == 1000 or "is damaged" in status
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, require: Callable[[str, str], None]) -> Iterator[Path]:
+    """A file system of 4 MB below the folder of a pipeline, where its store lies."""
+    store = tmp_path / ".osctl" / "store"
+    store.mkdir(parents=True)
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", store]).returncode:
+        require("namespaces", "needs root, to mount a small file system")
+    yield store
+    subprocess.run(["umount", "--lazy", store], check=True)
+
+
+def test_a_store_that_is_full_is_said_at_once_and_the_steps_at_risk_too(tmp_path: Path, small_disk: Path) -> None:
+    osctl = stand_in(tmp_path, "--bytes", "150000", steps=2000, every_steps=10)
+    launcher = osctl.start("launch")
+    log = until(lambda: next(osctl.folder.glob(".osctl/runs/*/trouble.json"), None), "the agent is refused")
+    until(lambda: "No space left on device" in terminal(osctl), "the terminal says it", patience_s=10)
+    until(lambda: "steps are at risk" in " ".join(osctl("status").stdout.split()), "status says it", patience_s=20)
+    (stage,) = osctl.json("status")["stages"]
+    assert "No space left" in stage["why"] and "steps are at risk" in stage["why"]
+    assert any("No space left" in line for line in osctl("events").stdout.splitlines())
+    for folder in small_disk.glob("tiny/stages/*/checkpoints/*"):
+        assert (folder / "MANIFEST.json").exists() or time.time() - folder.stat().st_mtime < 2, f"{folder.name} is half a checkpoint"
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(PATIENCE_S) in (130, 5), terminal(osctl)
+    said = terminal(osctl)
+    saved = max(int(path.parent.name[5:13]) for path in small_disk.glob("tiny/stages/*/checkpoints/*/MANIFEST.json"))
+    assert log and "ended with disk" in said and f"from step {saved}" in said and "lost" in said.rpartition("ended with disk")[2], said
+    assert not list(osctl.folder.glob(".osctl/runs/*/outgoing/*"))
+    osctl("cost")
 
 
 @pytest.mark.long

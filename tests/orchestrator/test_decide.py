@@ -246,8 +246,9 @@ def test_progress_between_ends_goes_on_for_ever_when_lost_and_is_bounded_when_hu
 
 
 def test_backoff_grows_with_ends_without_progress_only() -> None:
+    taken = [attempt(number, "preempted", ended=NOW) for number in range(1, 9)]
+    assert [not_before(taken[:count]) - NOW for count in range(1, 9)] == [*BACKOFF_S, *[BACKOFF_S[-1]] * 3]
     lost = [attempt(number, "lost", ended=NOW) for number in (1, 2, 3)]
-    assert [not_before(lost[:count]) - NOW for count in (1, 2, 3)] == list(BACKOFF_S)
     assert not_before([*lost[:2], attempt(3, "lost", published=10, ended=NOW)]) == 0
     waiting = see(*lost[:2])
     (action,) = decide(ONE, waiting, NOW)
@@ -314,6 +315,23 @@ def test_preempted_any_number_of_times_with_progress_it_goes_on() -> None:
     often = [attempt(number, "preempted", resumed=number - 1, published=number) for number in range(1, 30)]
     assert judge(often, max_attempts=1).state == "go"
     assert judge([attempt(1, "preempted"), attempt(2, "preempted")], max_attempts=1).state == "go"
+
+
+def test_preempted_any_number_of_times_without_progress_it_goes_on_and_hides_no_stall() -> None:
+    taken = [attempt(number, "preempted") for number in range(1, 30)]
+    assert judge(taken, max_attempts=1).state == "go"
+    assert judge([attempt(1, "lost"), *taken, attempt(31, "lost"), attempt(32, "preempted")], max_attempts=9).state == "go"
+    mixed = [attempt(1, "lost"), attempt(2, "preempted"), attempt(3, "lost"), attempt(4, "preempted"), attempt(5, "lost")]
+    assert judge(mixed, max_attempts=9).state == "failed"
+
+
+def test_other_clips_than_those_of_the_checkpoint_are_no_reason_to_try_again() -> None:
+    end = attempt(1, "data", failed_at=3)
+    assert end.outcome is not None
+    reason = "data.source: step 40 was trained on other clips than the 6 that can be used now"
+    verdict = judge([replace(end, outcome=end.outcome.model_copy(update={"reason": reason}))], max_attempts=5)
+    assert (verdict.state, verdict.exit_code) == ("failed", 3) and "cache" not in verdict.reason
+    assert judge([end], max_attempts=5).state == "go"
 
 
 def test_memory_is_tried_once_more() -> None:

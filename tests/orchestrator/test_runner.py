@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
+from faults import faults_of_thirty_kinds
 from tiny_attempts import CONFIG, STEPS
 
 from opensora import identity
@@ -19,10 +21,11 @@ from orchestrator.adapters.folder import FolderStore
 from orchestrator.cluster import ClusterProfile
 from orchestrator.config import Pipeline, Stage, StageSpec
 from orchestrator.errors import CorruptCheckpoint, Refused, StoreConflict, Unreachable, UsageError
+from orchestrator.lease import LeaseHandle
 from orchestrator.ledger import Ledger
 from orchestrator.ports import Life, Store
-from orchestrator.records import EXIT_CODES, Event, ExitClass, Intent, JournalPiece, Report
-from orchestrator.runner import Detached, Result, Runner, code_version, held_time
+from orchestrator.records import EXIT_CODES, DamagedCheckpoint, Event, ExitClass, Intent, JournalPiece, Report
+from orchestrator.runner import Detached, Result, Runner, SystemClock, _HeldLease, code_version, held_time
 
 
 def config(seed: int = 1) -> StageConfig:
@@ -68,6 +71,9 @@ class Clock:
     slept: float = 0.0
 
     def now(self) -> float:
+        return self.time
+
+    def elapsed(self) -> float:
         return self.time
 
     def sleep(self, seconds: float) -> None:
@@ -464,6 +470,71 @@ def test_a_journal_or_a_report_that_cannot_be_read_holds_nothing_up(rig: Rig, pa
     assert second is not None and second.resume is not None and second.resume.step == 20
 
 
+def damaged(rig: Rig, number: int, by: Literal["agent", "trainer"] = "agent") -> Script:
+    """What an attempt does that was to go on from a checkpoint which is not what was published."""
+
+    def say() -> None:
+        (inputs,) = rig.ledger.inputs_of("one")
+        intent = rig.ledger.intent("one", inputs, number)
+        assert intent is not None and intent.resume is not None
+        word = DamagedCheckpoint(key=intent.resume.key, step=intent.resume.step, reason="ema.safetensors: 7 bytes", by=by)
+        rig.ledger.write_damaged(intent, word)
+
+    return [("do", say), ("end", "parent")]
+
+
+def resumed(rig: Rig, stage: str) -> list[int]:
+    """Steps from which the attempts of a stage went on."""
+    (inputs,) = rig.ledger.inputs_of(stage)
+    intents = [rig.ledger.intent(stage, inputs, number) for number in rig.ledger.attempts(stage, inputs)]
+    return [intent.resume.step if intent is not None and intent.resume is not None else 0 for intent in intents]
+
+
+def test_a_checkpoint_that_an_agent_finds_damaged_is_passed_over_by_every_attempt_after_it(rig: Rig) -> None:
+    one = pipeline(("one", None))
+    rig.backend.scripts["one", 1] = [("publish", 10), ("publish", 20), ("vanish",)]
+    rig.backend.scripts["one", 2] = damaged(rig, 2)
+    rig.backend.scripts["one", 3] = [("step",), ("vanish",)]
+    assert rig.launch(one).status == "succeeded"
+    assert resumed(rig, "one") == [0, 20, 10, 10]
+    assert rig.outcomes("one") == ["lost", "store", "lost", "completed"]
+    (said,) = [said for said in rig.kinds("retry") if "damaged" in said]
+    assert "from step 10" in said and "step 20, from which it was to go on, is damaged: ema.safetensors: 7 bytes" in said
+
+
+def test_a_damaged_checkpoint_is_remembered_by_the_next_launch(rig: Rig) -> None:
+    one = pipeline(("one", None))
+    runner = rig.runner(one)
+    rig.backend.scripts["one", 1] = [("publish", 10), ("publish", 20), ("vanish",)]
+    rig.backend.scripts["one", 2] = damaged(rig, 2)
+    rig.backend.scripts["one", 3] = [("do", runner.kill), *[("step",)] * 9]
+    assert runner.run().status == "suspended"
+    assert rig.launch(one).status == "succeeded"
+    assert resumed(rig, "one") == [0, 20, 10, 10]
+
+
+def test_however_many_checkpoints_are_damaged_the_stage_goes_on_and_in_the_end_from_its_start(rig: Rig) -> None:
+    one = pipeline(("one", None))
+    rig.backend.scripts["one", 1] = [*(("publish", 5 * number) for number in range(1, 8)), ("vanish",)]
+    for number in range(2, 9):
+        rig.backend.scripts["one", number] = damaged(rig, number)
+    assert rig.launch(one).status == "succeeded"
+    assert resumed(rig, "one") == [0, 35, 30, 25, 20, 15, 10, 5, 0]
+    assert "from the start" in rig.kinds("retry")[-1] and "step 5, from which" in rig.kinds("retry")[-1]
+    assert rig.clock.slept < 60, "there is nothing to wait for"
+
+
+def test_a_trainer_that_refuses_two_checkpoints_in_a_row_is_not_given_a_third(rig: Rig) -> None:
+    """Beginning anew would throw good work away, where it is the trainer that cannot read them."""
+    one = pipeline(("one", None))
+    rig.backend.scripts["one", 1] = [("publish", 10), ("publish", 20), ("publish", 30), ("vanish",)]
+    for number in (2, 3):
+        rig.backend.scripts["one", number] = damaged(rig, number, by="trainer")
+    result = rig.launch(one)
+    assert (result.status, result.exit_code) == ("failed", 4) and "two checkpoints in a row" in result.reason
+    assert resumed(rig, "one") == [0, 30, 20]
+
+
 def test_a_permanent_end_fails_the_run_and_blocks_what_hangs_on_it(rig: Rig) -> None:
     rig.backend.scripts["two", 1] = [("end", "nan")]
     result = rig.launch()
@@ -669,6 +740,12 @@ def test_what_the_cluster_takes_away_is_started_again_and_not_counted(rig: Rig) 
     for number in range(1, 8):
         rig.backend.scripts["two", number] = [("publish", number * 2), ("vanish", "preempted")]
     assert ends(rig) == (0, ["preempted"] * 7 + ["completed"])
+
+
+def test_ten_preemptions_in_a_row_without_a_checkpoint_do_not_end_a_run(rig: Rig) -> None:
+    for number in range(1, 11):
+        rig.backend.scripts["two", number] = [("step",), ("vanish", "preempted")]
+    assert ends(rig) == (0, ["preempted"] * 10 + ["completed"])
 
 
 def test_saved_for_somebody_else_it_goes_on_by_itself(rig: Rig) -> None:
@@ -908,10 +985,6 @@ def test_the_lease_is_renewed_while_waiting(rig: Rig) -> None:
 
 def test_the_lease_is_renewed_while_acting(rig: Rig) -> None:
     """A submit that takes longer than the lease lives, on a real clock."""
-    import time
-
-    from orchestrator.runner import SystemClock
-
     runner = Runner(pipeline(("one", None)), rig.ledger, rig.backend, SystemClock(), lease_ttl_s=0.3)
     submit = rig.backend.submit
     held: list[bool] = []
@@ -966,6 +1039,34 @@ def test_another_result_than_the_committed_one_is_refused(rig: Rig) -> None:
     runner.ledger.commit = conflict  # type: ignore[method-assign]
     with pytest.raises(Refused, match="already committed"):
         runner.run()
+
+
+class Faulty:
+    """A lease that fails to be renewed by each of these in turn, then goes on."""
+
+    def __init__(self, inner: LeaseHandle, faults: list[BaseException]) -> None:
+        self.inner, self.faults, self.renewed = inner, faults, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def renew(self, now: float) -> None:
+        if self.faults:
+            raise self.faults.pop(0)
+        self.renewed += 1
+        self.inner.renew(now)
+
+
+def test_no_fault_ends_the_keeper_of_the_lease(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    faults = list(faults_of_thirty_kinds())
+    handle = Faulty(rig.ledger.acquire(0.0, 0.03), list(faults))
+    with _HeldLease(cast(LeaseHandle, handle), SystemClock(), 0.03, "demo"):
+        deadline = time.monotonic() + 30
+        while not handle.renewed and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert handle.renewed and not handle.faults
+    assert all(type(fault).__name__ in caplog.text or str(fault) in caplog.text for fault in faults)
+    assert len(caplog.records) <= len(faults), "each is said once"
 
 
 # --- Books -------------------------------------------------------------------------------------------------------------------------

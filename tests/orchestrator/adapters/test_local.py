@@ -8,12 +8,15 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from faults import faults_of_thirty_kinds
 from live_attempts import Attempts, Watcher, assert_books_balance, start_launcher, until
 
-from orchestrator.adapters.local import LocalBackend
+from orchestrator.adapters.local import LocalBackend, _Child
 from orchestrator.agent.guard import children_of
+from orchestrator.clock import boottime
 from orchestrator.ports import Life
 from orchestrator.processes import Process
 from orchestrator.records import Intent
@@ -180,3 +183,20 @@ def test_a_pid_that_is_another_processes_now_is_not_signalled(attempts: Attempts
         found.kill(intent.run_key)
         assert Process.of(bystander.pid).alive()
         bystander.kill()
+
+
+def test_no_fault_ends_the_wait_for_an_agents_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without its witness a dead attempt would seem to run for ever."""
+
+    class Process:
+        pid, faults = 7, list(faults_of_thirty_kinds())
+
+        def wait(self) -> int:
+            if self.faults:
+                raise self.faults.pop(0)
+            return -9
+
+    child = _Child(cast(Any, Process()), 1000.0, boottime())
+    LocalBackend("store", tmp_path)._witness(child)
+    assert child.exit_code == 137 and child.ended is not None and 1000 <= child.ended < 1010
+    assert len(caplog.records) == 1 and "cannot be waited for" in caplog.text

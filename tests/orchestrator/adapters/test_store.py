@@ -57,6 +57,18 @@ def test_an_empty_object_is_an_object(store: Store) -> None:
     assert store.read("empty").data == b"" and list(store.list("")) == ["empty"]
 
 
+def test_what_is_discarded_is_gone_and_nothing_else(store: Store) -> None:
+    store.create("a/b", b"one")
+    store.create("a/c", b"two")
+    for _ in range(2):
+        store.discard("a/b")
+    assert list(store.list("")) == ["a/c"]
+    store.discard("a/c")
+    assert list(store.list("")) == [] and list(store.children("")) == []
+    store.create("a/b", b"other")
+    assert store.read("a/b").data == b"other"
+
+
 def test_create_of_the_same_bytes_twice_succeeds_twice(store: Store) -> None:
     assert store.create("a", b"one") == store.create("a", b"one")
 

@@ -19,13 +19,14 @@ from orchestrator.adapters.folder import FolderStore
 from orchestrator.agent import guard
 from orchestrator.agent.attempt import Attempt, Patience, _who_stands
 from orchestrator.agent.ending import Ending
-from orchestrator.agent.events import Events
+from orchestrator.agent.events import TOGETHER_S, Events
 from orchestrator.agent.run_directory import Heartbeat, RunDirectory
 from orchestrator.agent.trainer_process import TrainerProcess, command, environment
-from orchestrator.claim import Claim, take_lock
-from orchestrator.errors import Unreachable
+from orchestrator.claim import Claim, read_trouble, take_lock
+from orchestrator.clock import AttemptClock
+from orchestrator.errors import Refused, Unreachable
 from orchestrator.ledger import Ledger
-from orchestrator.records import ExitClass, Intent, Outcome
+from orchestrator.records import ExitClass, Intent, Outcome, ResumeRef
 
 
 @pytest.fixture
@@ -151,13 +152,37 @@ def test_a_second_request_to_leave_ends_a_trainer_that_does_not_drain(attempts: 
     intent = attempts.intend("--step-ms", "100", "--fail", "drainless@99")
     attempts.submit(intent)
     attempts.reaches(intent, 5)
-    attempts.backend.drain(intent.run_key)
+    agent = attempts.agent(intent).pid
+    os.kill(agent, signal.SIGTERM)
     until((attempts.run_dir(intent) / "drain").exists, "a drain flag")
-    attempts.backend.drain(intent.run_key)
+    time.sleep(TOGETHER_S)
+    os.kill(agent, signal.SIGTERM)
     life, report = attempts.end(intent), attempts.report(intent)
     assert report is not None
     assert (life.exit_code, report.class_) == (137, "signal")
     assert not attempts.left_behind(intent)
+
+
+def test_requests_of_one_moment_are_one_and_so_is_the_launchers_however_late(attempts: Attempts) -> None:
+    """A node that shuts down asks launcher and agent at once, and the launcher asks the agent."""
+    intent = attempts.intend("--step-ms", "100")
+    attempts.submit(intent)
+    attempts.reaches(intent, 5)
+    agent, trainer = attempts.agent(intent).pid, attempts.trainers(intent)[0]
+    os.kill(trainer, signal.SIGSTOP)  # its ranks go on; that it saves late gives the late request its time
+    for rank in attempts.trainers(intent)[1:]:
+        os.kill(rank, signal.SIGSTOP)
+    for _ in range(3):
+        os.kill(agent, signal.SIGTERM)
+        time.sleep(0.05)
+    time.sleep(TOGETHER_S)
+    attempts.backend.drain(intent.run_key)
+    time.sleep(0.2)
+    for pid in attempts.trainers(intent):
+        os.kill(pid, signal.SIGCONT)
+    life, report = attempts.end(intent), attempts.report(intent)
+    assert report is not None and (life.exit_code, report.class_) == (143, "drained"), report
+    assert attempts.published(intent)[-1] == report.step
 
 
 # --- What an attempt starts from -----------------------------------------------------------------------------------------
@@ -196,6 +221,32 @@ def test_a_damaged_parent_is_refused_and_the_file_named(attempts: Attempts, dama
     assert not (attempts.run_dir(child) / "trainer.log").exists()
 
 
+def test_a_damaged_checkpoint_to_go_on_from_is_said_in_the_ledger_and_another_attempt_goes_on(attempts: Attempts) -> None:
+    first = attempts.intend("--fail", "exit@12")
+    attempts.live(first)
+    older, newest = attempts.ledger.checkpoints("stage1", first.inputs)
+    file = attempts.root / "store" / newest[0].replace("MANIFEST.json", "ema.safetensors")
+    data = bytearray(file.read_bytes())
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    second = attempts.intend(attempt=2, resume=attempts.newest(first))
+    life, report = attempts.live(second)
+    assert (life.exit_code, report.class_) == (65, "parent") and "step 10" in report.reason and "ema.safetensors" in report.reason
+    word = attempts.ledger.damaged("stage1", first.inputs, 2)
+    assert word is not None and (word.key, word.step, word.by) == (newest[0], 10, "agent")
+    third = attempts.intend(attempt=3, resume=ResumeRef(key=older[0], manifest_digest=older[1].digest(), step=5))
+    _, report = attempts.live(third)
+    assert report.class_ == "completed"
+
+
+def test_a_checkpoint_that_the_trainer_refuses_is_said_too(attempts: Attempts) -> None:
+    first = attempts.intend("--fail", "exit@12")
+    attempts.live(first)
+    second = attempts.intend("--fail", "parent@11", attempt=2, resume=attempts.newest(first))
+    _, report = attempts.live(second)
+    word = attempts.ledger.damaged("stage1", first.inputs, 2)
+    assert report.class_ == "parent" and word is not None and (word.step, word.by) == (10, "trainer")
+
+
 # --- The right to start --------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +279,7 @@ def test_an_intent_older_than_the_lease_is_not_lived(attempts: Attempts) -> None
 
 
 def test_in_a_pod_an_intent_older_than_the_lease_is_lived_unless_its_driver_has_closed_it(attempts: Attempts) -> None:
-    adopted, closed = attempts.intend(epoch=1), attempts.intend(epoch=1, attempt=2)
+    closed, adopted = attempts.intend(epoch=1), attempts.intend(epoch=1, attempt=2)
     for _ in range(2):
         attempts.ledger.acquire(time.time()).release()
     outcome = {"class": "lost", "exit_code": None, "reason": "given up", "step": None, "bound": None, "ended": 1.0, "devices": 1}
@@ -270,7 +321,7 @@ class AwayStore(FolderStore):
 @pytest.fixture
 def undisturbed() -> Iterator[None]:
     """An attempt lived in this very process changes what belongs to the process; put it back."""
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -278,13 +329,14 @@ def undisturbed() -> Iterator[None]:
     guard.prctl(guard.PR_SET_CHILD_SUBREAPER, 0)
 
 
-def live_here(attempts: Attempts, intent: Intent, store: AwayStore, patience_s: float) -> Ending:
+def live_here(attempts: Attempts, intent: Intent, store: AwayStore, patience_s: float, unsaved_s: float = 1800) -> Ending:
     run_dir = attempts.run_dir(intent)
     run_dir.mkdir(parents=True)
     lock = take_lock(run_dir)
     assert lock is not None
-    events, trainer = Events(None), TrainerProcess(run_dir, lock)
-    ledger, patience = Ledger(store, "demo"), Patience(store_s=patience_s, peer_s=30)
+    clock = AttemptClock.here()
+    events, trainer = Events(None), TrainerProcess(run_dir, lock, clock)
+    ledger, patience = Ledger(store, "demo"), Patience(store_s=patience_s, peer_s=30, unsaved_s=unsaved_s)
     attempt = Attempt(ledger, intent, RunDirectory(run_dir), trainer, events, node=0, bound=time.time(), patience=patience)
     try:
         return attempt.live()
@@ -342,6 +394,45 @@ def test_a_half_written_manifest_of_one_step_does_not_keep_later_steps_from_bein
     ending = live_here(attempts, intent, AwayStore(attempts.root / "store"), patience_s=60)
     assert (ending.class_, ending.exit_code) == ("completed", 0)
     assert 10 not in attempts.published(intent) and attempts.published(intent)[-1] == 20
+
+
+class RefusingStore(AwayStore):
+    """Takes every small object and no weights, once it refuses."""
+
+    refuses: Exception | None = None
+
+    def upload(self, key: str, path: Path) -> None:
+        if self.refuses is not None and "optimizer" in key:
+            raise self.refuses
+        super().upload(key, path)
+
+
+@pytest.mark.usefixtures("undisturbed")
+@pytest.mark.parametrize("refusal", [Refused("store: access denied"), Unreachable("store: connection refused")])
+def test_an_attempt_that_cannot_publish_says_so_at_once_and_ends_saved_after_its_patience(attempts: Attempts, refusal: Exception) -> None:
+    intent = attempts.intend("--step-ms", "20", config=stage_config(steps=1000), flush_s=0.1)
+    store = RefusingStore(attempts.root / "store")
+    said: list[str] = []
+
+    def refuse() -> None:
+        attempts.reaches(intent, 10)
+        store.refuses = refusal
+        until(lambda: attempts.ledger.trouble("stage1", intent.inputs, 1), "the ledger says it")
+        trouble = Ledger(attempts.store, "demo").trouble("stage1", intent.inputs, 1)
+        assert trouble is not None
+        said.append(trouble.reason)
+        assert trouble.published >= 10 and read_trouble(attempts.run_dir(intent)) == trouble.reason
+
+    helper = threading.Thread(target=refuse)
+    helper.start()
+    ending = live_here(attempts, intent, store, patience_s=1.0, unsaved_s=1.0)
+    helper.join()
+    assert ending.class_ == "store" and str(refusal) in ending.reason and str(refusal) in said[0]
+    assert ending.step is not None and ending.step < 1000
+    assert f"it lies in {RunDirectory(attempts.run_dir(intent)).checkpoint(ending.step)}" in ending.reason
+    assert RunDirectory(attempts.run_dir(intent)).checkpoint(ending.step).is_dir()
+    folders = [path for path in (attempts.root / "store").glob("demo/stages/*/checkpoints/*") if not (path / "MANIFEST.json").exists()]
+    assert len(folders) <= (1 if isinstance(refusal, Unreachable) else 0), "of a store that is away nothing can be removed"
 
 
 # --- The trainer's command and environment -------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from live_attempts import STAND_IN, Attempts, stage_config, until
+from live_attempts import Attempts, stage_config, until
+
+from orchestrator.agent.events import TOGETHER_S
 
 POD = """
 set -e
@@ -89,11 +91,11 @@ def test_pid_1_without_rights_buries_strangers_saves_on_the_first_signal_and_lea
 
 
 def test_a_second_signal_hurries_a_trainer_that_does_not_save(attempts: Attempts) -> None:
-    intent = attempts.intend("--step-ms", "50", "--fail", "drainless@99", trainer=(sys.executable, STAND_IN, "{run_dir}", "{devices}"))
+    intent = attempts.intend("--step-ms", "50", "--fail", "drainless@9999", config=stage_config(steps=1000))
     pod = Pod(attempts, attempts.key(intent))
     attempts.reaches(intent, 5)
     os.kill(pod.pid, signal.SIGTERM)
-    time.sleep(0.2)
+    time.sleep(TOGETHER_S + 0.5)
     os.kill(pod.pid, signal.SIGTERM)
     assert pod.outer.wait(timeout=30) == 137, pod.log.read_text()
     report = attempts.report(intent)
