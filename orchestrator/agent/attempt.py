@@ -26,6 +26,7 @@ from orchestrator.agent.run_directory import FLIGHT_RECORDER, SETTLED_S, Heartbe
 from orchestrator.agent.timeline import Timeline
 from orchestrator.agent.trainer_process import JOIN_S, RENDEZVOUS, TrainerProcess, command, environment
 from orchestrator.errors import NotFound, Refused, Unreachable
+from orchestrator.history import TOTALS_EVERY, NodeFold
 from orchestrator.ledger import Ledger
 from orchestrator.records import Intent, JournalPiece, Report
 
@@ -74,6 +75,8 @@ class Attempt:
         self._node, self._patience, self._clock = node, patience, clock
         self._bound = bound
         self._timeline = Timeline(bound, node=node, devices=intent.devices_per_node, every_steps=intent.config.checkpoint.every_steps)
+        self._sums = NodeFold(node, intent.resume.step if intent.resume else 0, intent.config.checkpoint.every_steps)
+        """Of the pieces that are in the store."""
         self._small = Courier("journal", events.wake)
         silence_s = max(patience.peer_s, 3 * intent.flush_s)  # a node that lives adds to its journal that often
         self._checkpoints = Publication(ledger, intent, run, node, events.wake, silence_s)
@@ -334,7 +337,11 @@ class Attempt:
         self._checkpoints.offer()
 
     def _append(self, piece: JournalPiece) -> None:
+        """In the courier's thread, in order; again where the store did not answer."""
         self.ledger.append_journal(self.intent, piece)
+        self._sums.add(piece)
+        if self._sums.seq % TOTALS_EVERY == TOTALS_EVERY - 1:
+            self.ledger.append_totals(self.intent, self._sums.totals())
 
     def _read_lines(self, now: float) -> None:
         for line in self.run.new_lines():
