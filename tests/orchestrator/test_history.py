@@ -221,7 +221,7 @@ def test_a_damaged_piece_is_said_and_hides_nothing(story: Writer) -> None:
     (one,) = History(again(story)).attempts("stage1", intent.inputs, story.now)
     assert one.step == 30
     remarks = list(account([one.time]).remarks())
-    assert len(remarks) == 2 and f"{key} is damaged" in remarks[1]
+    assert len(remarks) == 2 and f"{key} is half written" in remarks[1]
 
 
 def priced(usd: str) -> Callable[[], Prices]:
