@@ -19,10 +19,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "benchmarks"
-BENCHES = ("step", "attention", "recipe", "exchange", "save", "resume", "loader", "gpu", "cli", "render")
+BENCHES = ("step", "attention", "recipe", "exchange", "save", "resume", "loader", "gpu", "cli", "render", "look")
 """submit, watch, overhead and shared_cluster need the test cluster; their readings are in docs/benchmarks too."""
 
-CONTROL_PLANE = ("cli", "render")
+CONTROL_PLANE = ("cli", "render", "look")
 """Of these; the README has a table of their own."""
 
 Reading = dict[str, Any]

@@ -1,7 +1,8 @@
 """The ledger: what a pipeline has done and decided, in an object store. The only module that knows how records lie there.
 
 Nothing is ever overwritten: a record is put if absent, and the first writer wins. So a driver or an agent may die after any call and
-another may repeat it. What is read once never changes, and is kept: looking again at a long run reads only what is new.
+another may repeat it. What is read once never changes, and is kept, but for the journal: it has no bound, and whoever reads it
+(`orchestrator.history`) keeps its sums.
 
 Owns records and lineage; leases are `orchestrator.lease`, bytes of checkpoints `orchestrator.checkpoints`. Time comes in as an argument.
 Refuses to guess. A record that cannot be read is an error that names it, where something rests on it: an intent, an outcome, a result.
@@ -10,6 +11,7 @@ Where many are listed (events, journals, manifests, revisions), and for who only
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +50,7 @@ from orchestrator.records import (
     Revision,
     Sign,
     Terms,
+    Totals,
     Trouble,
     inputs_of_old,
     merge_reports,
@@ -56,6 +59,7 @@ from orchestrator.records import (
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 EventKind = Literal["launched", "attempt", "observed", "outcome", "committed", "retry", "cancel", "ended"]
+CHECKPOINT = re.compile(r"step-\d{8,}-a\d+")
 READERS = 8
 """Records read at a time. On S3 a read is a round trip, and a day of training has thousands of journal pieces."""
 
@@ -327,8 +331,45 @@ class Ledger:
         self.store.create(self.keys.journal(intent.stage, intent.inputs, intent.attempt, piece.node, piece.seq), piece.encode())
 
     def journal(self, stage: str, inputs: str, attempt: int) -> list[JournalPiece]:
-        """All pieces, by node and number."""
-        return self._read_all(JournalPiece, self._list(f"{self.keys.attempt(stage, inputs, attempt)}/journal/", JOURNAL))
+        """All pieces, by node and number, read anew. Of a long attempt that is a lot: see `orchestrator.history`."""
+        return self._read_anew(JournalPiece, self.journal_keys(stage, inputs, attempt))
+
+    def journal_keys(self, stage: str, inputs: str, attempt: int, node: int | None = None, after: int = -1) -> list[str]:
+        """Keys of pieces, by node and number: of all nodes, or of one those behind number `after`."""
+        if node is None:
+            return list(self._list(f"{self.keys.attempt(stage, inputs, attempt)}/journal/", JOURNAL))
+        first = self.keys.journal(stage, inputs, attempt, node, 0)
+        last = self.keys.journal(stage, inputs, attempt, node, after) if after >= 0 else ""
+        return list(self._list(first.removesuffix("000000.json"), JOURNAL, last))
+
+    def piece(self, key: str) -> JournalPiece | Remark | None:
+        """What lies there; none: nothing, or nothing yet."""
+        try:
+            return self._read(JournalPiece, key)
+        except NotFound:
+            return None
+
+    def has_journal(self, intent: Intent) -> bool:
+        """Whether any node has written a piece."""
+        for node in range(intent.nodes):
+            with contextlib.suppress(NotFound):
+                self.store.size(self.keys.journal(intent.stage, intent.inputs, intent.attempt, node, 0))
+                return True
+        return False
+
+    def append_totals(self, intent: Intent, totals: Totals) -> None:
+        """After the piece of its number. Raises StoreConflict where others have this node and number."""
+        self.store.create(self.keys.totals(intent.stage, intent.inputs, intent.attempt, totals.node, totals.seq), totals.encode())
+
+    def newest_totals(self, stage: str, inputs: str, attempt: int, nodes: int) -> list[Totals]:
+        """The newest of each node that has any."""
+        prefix = f"{self.keys.attempt(stage, inputs, attempt)}/totals/"
+        newest: dict[str, str] = {}
+        for folder in sorted(self._children(prefix), reverse=True):
+            newest = {key.rpartition("/")[2][:3]: key for key in self._list(f"{prefix}{folder}/", JOURNAL)} | newest
+            if len(newest) >= nodes:
+                break
+        return self._read_anew(Totals, newest.values())
 
     def newest_piece(self, intent: Intent, node: int, after: str = "") -> str:
         """Key of a node's last journal piece; `after`, a key as well, where none is newer. A node that lives adds one now and then."""
@@ -390,6 +431,21 @@ class Ledger:
         """Steps of the checkpoints with a manifest, from their keys alone."""
         places = map(Place.parse, self._listed(f"{self.keys.stage(stage, inputs)}/checkpoints/"))
         return sorted(place.step for place in places if place is not None)
+
+    def published(self, stage: str, inputs: str) -> dict[int, int]:
+        """By attempt, the step of its newest checkpoint. One request, and a manifest of each attempt: damaged ones do not count."""
+        found: dict[int, int] = {}
+        names = [name for name in self._children(f"{self.keys.stage(stage, inputs)}/checkpoints/") if CHECKPOINT.fullmatch(name)]
+        for name in sorted(names, reverse=True):
+            step, _, attempt = name.removeprefix("step-").partition("-a")
+            if int(attempt) not in found:
+                with contextlib.suppress(Refused):
+                    manifest = self._find(
+                        Manifest, f"{self.keys.checkpoint(stage, inputs, int(step), int(attempt))}/{checkpoints.MANIFEST}"
+                    )
+                    if manifest is not None:
+                        found[int(attempt)] = manifest.step
+        return found
 
     def publish(self, intent: Intent, step_dir: Path) -> tuple[str, Manifest]:
         """See `checkpoints.publish`."""
@@ -659,6 +715,26 @@ class Ledger:
             return record
         except StoreConflict:
             return _decode(self.store, type(record), key, self.store.read(key).data)
+
+    def _read_anew(self, kind: type[AnyRecord], keys: Iterable[str]) -> list[AnyRecord]:
+        """Those that can be read, without keeping them; the others stand in `remarks`."""
+
+        def read(key: str) -> AnyRecord | Remark | None:
+            try:
+                return self._read(kind, key)
+            except NotFound:  # somebody has removed it
+                return None
+
+        found = []
+        keys = list(keys)
+        with ThreadPoolExecutor(READERS) as pool:
+            for key, answer in zip(keys, pool.map(read, keys), strict=True):
+                if isinstance(answer, Remark):
+                    self.remarks[key] = answer
+                elif answer is not None:
+                    self.remarks.pop(key, None)
+                    found.append(answer)
+        return found
 
     def _read_all(self, kind: type[AnyRecord], keys: Iterable[str]) -> list[AnyRecord]:
         """Those that can be read, in order; the others stand in `remarks`."""

@@ -27,6 +27,7 @@ FAR = 30.0
 """A calibrated point stands for a stage up to this ratio of their FLOPs a clip or tokens a batch. Arbitrary: beyond it the shapes of the
 matrix products, and so their speed, have nothing to do with each other."""
 
+NO_MONEY = Decimal(0)
 Basis = Literal["given", "measured", "calibrated", "assumed", "committed", "import"]
 """given: --mfu. measured: steps of this stage's own attempts. calibrated: the nearest point of a calibration. assumed: the price list."""
 
@@ -154,12 +155,16 @@ def plan(
     )
 
 
-def check_budget(plan: Plan, budget_usd: float | None) -> None:
-    """Raises Refused where the expected dollars are above the budget; equal is allowed. None: no budget."""
-    if budget_usd is not None and plan.expected.usd > Decimal(str(budget_usd)):
+def check_budget(plan: Plan, budget_usd: float | None, spent: Decimal = NO_MONEY) -> None:
+    """Raises Refused where what was spent and what is expected are above the budget together; equal is allowed.
+
+    None: no budget. A plan that costs nothing more is never refused.
+    """
+    if budget_usd is not None and plan.expected.usd and spent + plan.expected.usd > Decimal(str(budget_usd)):
+        costs = f"the plan costs ${plan.expected.usd:,.2f}"
         raise Refused(
-            f"budget_usd: the plan costs ${plan.expected.usd:,.2f}, the budget is ${Decimal(str(budget_usd)):,.2f}. "
-            "Raise budget_usd, or launch fewer stages"
+            f"budget_usd: {f'${spent:,.2f} are spent (osctl cost), and what is left of ' if spent else ''}{costs}, "
+            f"the budget is ${Decimal(str(budget_usd)):,.2f}. Raise budget_usd, or launch fewer stages"
         )
 
 

@@ -6,6 +6,7 @@ Refuses a price without a source and a date. Money is Decimal, always.
 
 from __future__ import annotations
 
+import os
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -17,9 +18,11 @@ from opensora.calibration import Calibration
 from opensora.calibration import read as read_calibration
 from opensora.config import Frozen
 from orchestrator.cluster import ClusterProfile
+from orchestrator.cluster import Price as ClusterPrice
 from orchestrator.config import shipped_folder
 from orchestrator.document import closest, read, usage_error, validate
 from orchestrator.errors import UsageError
+from orchestrator.records import Price
 
 Utilisation = Annotated[float, Field(gt=0, le=1)]
 
@@ -103,6 +106,31 @@ def load_prices(path: Path | None = None) -> Prices:
     """A price list; none named: the shipped one. Raises UsageError."""
     document = read(path if path is not None else shipped_folder() / "prices.yaml")
     return validate(Prices, document, "prices")
+
+
+def named_prices() -> Prices:
+    """The list that OSCTL_PRICES names, else the shipped one. Raises UsageError."""
+    named = os.environ.get("OSCTL_PRICES")
+    return load_prices(Path(named) if named else None)
+
+
+def with_named_price(cluster: ClusterProfile) -> ClusterProfile:
+    """The profile, at the price that the list of OSCTL_PRICES has of its device: so it reaches a driver in the cluster, with the revision.
+
+    Raises UsageError.
+    """
+    found = named_prices().devices.get(cluster.device) if os.environ.get("OSCTL_PRICES") else None
+    if found is None:
+        return cluster
+    return cluster.model_copy(update={"price": ClusterPrice(usd_per_hour=found.usd_per_hour, source=found.source, date=found.date)})
+
+
+def price_of(prices: Prices, device: str) -> Price | None:
+    """What is written down of a device's price when an attempt is made. None: it is in no list."""
+    found = prices.devices.get(device)
+    if found is None:
+        return None
+    return Price(usd_per_hour=found.usd_per_hour, is_gpu=found.is_gpu, basis=found.basis, source=found.source, date=found.date.isoformat())
 
 
 def load_calibrations(path: Path | None = None) -> tuple[Calibration, ...]:

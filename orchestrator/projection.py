@@ -23,6 +23,7 @@ every reading.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import logging
@@ -33,7 +34,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,14 @@ import psutil
 from pydantic import ValidationError
 
 from opensora.config import StageConfig
-from orchestrator.config import Pipeline, Stage
+from orchestrator.config import Pipeline, Published
 from orchestrator.cost import AttemptBill, AttemptTime, Bill, Prices, account, load_prices, merge
 from orchestrator.errors import OsctlError, Unreachable, UsageError
+from orchestrator.history import AttemptHistory, History
 from orchestrator.inputs import results
 from orchestrator.ledger import Ledger
 from orchestrator.ports import Point, RunStatus, TrackedRun, Tracker
+from orchestrator.prices import named_prices
 from orchestrator.records import Committed, Event, Intent, JournalPiece, Outcome, sha256
 
 log = logging.getLogger(__name__)
@@ -65,6 +68,9 @@ POINTS_A_CALL = 900
 VALUE_CHARACTERS = 500
 """Longest parameter or tag, in characters; longer ones are cut. MLflow's own limit on every database."""
 PICTURES = (".png", ".mp4")
+
+KEPT_PIECES = 512
+"""Journal pieces at hand: a stage's curve wants those of an attempt's once more when a checkpoint holds their steps."""
 
 BOOKKEEPING = frozenset({"clips", "tokens", "data_wait_s", "checkpoint_s"})
 """Per-step readings that only the curves of attempts have: on a stage's page their sums (`seconds/...`) say more in less room."""
@@ -83,13 +89,19 @@ class AttemptFacts:
     time: AttemptTime
     samples: tuple[str, ...]
     """Keys in the store."""
+    pieces: Callable[[int], Iterable[JournalPiece]]
+    """Pieces of the first node behind a number, ascending; read when they are asked for. Raises Unreachable."""
+    first_piece_with: Callable[[int], int]
+    """Number of a piece that is not behind the first one with this step."""
     trouble: str = ""
     """Of one that lives: why its checkpoints do not reach the store."""
 
 
 @dataclass(frozen=True)
 class StageFacts:
-    stage: Stage
+    name: str
+    published: Published | None
+    """Of the newest revision that names the stage and can be read."""
     inputs: str
     current: bool
     """Whether the pipeline as launched last would use this result."""
@@ -113,11 +125,13 @@ class Facts:
 class Reader:
     """Reads a ledger again and again; events, journals and attempts that are over only once."""
 
-    def __init__(self, ledger: Ledger):
-        self.ledger = ledger.lenient()  # a picture shows what can be read; `osctl status` says what cannot
-        self._events: list[Event] = []
-        self._seen: tuple[int, int] | None = None
-        self._over: dict[tuple[str, str, int], AttemptFacts] = {}
+    def __init__(self, ledger: Ledger, prices: Callable[[], Prices] = load_prices):
+        """`prices`: for attempts whose ledger holds no price; see `orchestrator.history`.
+
+        A picture shows what can be read; `osctl status` says what cannot.
+        """
+        self.history = History(ledger, prices, keep=KEPT_PIECES)
+        self.ledger = self.history.ledger
 
     def read(self) -> Facts | None:
         """None: never launched. Raises Unreachable."""
@@ -134,61 +148,35 @@ class Reader:
             store=self.ledger.store.url,
             created=first.created,
             events=tuple(event for event in self.events() if event.kind in ("launched", "ended")),
-            stages=tuple(self._stages(pipelines)),
+            stages=tuple(self._stages(pipelines, time.time())),
         )
 
     def events(self) -> list[Event]:
-        for event in self.ledger.events(after=self._seen):
-            self._events.append(event)
-            self._seen = event.epoch, event.seq
-        return self._events
+        return self.history.events()
 
-    def _stages(self, pipelines: Sequence[Pipeline]) -> Iterator[StageFacts]:
-        """Every stage that was ever attempted, as its newest revision names it, in that revision's order."""
-        specs: dict[str, Stage] = {}
+    def _stages(self, pipelines: Sequence[Pipeline], now: float) -> Iterator[StageFacts]:
+        """Every stage that was ever attempted: in the order of the newest revision that names it, then those that none names."""
+        published: dict[str, Published | None] = {}
         for pipeline in pipelines:
             for stage in pipeline.stages:
-                specs.setdefault(stage.name, stage)
+                published.setdefault(stage.name, stage.spec.published)
+        for name, _ in self.ledger.stages():
+            published.setdefault(name, None)  # its revisions are of another version of this package; what it cost was paid all the same
         current = {name: inputs for name, (inputs, _) in results(pipelines[0], self.ledger).items()}
-        for name, stage in specs.items():
+        for name, reference in published.items():
             for inputs in reversed(self.ledger.inputs_of(name)):
-                attempts = tuple(self._attempts(name, inputs))
+                attempts = tuple(self._attempt(one) for one in self.history.attempts(name, inputs, now))
                 if attempts:
-                    yield StageFacts(stage, inputs, current.get(name) == inputs, attempts, self.ledger.committed(name, inputs))
+                    committed = self.ledger.committed(name, inputs)
+                    yield StageFacts(name, reference, inputs, current.get(name) == inputs, attempts, committed)
 
-    def _attempts(self, stage: str, inputs: str) -> Iterator[AttemptFacts]:
-        numbers = self.ledger.attempts(stage, inputs)
-        # Outcomes first: where there is one, the journal, the checkpoints and the samples that are read after it are all there will be.
-        outcomes = {number: self.ledger.outcome(stage, inputs, number) for number in numbers if (stage, inputs, number) not in self._over}
-        published: dict[int, int] = {}
-        for _, manifest in self.ledger.checkpoints(stage, inputs) if outcomes else ():
-            published[manifest.attempt] = max(manifest.step, published.get(manifest.attempt, 0))
-        for number in numbers:
-            facts = self._over.get((stage, inputs, number)) or self._attempt(stage, inputs, number, outcomes[number], published.get(number))
-            if facts is not None:
-                if facts.outcome is not None:
-                    self._over[stage, inputs, number] = facts
-                yield facts
-
-    def _attempt(self, stage: str, inputs: str, number: int, outcome: Outcome | None, published: int | None) -> AttemptFacts | None:
-        intent = self.ledger.intent(stage, inputs, number)
-        if intent is None:
-            return None
-        pieces = self.ledger.journal(stage, inputs, number)
-        resumed = intent.resume.step if intent.resume else 0
-        spent = AttemptTime(
-            attempt=number,
-            devices=intent.nodes * intent.devices_per_node,
-            bound=outcome.bound if outcome else pieces[0].start if pieces else None,
-            ended=outcome.ended if outcome else None,
-            pieces=pieces,
-            resumed_from=resumed,
-            last_published=published if published is not None else resumed,
-            device=intent.device,
-        )
-        trouble = self.ledger.trouble(stage, inputs, number) if outcome is None else None
-        samples = tuple(self.ledger.samples(stage, inputs, number))
-        return AttemptFacts(intent, outcome, spent, samples, trouble.reason if trouble is not None else "")
+    def _attempt(self, one: AttemptHistory) -> AttemptFacts:
+        intent = one.intent
+        samples = tuple(self.ledger.samples(intent.stage, intent.inputs, intent.attempt))
+        pieces = functools.partial(self.history.pieces, one)
+        trouble = self.ledger.trouble(intent.stage, intent.inputs, intent.attempt) if one.outcome is None else None
+        said = trouble.reason if trouble is not None else ""
+        return AttemptFacts(intent, one.outcome, one.time, samples, pieces, one.first.first_piece_with, said)
 
 
 def _pipeline(content: dict[str, Any]) -> Pipeline | None:
@@ -237,9 +225,9 @@ class VersionPicture:
     tags: Mapping[str, str]
 
 
-def picture(facts: Facts, prices: Prices) -> list[RunPicture]:
-    """Every run, parents before their children. Pure."""
-    bills = [account([attempt.time for attempt in stage.attempts], prices) for stage in facts.stages]
+def picture(facts: Facts) -> list[RunPicture]:
+    """Every run, parents before their children. Reads nothing but, when it is followed, a curve's journal."""
+    bills = [account([attempt.time for attempt in stage.attempts]) for stage in facts.stages]
     whole = merge(bills)
     categories = [category for category, seconds in whole.seconds.items() if seconds]
     runs = [_pipeline_picture(facts, whole, categories)]
@@ -256,11 +244,11 @@ def versions(facts: Facts) -> list[VersionPicture]:
         VersionPicture(
             run=stage_key(facts, stage),
             source=source_uri(facts.store, stage.committed.manifest.rpartition("/")[0]),
-            alias=alias_of(stage.stage.name) if stage.current else None,
+            alias=alias_of(stage.name) if stage.current else None,
             tags={
                 RUN_KEY: stage_key(facts, stage),
                 LEDGER: facts.ledger,
-                "osctl/stage": stage.stage.name,
+                "osctl/stage": stage.name,
                 "osctl/step": str(stage.committed.step),
                 "osctl/weights_digest": stage.committed.weights_digest,
                 "osctl/manifest_digest": stage.committed.manifest_digest,
@@ -274,7 +262,7 @@ def versions(facts: Facts) -> list[VersionPicture]:
 def _pipeline_picture(facts: Facts, bill: Bill, categories: Sequence[str]) -> RunPicture:
     last = facts.events[-1] if facts.events else None
     ended = last if last is not None and last.kind == "ended" else None
-    published = [stage.stage.spec.published for stage in facts.stages if stage.current and stage.stage.spec.published]
+    published = [stage.published for stage in facts.stages if stage.current and stage.published]
     return RunPicture(
         key=facts.pipeline.name,
         parent=None,
@@ -291,7 +279,7 @@ def _pipeline_picture(facts: Facts, bill: Bill, categories: Sequence[str]) -> Ru
 
 def _stage_picture(facts: Facts, stage: StageFacts, bill: Bill, categories: Sequence[str]) -> RunPicture:
     committed, last = stage.committed, stage.attempts[-1]
-    intent, published = last.intent, stage.stage.spec.published
+    intent, published = last.intent, stage.published
     config = intent.config
     status, ended = _stage_status(facts, stage)
     tags = {
@@ -325,7 +313,7 @@ def _stage_picture(facts: Facts, stage: StageFacts, bill: Bill, categories: Sequ
         | {f"evaluation/{metric_name(name)}": value for name, value in evaluation.items()},
         as_of=_as_of(facts),
         params=flatten(config) | {"devices": str(intent.nodes * intent.devices_per_node)},
-        curve=lambda cursor: stage_curve([attempt.time for attempt in stage.attempts], cursor),
+        curve=lambda cursor: stage_curve(stage.attempts, cursor),
         dataset=_dataset(config),
         samples={_file(key): key for attempt in stage.attempts for key in attempt.samples if key.endswith(PICTURES)},
     )
@@ -360,7 +348,7 @@ def _attempt_picture(facts: Facts, stage: StageFacts, attempt: AttemptFacts, bil
             "device": intent.device,
             "resumed_from": str(intent.resume.step if intent.resume else 0),
         },
-        curve=lambda cursor: attempt_curve(attempt.time.pieces, cursor),
+        curve=lambda cursor: attempt_curve(attempt.pieces(cursor)),
     )
 
 
@@ -405,25 +393,30 @@ def _reference(bill: Bill, gpu_hours: float, usd: float) -> dict[str, float]:
     return readings | ({"ratio_vs_reference": bill.gpu_hours / gpu_hours} if gpu_hours and bill.gpu_hours else {})
 
 
-def attempt_curve(pieces: Sequence[JournalPiece], cursor: int) -> Iterator[tuple[int, list[Point]]]:
-    """Points of the journal after piece `cursor`, a group a piece. Stops at a gap: what is missing may still come."""
-    for expected, piece in enumerate(piece for piece in pieces if piece.node == 0):
-        if piece.seq != expected:
-            return
-        if piece.seq > cursor:
-            yield piece.seq, [point for line in piece.metrics for point in points(line)]
+def attempt_curve(pieces: Iterable[JournalPiece]) -> Iterator[tuple[int, list[Point]]]:
+    """Points of these pieces, a group a piece. A piece that is missing between two will never come: a node writes them in order."""
+    for piece in pieces:
+        yield piece.seq, [point for line in piece.metrics for point in points(line)]
 
 
-def stage_curve(attempts: Sequence[AttemptTime], cursor: int) -> Iterator[tuple[int, list[Point]]]:
+def stage_curve(attempts: Sequence[AttemptFacts], cursor: int) -> Iterator[tuple[int, list[Point]]]:
     """Points after step `cursor`, a group a step; each step once, from the first attempt that published a checkpoint with it."""
     reached = cursor
     for attempt in attempts:
-        for piece in attempt.pieces:
-            for line in piece.metrics:
-                step = line.get("step")
-                if isinstance(step, int) and reached < step <= attempt.last_published:
-                    yield step, [point for point in points(line) if point.key not in BOOKKEEPING]
-                    reached = step
+        if attempt.time.last_published <= max(reached, attempt.time.resumed_from):
+            continue  # it holds no step that an earlier one has not
+        for line in _lines(attempt.pieces(attempt.first_piece_with(reached + 1) - 1)):
+            step = line.get("step")
+            if isinstance(step, int) and step > attempt.time.last_published:
+                break
+            if isinstance(step, int) and reached < step:
+                yield step, [point for point in points(line) if point.key not in BOOKKEEPING]
+                reached = step
+
+
+def _lines(pieces: Iterable[JournalPiece]) -> Iterator[dict[str, Any]]:
+    for piece in pieces:
+        yield from piece.metrics
 
 
 def points(line: Mapping[str, Any]) -> Iterator[Point]:
@@ -462,7 +455,7 @@ def _dataset(config: StageConfig) -> tuple[str, str, str]:
 
 
 def stage_key(facts: Facts, stage: StageFacts) -> str:
-    return f"{facts.pipeline.name}/{stage.stage.name}@{stage.inputs}"
+    return f"{facts.pipeline.name}/{stage.name}@{stage.inputs}"
 
 
 def source_uri(store: str, key: str) -> str:
@@ -493,7 +486,7 @@ def _as_of(facts: Facts) -> float:
         times += [stage.committed.time] if stage.committed else []
         for attempt in stage.attempts:
             times += [attempt.intent.created, *([attempt.outcome.ended] if attempt.outcome else [])]
-            times += [piece.end for piece in attempt.time.pieces]
+            times += [node.end for node in attempt.time.nodes if node.end is not None]
     return max(times)
 
 
@@ -513,8 +506,9 @@ class Done:
 class Projector:
     """One ledger, one tracker. `bring` may be called at any time, by any number of processes, and stopped anywhere."""
 
-    def __init__(self, ledger: Ledger, tracker: Tracker, prices: Prices):
-        self.reader, self.tracker, self.prices = Reader(ledger), tracker, prices
+    def __init__(self, ledger: Ledger, tracker: Tracker, prices: Callable[[], Prices] = load_prices):
+        """`prices`: for attempts whose ledger holds no price; see `orchestrator.history`."""
+        self.reader, self.tracker = Reader(ledger, prices), tracker
 
     def bring(self, lag: float = 0.0) -> Facts | None:
         """Bring MLflow up to the ledger.
@@ -532,7 +526,7 @@ class Projector:
         done = Done()
         known = self._known(facts)
         ids: dict[str, str] = {}
-        for run in picture(facts, self.prices):
+        for run in picture(facts):
             tags = dict(run.tags) | {RUN_KEY: run.key} | ({PARENT: ids[run.parent]} if run.parent else {})
             shown = known.get(run.key)
             if shown is None:
@@ -641,7 +635,7 @@ class Projector:
                 self.tracker.alias(model, result.alias, number)
 
 
-def project(ledger: Ledger, tracker: Tracker, prices: Prices) -> Facts | None:
+def project(ledger: Ledger, tracker: Tracker, prices: Callable[[], Prices] = load_prices) -> Facts | None:
     """Bring MLflow up to the ledger, once and wholly. Idempotent. Raises Unreachable."""
     return Projector(ledger, tracker, prices).bring()
 
@@ -757,7 +751,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tracker = open_tracker(options.tracking, Path(os.environ.get("OSCTL_HOME", ".osctl")), options.artifacts)
         if tracker is None:
             raise UsageError("projection: tracking is none, there is nothing to bring up to date. Give --tracking sqlite or a URI")
-        projector = Projector(Ledger(open_store(options.store), options.pipeline), tracker, load_prices())
+        projector = Projector(Ledger(open_store(options.store), options.pipeline), tracker, named_prices)
         if options.follow_pid is None:
             projector.bring()
             return 0

@@ -236,6 +236,28 @@ class JournalPiece(Record):
         return None
 
 
+class Totals(Record):
+    """A node's journal up to piece `seq`, added up by the agent that wrote the pieces. It saves readers the pieces, and replaces none."""
+
+    node: NonNegativeInt
+    seq: NonNegativeInt
+    """Newest piece that is in it."""
+    pieces: PositiveInt
+    """How many are in it: fewer than `seq + 1` where the store refused one."""
+    start: float | None
+    """Of the first piece in which a device was held; none: there is no such piece yet."""
+    end: float | None
+    devices: PositiveInt
+    spent: dict[str, NonNegativeFloat]
+    """Seconds by category, of all these pieces."""
+    last_step: NonNegativeInt | None
+    """Newest step that has ended; none: none has."""
+    runs: tuple[tuple[NonNegativeInt, NonNegativeInt, NonNegativeFloat, NonNegativeInt], ...]
+    """(first step, last step, seconds of `step`, number of the first piece), ascending: one for each interval between two checkpoints."""
+    recent: tuple[tuple[NonNegativeInt, float | None, float], ...]
+    """(step, loss, wall seconds) of the newest steps (node 0 alone)."""
+
+
 class Report(Record):
     """The agent's last word on how the trainer ended."""
 
@@ -540,6 +562,10 @@ class Keys:
 
     def journal(self, stage: str, inputs: str, attempt: int, node: int, seq: int) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/journal/{node:03d}-{seq:06d}.json"
+
+    def totals(self, stage: str, inputs: str, attempt: int, node: int, seq: int) -> str:
+        """A folder for each 1,024 pieces, so that the newest are found without a listing of all."""
+        return f"{self.attempt(stage, inputs, attempt)}/totals/{seq // 1024:06d}/{node:03d}-{seq:06d}.json"
 
     def log(self, stage: str, inputs: str, attempt: int, node: int, seq: int, written: float) -> str:
         return f"{self.attempt(stage, inputs, attempt)}/log/{node:03d}-{seq:06d}-{round(1000 * written)}.txt"

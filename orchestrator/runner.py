@@ -27,6 +27,7 @@ from orchestrator import launched
 from orchestrator.checkpoints import Place
 from orchestrator.clock import boottime
 from orchestrator.config import Pipeline, Stage
+from orchestrator.cost import NodeTime
 from orchestrator.decide import (
     Action,
     Attempt,
@@ -45,9 +46,11 @@ from orchestrator.decide import (
 )
 from orchestrator.elsewhere import Elsewhere
 from orchestrator.errors import CorruptCheckpoint, Refused, StoreConflict, Unreachable, UsageError
+from orchestrator.history import History
 from orchestrator.lease import LeaseHandle
 from orchestrator.ledger import Ledger
 from orchestrator.ports import Backend, Life
+from orchestrator.prices import Prices, load_prices, price_of
 from orchestrator.records import (
     EXIT_CODES,
     NO_NEWER,
@@ -57,7 +60,6 @@ from orchestrator.records import (
     DamagedCheckpoint,
     Event,
     Intent,
-    JournalPiece,
     Manifest,
     Outcome,
     ParentRef,
@@ -158,8 +160,11 @@ class Runner:
         on_event: Callable[[Event], None] = lambda event: None,
         *,
         lease_ttl_s: float = LEASE_TTL_S,
+        prices: Prices | None = None,
     ):
+        """`prices`: what devices cost where this pipeline runs, written down with each attempt; none: the shipped list, at its cluster."""
         self.pipeline, self.ledger, self.backend = pipeline, ledger, backend
+        self.prices = prices if prices is not None else load_prices().at(pipeline.cluster)
         self.clock: Clock = clock or SystemClock()
         self.on_event = on_event
         self.lease_ttl_s = lease_ttl_s
@@ -499,7 +504,7 @@ class Runner:
             )
         life = self._life(intent) if outcome is None else Life("absent")
         report = self.ledger.report(stage, inputs, number)  # after its life: one that is seen dead has no more to say
-        traces = report is not None or (life.state == "absent" and outcome is None and bool(self.ledger.journal(stage, inputs, number)))
+        traces = report is not None or (life.state == "absent" and outcome is None and self.ledger.has_journal(intent))
         lived = traces or (intent.epoch, stage, number) in self._submitted
         if self.pipeline.backend == "kubernetes" and outcome is None and life.state == "absent" and lived:
             # No process of ours deletes a job that nobody asked to end: one that lived and is not there was deleted by a person.
@@ -625,7 +630,8 @@ class Runner:
         resources = stage.spec.resources
         self._lease.check()
         named_by = identity.VERSION if action.inputs == inputs_module.name_of(stage, self._parent_of(stage)) else 1
-        self.ledger.write_terms(stage.name, action.inputs, action.number, Terms(identity=named_by, contents=stage.contents, price=None))
+        terms = Terms(identity=named_by, contents=stage.contents, price=price_of(self.prices, resources.device))
+        self.ledger.write_terms(stage.name, action.inputs, action.number, terms)
         intent = self.ledger.create_intent(
             Intent(
                 run_key=run_key(self.pipeline.name, stage.name, action.inputs, action.number),
@@ -702,8 +708,12 @@ class Runner:
         attempt = action.attempt
         intent = self.ledger.intent(attempt.stage, attempt.inputs, attempt.number)
         assert intent is not None
-        pieces = self.ledger.journal(attempt.stage, attempt.inputs, attempt.number)
-        bound, ended, unaccounted_s = held_time(attempt, pieces, intent.nodes, self.clock.now())
+        history = History(self.ledger)
+        heard = history.of(intent, self.clock.now())
+        for totals in history.unwritten(intent):
+            with contextlib.suppress(StoreConflict):
+                self.ledger.append_totals(intent, totals)
+        bound, ended, unaccounted_s = held_time(attempt, heard, intent.nodes, self.clock.now())
         manifests = self.ledger.checkpoints(attempt.stage, attempt.inputs)
         published = max((manifest.step for _, manifest in manifests if manifest.attempt == attempt.number), default=attempt.resumed_from)
         exit_code = attempt.life.exit_code
@@ -888,25 +898,23 @@ class _HeldLease:
                     log.warning("lease not renewed: %s", error if isinstance(error, Unreachable) else said)
 
 
-def held_time(attempt: Attempt, pieces: Sequence[JournalPiece], nodes: int, now: float) -> tuple[float | None, float, float]:
-    """(bound, ended, unaccounted_s) of an attempt that is over.
+def held_time(attempt: Attempt, nodes: Sequence[NodeTime], count: int, now: float) -> tuple[float | None, float, float]:
+    """(bound, ended, unaccounted_s) of an attempt of `count` nodes that is over; `nodes`: what was heard of them.
 
     `ended` is death as seen from outside; where nobody saw it, the last thing that was heard. `unaccounted_s` is the time between a
     node's last journal piece and death, averaged over the nodes, so that devices × unaccounted_s is what the bill must add.
     """
     if attempt.unborn:
         return None, now, 0.0
-    heard = [piece.end for piece in pieces] + ([attempt.report.ended] if attempt.report else [])
-    bound = attempt.life.bound if attempt.life.bound is not None else min((piece.start for piece in pieces), default=None)
-    ended = (
-        max([attempt.life.ended, *(piece.end for piece in pieces)]) if attempt.life.ended is not None else max(heard, default=bound or now)
-    )
+    last = {node.node: node.end for node in nodes if node.end is not None}
+    heard = [*last.values(), *([attempt.report.ended] if attempt.report else [])]
+    starts = [node.start for node in nodes if node.start is not None]
+    bound = attempt.life.bound if attempt.life.bound is not None else min(starts, default=None)
+    ended = max([attempt.life.ended, *last.values()]) if attempt.life.ended is not None else max(heard, default=bound or now)
     if bound is None:
         return None, ended, 0.0
-    last = dict.fromkeys(range(nodes), bound)
-    for piece in pieces:
-        last[piece.node] = max(last.get(piece.node, bound), piece.end)
-    return bound, ended, max(0.0, sum(ended - end for end in last.values()) / len(last))
+    ends = [max(bound, last.get(node, bound)) for node in range(count)]
+    return bound, ended, max(0.0, sum(ended - end for end in ends) / len(ends))
 
 
 def _unknown_end(reason: str, ended: float, devices: int, epoch: int) -> Outcome:

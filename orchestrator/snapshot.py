@@ -1,22 +1,25 @@
-"""What is known of a pipeline right now, folded out of its ledger: the view that status, watch, compare and a launch's display share.
+"""What is known of a pipeline right now, out of its ledger: the view that status, watch, cost, compare and a launch's display share.
 
-Owns the fold. Refuses to write, to guess (a live attempt that nobody has heard of is `starting`) and to ask anyone but the ledger.
+Owns what a stage and an attempt are said to be; their time and bill come from `orchestrator.history` and `orchestrator.cost`. Refuses to
+write, to guess (a live attempt that nobody has heard of is `starting`) and to ask anyone but the ledger.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Any
 
 from orchestrator.checkpoints import Place
 from orchestrator.config import Pipeline, Stage
-from orchestrator.cost import AttemptTime, Bill, Prices, account
+from orchestrator.cost import Bill, account, merge
+from orchestrator.history import AttemptHistory, History, Reading
 from orchestrator.inputs import find
 from orchestrator.ledger import Ledger, Remark
 from orchestrator.records import UNUSED, Committed, Event, JournalPiece, Lease, Trouble, run_key
 
+PACE_STEPS = 200
+"""Steps whose median time is a stage's pace. Arbitrary."""
 LIVE_S = 60.0
 """An open attempt without a journal piece for so long is shown as silent. Arbitrary: twelve pieces at the default interval."""
 
@@ -42,9 +45,12 @@ class StageStatus:
     """blocked, ready, running, committed, failed."""
     inputs: str | None
     step: int
+    """Of the committed result, else of the newest attempt: it may be doing again what an earlier one had reached."""
+    reached: int
+    """Furthest step that any attempt of these inputs has ended."""
     steps: int
     loss: float | None
-    """Mean over the last tenth of the steps that were reported."""
+    """Mean over the last tenth of the steps up to `step`, at most over the `history.WINDOW` newest."""
     step_s: float | None
     """Median wall seconds of a step, waiting included."""
     eta_s: float | None
@@ -59,6 +65,25 @@ class StageStatus:
     published_gpu_hours: float | None
     broken: bool = False
     """Whether its result lies there and cannot be read."""
+    earlier: tuple[Earlier, ...] = ()
+    """What was spent on this stage under other inputs, oldest first."""
+
+    @property
+    def earlier_bill(self) -> Bill:
+        return merge(one.bill for one in self.earlier)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What was spent under inputs that are not the current ones: of another configuration, other data or another parent."""
+
+    stage: str
+    inputs: str
+    attempts: int
+    step: int
+    """Furthest step that was reached."""
+    committed: bool
+    bill: Bill
 
 
 @dataclass(frozen=True)
@@ -73,33 +98,70 @@ class Snapshot:
     """What lies in the store and is not shown, or not used: key, what it is, what to do."""
     said: Event | None = None
     """What the live driver last observed about all of it: what it waits for. Of one that is gone: its last word, if it had one."""
+    former: tuple[Earlier, ...] = ()
+    """What was spent on stages that the recipe no longer names, oldest first."""
+
+    @property
+    def bill(self) -> Bill:
+        """Everything that was ever paid."""
+        return merge([*(stage.bill for stage in self.stages), *(one.bill for one in self.earlier)])
+
+    @property
+    def earlier(self) -> tuple[Earlier, ...]:
+        """Of stages under other inputs, then of stages that the recipe no longer names."""
+        return (*(one for stage in self.stages for one in stage.earlier), *self.former)
+
+    def bills(self) -> Iterator[tuple[str, Bill]]:
+        """Each with what it is of."""
+        yield from ((stage.name, stage.bill) for stage in self.stages)
+        yield from ((f"{one.stage}@{one.inputs}", one.bill) for one in self.earlier)
 
     @property
     def usd(self) -> Decimal:
-        return sum((stage.bill.usd for stage in self.stages), Decimal(0))
+        return self.bill.usd
 
 
-def take(pipeline: Pipeline, ledger: Ledger, prices: Prices, now: float) -> Snapshot:
-    """Read the ledger once. Raises Unreachable. What cannot be read is left out, and said in `remarks`."""
-    ledger = ledger.lenient()
+def take(pipeline: Pipeline, history: History, now: float) -> Snapshot:
+    """Look at the ledger once. Raises Unreachable. What cannot be read is left out, and said in `remarks`."""
+    ledger = history.ledger
     stages: list[StageStatus] = []
     results: dict[str, Committed] = {}
     holder = ledger.holder(now)
-    events = list(ledger.events())
+    events = history.events()
+    worked_on = history.stages(now)
     for stage in pipeline.stages:
-        status = _stage(stage, ledger, prices, results, now, queued=pipeline.backend == "kubernetes")
+        status = _stage(stage, history, results, now, queued=pipeline.backend == "kubernetes")
+        others = [inputs for name, inputs in worked_on if name == stage.name and inputs != status.inputs]
+        status = replace(status, earlier=_earlier(stage.name, others, history, now))
         if status.committed is not None:
             results[stage.name] = status.committed
         stages.append(status)
     driver = holder.holder if holder else None
-    return Snapshot(
+    former: tuple[Earlier, ...] = ()
+    for name in dict.fromkeys(name for name, _ in worked_on if name not in {stage.name for stage in pipeline.stages}):
+        former += _earlier(name, [inputs for other, inputs in worked_on if other == name], history, now)
+    current = Snapshot(
         pipeline.name,
         _state(stages, events, holder is not None),
         driver,
         tuple(stages),
-        remarks=_remarks(stages, events, ledger),
         said=_said(events, holder),
+        former=former,
     )
+    books = (f"{about} {remark}" for about, bill in current.bills() for remark in bill.remarks())
+    return replace(current, remarks=(*_remarks(stages, events, ledger), *books))
+
+
+def _earlier(stage: str, inputs: Sequence[str], history: History, now: float) -> tuple[Earlier, ...]:
+    found = []
+    for each in inputs:
+        attempts = history.attempts(stage, each, now)
+        if attempts:
+            committed = history.ledger.committed(stage, each) is not None
+            reached = max((one.step or 0 for one in attempts), default=0)
+            bill = account([one.time for one in attempts])
+            found.append((attempts[0].intent.created, Earlier(stage, each, len(attempts), reached, committed, bill)))
+    return tuple(one for _, one in sorted(found, key=lambda item: item[0]))
 
 
 def _remarks(stages: Sequence[StageStatus], events: Sequence[Event], ledger: Ledger) -> tuple[str, ...]:
@@ -136,36 +198,40 @@ def _state(stages: Sequence[StageStatus], events: Sequence[Event], driven: bool)
     return ended[-1].detail.split(":")[0] if ended and ended[-1] is events[-1] else "suspended"
 
 
-def _stage(stage: Stage, ledger: Ledger, prices: Prices, results: dict[str, Committed], now: float, *, queued: bool) -> StageStatus:
+def _stage(stage: Stage, history: History, results: dict[str, Committed], now: float, *, queued: bool) -> StageStatus:
     parent = stage.spec.parent
     published = stage.spec.published.gpu_hours if stage.spec.published else None
     if parent is not None and parent not in results:
         return StageStatus(
-            stage.name, parent, "blocked", None, 0, stage.config.steps, None, None, None, f"waits for {parent}", (),
-            0.0, account([], prices), {}, None, published,
+            stage.name, parent, "blocked", None, 0, 0, stage.config.steps, None, None, None, f"waits for {parent}", (),
+            0.0, account([]), {}, None, published,
         )  # fmt: skip
-    inputs = find(ledger, stage, results[parent] if parent else None)
-    committed = ledger.committed(stage.name, inputs)
-    broken = ledger.remarks.get(ledger.keys.committed(stage.name, inputs))
-    times, attempts, lines = _attempts(stage, inputs, ledger, prices, now, queued)
-    bill = account(times, prices)
-    steps = [line for line in lines if "step" in line and line.get("loss") is not None]
-    reached = committed.step if committed else steps[-1]["step"] if steps else 0
-    pace = _median([sum(line.get(part) or 0.0 for part in ("step_s", "data_wait_s", "checkpoint_s")) for line in steps[-200:]])
-    tail = [line["loss"] for line in steps[-max(1, len(steps) // 10) :]]
+    inputs = find(history.ledger, stage, results[parent] if parent else None)
+    committed = history.ledger.committed(stage.name, inputs)
+    broken = history.ledger.remarks.get(history.ledger.keys.committed(stage.name, inputs))
+    found = history.attempts(stage.name, inputs, now)
+    bill = account([one.time for one in found])
+    told = [_attempt(one, line.usd, history.ledger, now, queued) for one, line in zip(found, bill.attempts, strict=True)]
+    attempts = tuple(sorted([*told, *_unread(stage, inputs, history.ledger)], key=lambda attempt: attempt.number))
+    step = committed.step if committed else (found[-1].step or 0) if found else 0
+    recent = _recent(found)
+    pace = _median([reading.wall_s for reading in recent[-PACE_STEPS:]])
+    losses = [reading.loss for reading in recent if reading.loss is not None]
+    tail = losses[-max(1, step // 10) :]
     last = attempts[-1] if attempts else None
     return StageStatus(
         name=stage.name,
         parent=parent,
         state="committed" if committed else "failed" if broken else _open_state(last),
         inputs=inputs,
-        step=reached,
+        step=step,
+        reached=max([step, *(one.step or 0 for one in found)]),
         steps=stage.config.steps,
         loss=sum(tail) / len(tail) if tail else None,
         step_s=pace,
-        eta_s=(stage.config.steps - reached) * pace if pace is not None and not committed else None,
+        eta_s=(stage.config.steps - step) * pace if pace is not None and not committed else None,
         why="" if committed else str(broken) if broken else "" if last is None else last.reason,
-        attempts=tuple(attempts),
+        attempts=attempts,
         wall_s=sum(one.held_s / one.devices for one in bill.attempts),
         bill=bill,
         evaluation=committed.evaluation if committed else {},
@@ -184,45 +250,32 @@ def _open_state(last: AttemptStatus | None) -> str:
     return "ready" if last.state in ("drained", "lost", "signal", "preempted", "peer", "unreadable") else "failed"
 
 
-def _attempts(
-    stage: Stage, inputs: str, ledger: Ledger, prices: Prices, now: float, queued: bool
-) -> tuple[list[AttemptTime], list[AttemptStatus], list[dict[str, Any]]]:
-    times: list[AttemptTime] = []
-    attempts: list[AttemptStatus] = []
-    lines: dict[int, dict[str, Any]] = {}
-    for time, intent_created, pieces, outcome in attempt_times(stage, inputs, ledger):
-        times.append(time)
-        for piece in pieces:
-            for line in piece.metrics:
-                if "step" in line:
-                    lines[line["step"]] = line  # a redone step counts with its last reading
-        heard = pieces[-1].end if pieces else intent_created
-        step = max((piece.last_step or 0 for piece in pieces), default=None)
-        trouble = ledger.trouble(stage.name, inputs, time.attempt) if outcome is None else None
-        unheard = "waiting" if queued else "starting" if now - heard < LIVE_S else "silent"
-        live = unheard if not pieces else "running" if now - heard < LIVE_S else "silent"
-        unread = ledger.remarks.get(ledger.keys.outcome(stage.name, inputs, time.attempt))  # its driver has seen it end
-        attempts.append(
-            AttemptStatus(
-                number=time.attempt,
-                state=outcome.class_ if outcome else "lost" if unread else live,
-                run_key=run_key(ledger.pipeline, stage.name, inputs, time.attempt),
-                step=step,
-                reason=outcome.reason
-                if outcome
-                else f"how it ended cannot be told: {unread}"
-                if unread
-                else _at_risk(trouble, step)
-                if live != "silent"
-                else f"nothing heard for {now - heard:.0f} s",
-                bound=time.bound,
-                ended=outcome.ended if outcome else heard if unread else None,
-                usd=account([time], prices).usd,
-            )
-        )
-    attempts += _unread(stage, inputs, ledger)
-    attempts.sort(key=lambda attempt: attempt.number)
-    return times, attempts, [lines[step] for step in sorted(lines)]
+def _attempt(one: AttemptHistory, usd: Decimal, ledger: Ledger, now: float, queued: bool) -> AttemptStatus:
+    intent, outcome = one.intent, one.outcome
+    heard = one.heard if one.heard is not None else intent.created
+    unheard = "waiting" if queued else "starting" if now - heard < LIVE_S else "silent"
+    live = unheard if one.heard is None else "running" if now - heard < LIVE_S else "silent"
+    unread = ledger.remarks.get(ledger.keys.outcome(intent.stage, intent.inputs, intent.attempt))  # its driver has seen it end
+    trouble = ledger.trouble(intent.stage, intent.inputs, intent.attempt) if outcome is None else None
+    silent = f"nothing heard for {now - heard:.0f} s" if live == "silent" else _at_risk(trouble, one.step)
+    return AttemptStatus(
+        number=intent.attempt,
+        state=outcome.class_ if outcome else "lost" if unread else live,
+        run_key=intent.run_key,
+        step=one.step,
+        reason=outcome.reason if outcome else f"how it ended cannot be told: {unread}" if unread else silent,
+        bound=one.time.began,
+        ended=outcome.ended if outcome else heard if unread else None,
+        usd=usd,
+    )
+
+
+def _recent(attempts: Sequence[AttemptHistory]) -> list[Reading]:
+    """Of the newest steps, as the newest attempt did them: what an earlier one had done beyond its checkpoint is being done again."""
+    recent: list[Reading] = []
+    for one in attempts:
+        recent = [reading for reading in recent if reading.step <= one.time.resumed_from] + list(one.recent)
+    return recent
 
 
 def _unread(stage: Stage, inputs: str, ledger: Ledger) -> Iterator[AttemptStatus]:
@@ -232,15 +285,16 @@ def _unread(stage: Stage, inputs: str, ledger: Ledger) -> Iterator[AttemptStatus
         if remark is None:
             continue
         outcome = ledger.outcome(stage.name, inputs, number)
-        pieces = ledger.journal(stage.name, inputs, number)
+        newest = ledger.piece(keys[-1]) if (keys := ledger.journal_keys(stage.name, inputs, number)) else None
+        last = newest if isinstance(newest, JournalPiece) else None
         yield AttemptStatus(
             number=number,
             state=outcome.class_ if outcome else "unreadable",
             run_key=run_key(ledger.pipeline, stage.name, inputs, number),
-            step=max((piece.last_step or 0 for piece in pieces), default=None),
+            step=last.last_step if last else None,
             reason=f"its cost is not counted: {remark}",
             bound=outcome.bound if outcome else None,
-            ended=outcome.ended if outcome else max((piece.end for piece in pieces), default=0.0),
+            ended=outcome.ended if outcome else last.end if last else 0.0,
             usd=Decimal(0),
         )
 
@@ -249,30 +303,6 @@ def _at_risk(trouble: Trouble | None, step: int | None) -> str:
     if trouble is None:
         return ""
     return f"{trouble.reason}; {max(0, (step or 0) - trouble.published)} steps are at risk"
-
-
-def attempt_times(stage: Stage, inputs: str, ledger: Ledger) -> list[tuple[AttemptTime, float, list[JournalPiece], Any]]:
-    """Every attempt of a stage as the bill wants it: (time, intent's creation, journal pieces, outcome or None)."""
-    found = []
-    manifests = ledger.checkpoints(stage.name, inputs)
-    for number in ledger.attempts(stage.name, inputs):
-        intent = ledger.intent(stage.name, inputs, number)
-        if intent is None:
-            continue
-        outcome = ledger.outcome(stage.name, inputs, number)
-        pieces = ledger.journal(stage.name, inputs, number)
-        time = AttemptTime(
-            attempt=number,
-            devices=intent.nodes * intent.devices_per_node,
-            device=intent.device,
-            bound=outcome.bound if outcome else pieces[0].start if pieces else None,
-            ended=outcome.ended if outcome else None,
-            pieces=pieces,
-            resumed_from=intent.resume.step if intent.resume else 0,
-            last_published=max((m.step for _, m in manifests if m.attempt == number), default=intent.resume.step if intent.resume else 0),
-        )
-        found.append((time, intent.created, pieces, outcome))
-    return found
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -22,6 +22,7 @@ from orchestrator.records import (
     Manifest,
     Outcome,
     ParentRef,
+    Price,
     ResumeRef,
     Terms,
     run_key,
@@ -75,6 +76,8 @@ class Writer:
     step_s: float = 0.4
     results: dict[str, Committed] = field(default_factory=dict)
     lease: LeaseHandle | None = None
+    price: Price | None = None
+    """What attempts are made at; none: as by a release that wrote no price down."""
 
     def launch(self) -> None:
         self.ledger.add_revision(self.pipeline.model_dump(mode="json"), self.now)
@@ -98,12 +101,13 @@ class Writer:
         number = len(self.ledger.attempts(name, inputs)) + 1
         parent = self.results[stage.spec.parent] if stage.spec.parent else None
         self.now += 1
-        self.ledger.write_terms(name, inputs, number, Terms(identity=identity.VERSION, contents=stage.contents, price=None))
+        self.ledger.write_terms(name, inputs, number, Terms(identity=identity.VERSION, contents=stage.contents, price=self.price))
         return self.ledger.create_intent(
             Intent(
                 run_key=run_key(self.pipeline.name, name, inputs, number), pipeline=self.pipeline.name, stage=name, inputs=inputs,
-                attempt=number, epoch=1, created=self.now, config=stage.config, config_digest=stage.config.digest(), nodes=1,
-                devices_per_node=stage.devices, device=stage.spec.resources.device, trainer=(), hang_timeout_s=300.0, flush_s=5.0,
+                attempt=number, epoch=1, created=self.now, config=stage.config, config_digest=stage.config.digest(),
+                nodes=stage.spec.resources.nodes, devices_per_node=stage.spec.resources.devices_per_node,
+                device=stage.spec.resources.device, trainer=(), hang_timeout_s=300.0, flush_s=5.0,
                 parent=ParentRef(stage=parent.stage, key=parent.manifest, manifest_digest=parent.manifest_digest,
                                  committed_digest=parent.digest()) if parent else None,
                 resume=ResumeRef(key=f"step {resume}", manifest_digest="0" * 64, step=resume) if resume else None,

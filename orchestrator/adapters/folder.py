@@ -83,7 +83,7 @@ class FolderStore:
     def list(self, prefix: str, after: str = "") -> Iterator[str]:
         folder = self._folder(prefix)
         with self._errors("list", prefix):
-            keys = sorted(key for key in self._walk(folder) if key.startswith(prefix) and key > after)
+            keys = sorted(key for key in self._walk(folder, prefix[: prefix.rfind("/") + 1], prefix) if key > after)
         return iter(keys)
 
     def children(self, prefix: str) -> Sequence[str]:
@@ -213,21 +213,36 @@ class FolderStore:
             os.close(folder)
         return True
 
-    def _walk(self, folder: Path) -> Iterator[str]:
+    def _walk(self, folder: Path, above: str, prefix: str) -> Iterator[str]:
+        """Keys below a folder that begin with `prefix`; `above`: the folder's own part of a key. Goes into no folder that has none."""
         for entry in _entries(folder):
-            if self._hidden(entry):
+            key = above + entry.name
+            if not key.startswith(prefix) and not prefix.startswith(f"{key}/"):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from self._walk(Path(entry.path))
-            elif entry.is_file(follow_symlinks=False) and not GENERATION.match(entry.name):
-                yield Path(entry.path).relative_to(self.root).as_posix()
+            if entry.is_file(follow_symlinks=False):
+                if "@" not in entry.name or not GENERATION.match(entry.name):
+                    yield key
+            elif entry.is_dir(follow_symlinks=False) and not self._hidden(entry):
+                yield from self._walk(Path(entry.path), f"{key}/", prefix)
 
     def _holds_objects(self, folder: Path) -> bool:
-        """A folder that may not be looked into is named too: whoever asks for its keys is told why there are none."""
+        """Looks no further than the first one: a folder may hold a journal of days.
+
+        A folder that may not be looked into is named too: whoever asks for its keys is told why there are none.
+        """
+        folders = []
         try:
-            return any(True for _ in self._walk(folder))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_file(follow_symlinks=False) and not GENERATION.match(entry.name):
+                        return True
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(Path(entry.path))
         except PermissionError:
             return True
+        except FileNotFoundError:
+            return False
+        return any(self._holds_objects(each) for each in folders)
 
     def _hidden(self, entry: os.DirEntry[str]) -> bool:
         return entry.name == TEMPORARY and Path(entry.path).parent == self.root

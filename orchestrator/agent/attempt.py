@@ -31,6 +31,7 @@ from orchestrator.agent.trainer_process import JOIN_S, RENDEZVOUS, TrainerProces
 from orchestrator.claim import take_asked
 from orchestrator.clock import PARTED_S, AttemptClock, boottime
 from orchestrator.errors import CorruptCheckpoint, NotFound, Refused, Unreachable
+from orchestrator.history import TOTALS_EVERY, NodeFold
 from orchestrator.ledger import Ledger
 from orchestrator.processes import Process
 from orchestrator.records import DamagedCheckpoint, Intent, JournalPiece, Report, Trouble
@@ -88,6 +89,8 @@ class Attempt:
         self._node, self._patience, self._clock = node, patience, clock or AttemptClock.here()
         self._bound = bound
         self._timeline = Timeline(bound, node=node, devices=intent.devices_per_node, every_steps=intent.config.checkpoint.every_steps)
+        self._sums = NodeFold(node, intent.resume.step if intent.resume else 0, intent.config.checkpoint.every_steps)
+        """Of the pieces that are in the store."""
         self._small = Courier("journal", events.wake, waits_for_space=True)
         silence_s = max(patience.peer_s, 3 * intent.flush_s)  # a node that lives adds to its journal that often
         self._checkpoints = Publication(ledger, intent, run, node, events.wake, silence_s)
@@ -456,7 +459,11 @@ class Attempt:
         self._checkpoints.offer()
 
     def _append(self, piece: JournalPiece) -> None:
+        """In the courier's thread, in order; again where the store did not answer."""
         self.ledger.append_journal(self.intent, piece)
+        self._sums.add(piece)
+        if self._sums.seq % TOTALS_EVERY == TOTALS_EVERY - 1:
+            self.ledger.append_totals(self.intent, self._sums.totals())
 
     def _read_lines(self, now: float) -> None:
         for line in map(self._on_our_clock, self.run.new_lines()):

@@ -13,6 +13,7 @@ from orchestrator.cli.workspace import Workspace, home
 
 if TYPE_CHECKING:
     from orchestrator.cost import AttemptBill, Bill
+    from orchestrator.snapshot import Snapshot
 
 
 def compare(file: options.File = None, store: options.Store = None, output_: options.Output = output.Format.table) -> None:
@@ -24,9 +25,12 @@ def compare(file: options.File = None, store: options.Store = None, output_: opt
     """
     from orchestrator.cli import display
 
-    lines = display.comparison(take(launched(Workspace.at(file, store=store))))
+    current = take(launched(Workspace.at(file, store=store)))
+    lines = display.comparison(current)
     if output_ is output.Format.table:
         output.table(*display.comparison_cells(lines))
+        if current.earlier:
+            output.note(f"total {output.dollars(current.usd)}{display.of_earlier(current)}")
     else:
         output.emit(lines, output_)
 
@@ -35,37 +39,88 @@ def cost(
     file: options.File = None,
     store: options.Store = None,
     by_attempt: Annotated[bool, typer.Option("--by-attempt", help="One line an attempt instead of one a stage.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Add up every journal piece anew, and compare (exit 4 where the sums differ).")
+    ] = False,
     output_: options.Output = output.Format.table,
 ) -> None:
-    """The bill: what each held device-second was spent on.
+    """The bill: what each held device-second was spent on, at the price of the day on which the attempt was made.
 
-    Held categories sum to devices x wall time; queueing holds nothing and costs nothing. The price's source is printed with it.
+    Held categories sum to devices x wall time; queueing holds nothing and costs nothing. What was spent under earlier inputs has lines of
+    its own. Where booked and held time differ, a remark says so.
 
     Example: osctl cost --by-attempt -o json
     """
-    from orchestrator.cost import AttemptBill
+    from orchestrator.cli import display
     from orchestrator.records import HELD
 
     workspace = launched(Workspace.at(file, store=store))
     current = take(workspace)
-    for stage in current.stages:
-        stage.bill.check()
-    rows = [
-        {"name": stage.name, **({"attempt": one.attempt} if isinstance(one, AttemptBill) else {}), **_bill(one)}
-        for stage in current.stages
-        for one in (stage.bill.attempts if by_attempt else (stage.bill,))
-    ]
-    if output_ is not output.Format.table:
+    if verify:
+        current = _added_up_anew(workspace, current)
+    rows = _rows(current, by_attempt)
+    if output_ is output.Format.table:
+        spent = [category for category in HELD if any(row["device_seconds"][category] for row in rows)]
+        cells = [{**row, **{key: output.duration(row["device_seconds"][key]) for key in spent}, **_cells(row)} for row in rows]
+        columns = {"name": "stage"} | ({"attempt": "attempt"} if by_attempt else {}) | {key: key.replace("_", " ") for key in spent}
+        output.table(
+            cells, columns | {"held": "= held", "goodput": "goodput", "device_hours": "device-h", "gpu_hours": "GPU-h", "usd": "cost"}
+        )
+        output.note(f"device-seconds by what they were spent on; total {output.dollars(current.usd)}{display.of_earlier(current)}")
+        for line in _prices(current.bill):
+            output.note(line)
+    else:
         output.emit(rows, output_)
-        return
-    spent = [category for category in HELD if any(row["device_seconds"][category] for row in rows)]
-    cells = [{**row, **{key: output.duration(row["device_seconds"][key]) for key in spent}, **_cells(row)} for row in rows]
-    columns = {"name": "stage"} | ({"attempt": "attempt"} if by_attempt else {}) | {key: key.replace("_", " ") for key in spent}
-    output.table(cells, columns | {"held": "= held", "goodput": "goodput", "device_hours": "device-h", "gpu_hours": "GPU-h", "usd": "cost"})
-    output.note(f"device-seconds by what they were spent on; total {output.dollars(current.usd)}")
-    for name in sorted({stage.spec.resources.device for stage in workspace.pipeline.stages}):
-        device = workspace.prices.device(name)
-        output.note(f"{name}: ${device.usd_per_hour} a device-hour ({device.source}, {device.date})")
+
+
+def _rows(current: Snapshot, by_attempt: bool) -> list[dict[str, Any]]:
+    """A line a stage, and one for all that was spent on it under earlier inputs; or a line for each of their attempts."""
+    from orchestrator.cost import AttemptBill, merge
+
+    parts: list[tuple[str, str | None, bool, Bill]] = []
+    names = dict.fromkeys([*(stage.name for stage in current.stages), *(one.stage for one in current.former)])
+    for name in names:
+        parts += [(name, stage.inputs, False, stage.bill) for stage in current.stages if stage.name == name]
+        earlier = [one for one in current.earlier if one.stage == name]
+        if by_attempt:
+            parts += [(name, one.inputs, True, one.bill) for one in earlier]
+        elif earlier:
+            parts.append((name, None, True, merge(one.bill for one in earlier)))
+    return [
+        {"name": name, "inputs": inputs, "earlier": old, **({"attempt": one.attempt} if isinstance(one, AttemptBill) else {}), **_bill(one)}
+        for name, inputs, old, bill in parts
+        for one in (bill.attempts if by_attempt else (bill,))
+    ]
+
+
+def _added_up_anew(workspace: Workspace, current: Snapshot) -> Snapshot:
+    """The same from every piece of every journal. Raises CorruptCheckpoint where that is another bill."""
+    from orchestrator import snapshot
+    from orchestrator.errors import CorruptCheckpoint
+    from orchestrator.history import History
+    from orchestrator.ledger import Ledger
+    from orchestrator.prices import named_prices
+
+    history = History(Ledger(workspace.store, workspace.pipeline.name), named_prices, verify=True)
+    anew = snapshot.take(workspace.pipeline, history, time.time())
+    found = {(about, one.attempt): one for about, bill in anew.bills() for one in bill.attempts}
+    for about, bill in current.bills():
+        for one in bill.attempts:
+            whole = found[about, one.attempt]
+            if one.over and dict(one.seconds) != dict(whole.seconds):
+                raise CorruptCheckpoint(
+                    f"cost --verify: {about} attempt {one.attempt}: by the sums beside its journal {one.held_s:.3f} device-seconds were "
+                    f"held and {one.booked_s:.3f} booked, by its pieces {whole.held_s:.3f} and {whole.booked_s:.3f}. The pieces count: "
+                    "delete the folder `totals` beside that journal, then: osctl cost"
+                )
+    output.note("every journal piece was added up anew, and the bill is the same")
+    return anew
+
+
+def _prices(bill: Bill) -> list[str]:
+    """Each price that was paid, with who says so."""
+    paid = {(one.device, one.price.usd_per_hour, one.price.source, one.price.date) for one in bill.attempts if one.price and one.held_s}
+    return [f"{device}: ${usd} a device-hour ({source}, {date})" for device, usd, source, date in sorted(paid)]
 
 
 def _bill(bill: Bill | AttemptBill) -> dict[str, Any]:
@@ -73,6 +128,7 @@ def _bill(bill: Bill | AttemptBill) -> dict[str, Any]:
         "device_seconds": dict(bill.seconds),
         "waiting_s": bill.waiting_s,
         "held_s": bill.held_s,
+        "difference_s": bill.difference_s(),
         "device_hours": bill.device_hours,
         "gpu_hours": bill.gpu_hours,
         "usd": bill.usd,
@@ -82,6 +138,7 @@ def _bill(bill: Bill | AttemptBill) -> dict[str, Any]:
 
 def _cells(row: dict[str, Any]) -> dict[str, Any]:
     return {
+        "name": f"{row['name']}, earlier inputs" if row["earlier"] else row["name"],
         "held": output.duration(row["held_s"]),
         "goodput": output.percent(row["goodput"]),
         "device_hours": output.hours(row["device_hours"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli import output
@@ -11,7 +12,6 @@ from orchestrator.cli import output
 if TYPE_CHECKING:
     from orchestrator.cli.live import Live, Sight
     from orchestrator.cli.workspace import Workspace
-    from orchestrator.cost import Prices
     from orchestrator.snapshot import Snapshot, StageStatus
 
 PODS = 32
@@ -99,12 +99,15 @@ def _stages(snapshot: Snapshot, sight: Sight | None) -> Any:
             output.duration(stage.eta_s) if stage.state == "running" else "",
             output.duration(stage.wall_s) if stage.attempts else "",
             output.dollars(stage.bill.usd) if stage.attempts else "",
-            rich.text.Text(describe(stage, sight), style="dim"),
+            rich.text.Text("; ".join(filter(None, (describe(stage, sight), beside(stage)))), style="dim"),
         )
         for attempt in stage.attempts[:-1] if len(stage.attempts) > 1 else ():
             number, reason = f"  ↳ a{attempt.number}", f"{attempt.state}: {attempt.reason}" if attempt.reason else attempt.state
             cells = (number, "", output.cell(attempt.step), "", "", "", output.dollars(attempt.usd), reason)
             grid.add_row(*(rich.text.Text(text, style="dim") for text in cells))
+    for one in snapshot.former:
+        cells = (f"- {one.stage}", "", str(one.step), "", "", "", output.dollars(one.bill.usd), "no longer in the recipe")
+        grid.add_row(*(rich.text.Text(text, style="dim") for text in cells))
     return grid
 
 
@@ -125,6 +128,23 @@ def describe(stage: StageStatus, sight: Sight | None = None) -> str:
     return stage.why or stage.state
 
 
+def of_earlier(snapshot: Snapshot) -> str:
+    """Behind a total: how much of it was spent under inputs that are not the current ones."""
+    from orchestrator.cost import merge
+
+    return f", {output.dollars(merge(one.bill for one in snapshot.earlier).usd)} of it under earlier inputs" if snapshot.earlier else ""
+
+
+def beside(stage: StageStatus) -> str:
+    """What was done before and does not count now: steps that are being done again, and those under other inputs."""
+    parts = []
+    if stage.reached > stage.step:
+        parts.append(f"steps up to {stage.reached} are to be done again")
+    if stage.earlier:
+        parts.append(f"{sum(one.step for one in stage.earlier)} steps under earlier inputs, {output.dollars(stage.earlier_bill.usd)}")
+    return "; ".join(parts)
+
+
 def readings(evaluation: dict[str, float]) -> list[str]:
     return [
         f"{name} {output.percent(evaluation[key])}"
@@ -142,6 +162,19 @@ def whole(snapshot: Snapshot, sight: Sight | None) -> dict[str, Any]:
         "usd": snapshot.usd,
         "stages": rows(snapshot, sight),
         "remarks": list(snapshot.remarks),
+        "earlier": [
+            {
+                "stage": one.stage,
+                "inputs": one.inputs,
+                "attempts": one.attempts,
+                "step": one.step,
+                "committed": one.committed,
+                "device_hours": one.bill.device_hours,
+                "gpu_hours": one.bill.gpu_hours,
+                "usd": one.bill.usd,
+            }
+            for one in snapshot.earlier
+        ],
     }
     return about | (sight.rows() if sight is not None else {})
 
@@ -153,6 +186,7 @@ def rows(snapshot: Snapshot, sight: Sight | None = None) -> list[dict[str, Any]]
             "name": stage.name,
             "state": stage.state,
             "step": stage.step,
+            "reached": stage.reached,
             "steps": stage.steps,
             "loss": stage.loss,
             "eta_s": stage.eta_s,
@@ -171,6 +205,7 @@ def rows(snapshot: Snapshot, sight: Sight | None = None) -> list[dict[str, Any]]
             "device_hours": stage.bill.device_hours,
             "gpu_hours": stage.bill.gpu_hours,
             "usd": stage.bill.usd,
+            "earlier_usd": stage.earlier_bill.usd,
             "inputs": stage.inputs,
             "why": next((one.why for one in (sight.waits if sight else ()) if one.stage == stage.name), "") or describe(stage, sight),
         }
@@ -180,7 +215,9 @@ def rows(snapshot: Snapshot, sight: Sight | None = None) -> list[dict[str, Any]]
 
 def comparison(snapshot: Snapshot) -> list[dict[str, Any]]:
     """Stages side by side, with every figure a number."""
-    lines = []
+    from orchestrator.cost import merge
+
+    lines: list[dict[str, Any]] = []
     for stage in snapshot.stages:
         bill, published = stage.bill, stage.published_gpu_hours
         lines.append(
@@ -194,6 +231,7 @@ def comparison(snapshot: Snapshot) -> list[dict[str, Any]]:
                 "device_hours": bill.device_hours,
                 "gpu_hours": bill.gpu_hours,
                 "usd": bill.usd,
+                "earlier_usd": stage.earlier_bill.usd,
                 "goodput": bill.goodput,
                 "device_seconds": bill.seconds,
                 "published_gpu_hours": published,
@@ -202,6 +240,10 @@ def comparison(snapshot: Snapshot) -> list[dict[str, Any]]:
                 "evaluation": stage.evaluation,
             }
         )
+    for name in dict.fromkeys(one.stage for one in snapshot.former):
+        spent = merge(one.bill for one in snapshot.former if one.stage == name)
+        former = {"name": name, "state": "former", "steps": 0, "attempts": 0, "wall_s": 0.0, "device_hours": 0.0, "gpu_hours": 0.0}
+        lines.append({**dict.fromkeys(lines[0]), **former, "usd": Decimal(0), "earlier_usd": spent.usd, "evaluation": {}})
     return lines
 
 
@@ -221,6 +263,7 @@ def comparison_cells(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
                 "device_hours": output.hours(line["device_hours"]),
                 "gpu_hours": output.hours(line["gpu_hours"]),
                 "usd": output.dollars(line["usd"]),
+                "earlier": output.dollars(line["earlier_usd"]) if line["earlier_usd"] else None,
                 "goodput": output.percent(line["goodput"]),
                 "published": line["published_gpu_hours"],
                 "ratio": line["ratio_vs_published"],
@@ -238,11 +281,12 @@ def comparison_cells(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
         "device_hours": "device-hours",
         "gpu_hours": "GPU-hours",
         "usd": "cost",
+        "earlier": "earlier inputs",
         "goodput": "goodput",
         "published": "published GPU-h",
         "ratio": "ratio",
     }
-    optional = ("image", "digit", "direction", "published", "ratio")
+    optional = ("earlier", "image", "digit", "direction", "published", "ratio")
     return shown, {key: heading for key, heading in columns.items() if key not in optional or any(row[key] is not None for row in shown)}
 
 
@@ -267,12 +311,16 @@ class Follower:
     One thread reads the ledger every `interval_s`, another draws: what moves in a cluster is shown at once, however slow the store is.
     """
 
-    def __init__(self, workspace: Workspace, prices: Prices, interval_s: float = 1.0, format: output.Format = output.Format.table):
+    def __init__(self, workspace: Workspace, interval_s: float = 1.0, format: output.Format = output.Format.table):
         """`format` json or yaml: the whole to stdout, whenever something changed."""
+        from orchestrator.history import History
         from orchestrator.ledger import Ledger
+        from orchestrator.prices import named_prices
 
-        self.workspace, self.prices, self.interval_s, self.format = workspace, prices, interval_s, format
-        self.ledger = Ledger(workspace.store, workspace.pipeline.name)
+        self.workspace, self.interval_s, self.format = workspace, interval_s, format
+        self.history = History(
+            Ledger(workspace.store, workspace.pipeline.name), named_prices, calm=True
+        )  # a thread of its own reads with it
         self.over = threading.Event()
         """Set once nobody drives the pipeline, and nobody is about to."""
         self._current: Snapshot | None = None
@@ -298,7 +346,7 @@ class Follower:
 
         while not self._stopped.is_set():
             try:
-                self._current = snapshot.take(self.workspace.pipeline, self.ledger, self.prices, time.time())
+                self._current = snapshot.take(self.workspace.pipeline, self.history, time.time())
                 self._trouble = ""
             except OsctlError as error:  # the display is no reason to stop a run; the runner has its own word on a store that is gone
                 self._trouble = str(error)

@@ -44,6 +44,7 @@ def drive(
     from orchestrator.cli.run import backend_of, projecting
     from orchestrator.errors import Refused
     from orchestrator.ledger import Ledger
+    from orchestrator.prices import named_prices
     from orchestrator.runner import Detached, Runner
 
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
@@ -56,7 +57,7 @@ def drive(
     # The profile's context is one of a person's kubeconfig; here the pod's own account is the way in.
     cluster = resolved.cluster.model_copy(update={"context": None}) if resolved.cluster is not None else None
     backend = backend_of(resolved.model_copy(update={"cluster": cluster}), opened, store)
-    runner = Runner(resolved, ledger, backend, on_event=_say)
+    runner = Runner(resolved, ledger, backend, on_event=_say, prices=named_prices().at(resolved.cluster))
     try:
         # A database on a disk that goes away with this pod would show nobody anything.
         beside = contextlib.nullcontext() if resolved.tracking.startswith("sqlite") else projecting(resolved, store)

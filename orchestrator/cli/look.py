@@ -40,7 +40,7 @@ def take(workspace: Workspace, *, quiet: bool = False) -> Snapshot:
     """What the ledger says now. What cannot be read is left out, and said on stderr unless `quiet`."""
     from orchestrator import snapshot
 
-    current = snapshot.take(workspace.pipeline, workspace.ledger, workspace.prices, time.time())
+    current = snapshot.take(workspace.pipeline, workspace.history, time.time())
     current = replace(current, remarks=(*workspace.remarks, *current.remarks))
     if not quiet:
         say(current.remarks)
@@ -77,7 +77,7 @@ def status(
     begun_anew = changes.begun_anew(workspace, current)
     if output_ is output.Format.table:
         driver = f", driven by {current.driver}" if current.driver else ""
-        output.note(f"{current.name}: {current.state}{driver}, {output.dollars(current.usd)} so far")
+        output.note(f"{current.name}: {current.state}{driver}, {output.dollars(current.usd)} so far{display.of_earlier(current)}")
         if current.state == "failed" and current.said is not None:
             output.note(current.said.detail)
         for said in begun_anew.values():
@@ -110,7 +110,7 @@ def watch(
     workspace = launched(Workspace.at(file, store=store, cluster=cluster))
     current = take(workspace, quiet=True)
     if current.state == "running" or workspace.pipeline.cluster is not None:
-        with display.Follower(workspace, workspace.prices, interval, output_) as follower:
+        with display.Follower(workspace, interval, output_) as follower:
             follower.over.wait()
         current = take(workspace, quiet=True)
     say(current.remarks)

@@ -95,3 +95,12 @@ Calibration = Annotated[
         help="Steps measured on your device, as bench/step.py and bench/gpu.py write them. Default: the shipped ones.",
     ),
 ]
+Prices = Annotated[
+    Path | None,
+    typer.Option(
+        "--prices",
+        metavar="FILE",
+        envvar="OSCTL_PRICES",
+        help="Price list, in place of the shipped one (osctl explain prices). Each attempt keeps the price at which it was made.",
+    ),
+]

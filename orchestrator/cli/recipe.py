@@ -49,6 +49,7 @@ def plan(
     store: options.Store = None,
     cluster: options.Cluster = None,
     calibration: options.Calibration = None,
+    prices: options.Prices = None,
     shape: Annotated[
         str | None,
         typer.Option("--shape", metavar="TxHxW", help="Plan one step on clips of this size instead, with the last stage's model."),
@@ -65,10 +66,10 @@ def plan(
     Examples: osctl plan -f open-sora-1.0 --mfu 0.45          osctl plan --shape 1440x1088x1920 --devices 8
     """
     if shape is not None:
-        workspace = Workspace.open(file or "open-sora-1.0", settings=settings, store=store, cluster=cluster)
+        workspace = Workspace.open(file or "open-sora-1.0", settings=settings, store=store, cluster=cluster, prices=prices)
         show_size(size_plan_of(workspace, shape, device, devices=devices, batch=batch, mfu=mfu, calibration=calibration), output_)
         return
-    workspace = Workspace.open(file, settings=settings, store=store, cluster=cluster)
+    workspace = Workspace.open(file, settings=settings, store=store, cluster=cluster, prices=prices)
     known = ledger_of(workspace)
     show_plan(plan_of(workspace, mfu=mfu, calibration=calibration, committed=known), output_)
     if known is not None:

@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator import launched
@@ -219,7 +220,8 @@ def nothing_left(workspace: Workspace, targets: Sequence[str]) -> bool:
     for stage in pipeline.stages:
         if stage.name in wanted and stage.spec.parent is not None and stage.spec.parent not in wanted | committed:
             raise Refused(parentless(stage))
-    check_budget(plan_of(workspace, committed=known, target=targets[0] if targets else None), pipeline.budget_usd)
+    estimate = plan_of(workspace, committed=known, target=targets[0] if targets else None)
+    check_budget(estimate, pipeline.budget_usd, known.usd if known else Decimal(0))
     return wanted <= committed
 
 

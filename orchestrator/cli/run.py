@@ -45,6 +45,7 @@ def launch(
         typer.Option(metavar="local|kubernetes", help="Where attempts run: processes of this machine, or PyTorchJobs of a cluster."),
     ] = None,
     cluster: options.Cluster = None,
+    prices: options.Prices = None,
     wait: options.Wait = False,
     foreground: options.Foreground = False,
     keep: Annotated[
@@ -69,7 +70,9 @@ def launch(
 
     osctl launch -f open-sora-1.0 --cluster my-pool.yaml --store s3://bucket/runs
     """
-    workspace = Workspace.open(file, settings=settings, store=store, tracking=tracking, data=data, backend=backend, cluster=cluster)
+    workspace = Workspace.open(
+        file, settings=settings, store=store, tracking=tracking, data=data, backend=backend, cluster=cluster, prices=prices
+    )
     check_target(workspace, stage)
     changed = Changed(Again(file, store, cluster), tuple(keep or ()), tuple(anew or ()))
     if dry_run or workspace.pipeline.backend == "local" or foreground:
@@ -191,7 +194,8 @@ def run_here(workspace: Workspace, target: str | None, changed: Changed, *, dry_
         if known is not None:
             changes.foretell(workspace, targets, changed.again.options())
         return
-    check_budget(estimate, pipeline.budget_usd)
+    if pipeline.budget_usd is not None:
+        check_budget(estimate, pipeline.budget_usd, (known or take(workspace)).usd)
     from orchestrator.runner import Runner
 
     if pipeline.backend == "kubernetes":
@@ -203,8 +207,9 @@ def run_here(workspace: Workspace, target: str | None, changed: Changed, *, dry_
     workspace.store.probe()
     launches.check_ours(workspace.ledger)
     changed.settle(workspace, targets)
-    runner = Runner(pipeline, workspace.ledger, backend_of(pipeline, workspace.store, workspace.store_url), on_event=tell)
-    following = contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices)
+    backend = backend_of(pipeline, workspace.store, workspace.store_url)
+    runner = Runner(pipeline, workspace.ledger, backend, on_event=tell, prices=workspace.prices)
+    following = contextlib.nullcontext() if quiet else display.Follower(workspace)
     # With nothing left to train there is nothing new to show, and MLflow's start of several seconds is saved.
     tracking = any(row.basis != "committed" for row in estimate.rows)
     log = home() / "log" / "projection.log"
@@ -251,7 +256,7 @@ def launch_there(
             output.note(f"next: osctl watch{again.options()} | osctl logs -f{again.options('--file')} | osctl cancel{again.options()}")
             return
         try:
-            with contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices):
+            with contextlib.nullcontext() if quiet else display.Follower(workspace):
                 code = remote.wait(api, workspace, driver)
         except KeyboardInterrupt:
             output.note(f"\n{pipeline.name}: the driver goes on. Stop it with: osctl cancel{again.options()}")

@@ -13,9 +13,10 @@ from orchestrator.errors import UsageError
 
 if TYPE_CHECKING:
     from orchestrator.config import Pipeline
-    from orchestrator.cost import Prices
+    from orchestrator.history import History
     from orchestrator.ledger import Ledger
     from orchestrator.ports import Store
+    from orchestrator.prices import Prices
 
 
 def home() -> Path:
@@ -47,6 +48,7 @@ class Workspace:
         data: str | None = None,
         backend: str | None = None,
         cluster: str | None = None,
+        prices: Path | None = None,
     ) -> Workspace:
         """Raises UsageError."""
         from orchestrator import config
@@ -61,6 +63,12 @@ class Workspace:
         pipeline = config.load(config.find(file), overrides=overrides, env=os.environ)
         if data:
             pipeline = config.with_data(pipeline, data)
+        if prices is not None:
+            os.environ["OSCTL_PRICES"] = str(prices.absolute())  # MLflow's projection, a process beside this one, goes by the same
+        if pipeline.cluster is not None and os.environ.get("OSCTL_PRICES"):
+            from orchestrator.prices import with_named_price
+
+            pipeline = pipeline.model_copy(update={"cluster": with_named_price(pipeline.cluster)})
         return cls(config.on_devices(pipeline, cuda_devices()))
 
     @classmethod
@@ -99,9 +107,17 @@ class Workspace:
 
     @cached_property
     def prices(self) -> Prices:
-        from orchestrator.cost import load_prices
+        """Of what is about to be made. What was made has its own in the ledger: see `history`."""
+        from orchestrator.prices import named_prices
 
-        return load_prices().at(self.pipeline.cluster)
+        return named_prices().at(self.pipeline.cluster)
+
+    @cached_property
+    def history(self) -> History:
+        from orchestrator.history import History
+        from orchestrator.prices import named_prices
+
+        return History(self.ledger, named_prices)
 
 
 def store_url(configured: str) -> str:

@@ -24,10 +24,10 @@ from live_attempts import STAND_IN, Watcher, stage_config, until
 from orchestrator.adapters.folder import FolderStore
 from orchestrator.claim import ALIVE, is_locked
 from orchestrator.config import Pipeline, Resources, Stage, StageSpec
-from orchestrator.cost import TOLERANCE, TOLERANCE_S, account, load_prices
+from orchestrator.cost import TOLERANCE, TOLERANCE_S, account
+from orchestrator.history import History
 from orchestrator.ledger import Ledger
 from orchestrator.processes import Process
-from orchestrator.snapshot import attempt_times
 
 LAUNCH = str(Path(__file__).parent / "launch.py")
 STAGES = ("stage1", "stage2", "stage3")
@@ -164,12 +164,12 @@ class Site:
 
     def check_books(self, ledger: Ledger) -> None:
         """Each device-second that the watcher saw is in exactly one category of exactly one attempt."""
-        prices = load_prices()
+        history = History(ledger)
         for stage in self.pipeline.stages:
             (inputs,) = ledger.inputs_of(stage.name)
-            times = [time for time, *_ in attempt_times(stage, inputs, ledger)]
-            bill = account(times, prices)
-            bill.check()
+            times = [one.time for one in history.attempts(stage.name, inputs, time.time())]
+            bill = account(times)
+            assert not list(bill.remarks())
             done_again = [time.resumed_from for time in times[1:]]
             assert done_again == sorted(done_again), "an attempt went on from behind an earlier one"
             for time_, line in zip(times, bill.attempts, strict=True):

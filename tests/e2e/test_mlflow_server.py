@@ -21,7 +21,6 @@ from orchestrator.adapters import mlflow_ui, open_store
 from orchestrator.adapters.tracking import MlflowTracker
 from orchestrator.errors import Refused
 from orchestrator.ledger import Ledger
-from orchestrator.prices import load_prices
 from orchestrator.projection import project
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
@@ -73,7 +72,7 @@ def test_a_server_that_was_down_is_brought_up_to_date_once(tmp_path: Path, serve
     story.train(intent, 15)
     story.draw(intent, "sheet.png", b"a sheet", tmp_path)
     server.wait_until_up(UP_S)
-    project(story.ledger, MlflowTracker(server.url), load_prices())
+    project(story.ledger, MlflowTracker(server.url))
     half = curves(tmp_path)
     assert max(step for _, _, step, _, _ in half) == 15
 
@@ -103,7 +102,7 @@ def test_a_server_that_was_down_is_brought_up_to_date_once(tmp_path: Path, serve
         assert set(after.values()) == {1} and half.keys() <= after.keys()
         losses = {(key, step) for key, name, step, _, _ in after if name == "loss"}
         assert len(losses) == 2 * 3 * 30
-        project(story.ledger, MlflowTracker(server.url), load_prices())
+        project(story.ledger, MlflowTracker(server.url))
     number = mlflow_ui.experiment_id(server.url, "demo")
     assert number is not None
     assert len(mlflow_ui.stage_runs(server.url, number)) == 3

@@ -40,7 +40,7 @@ def served(chromium: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) 
     story.three_stages()
     tracker = open_tracker("sqlite", home)
     assert tracker is not None
-    facts = project(story.ledger, tracker, load_prices())
+    facts = project(story.ledger, tracker, load_prices)
     assert facts is not None
     with (home / "server.log").open("wb") as log:
         server = mlflow_ui.start(tracker.url, home / "mlartifacts", log=log)
@@ -140,7 +140,7 @@ def test_three_stages_are_selected_and_compared(served: tuple[mlflow_ui.Server, 
     names = page.find("//tr[th[normalize-space()='Run Name:']]").text
     assert names.split() == ["Run", "Name:", *stages]
     metrics = page.metrics()
-    bills = [account([attempt.time for attempt in stage.attempts], load_prices()) for stage in facts.stages]
+    bills = [account([attempt.time for attempt in stage.attempts]) for stage in facts.stages]
     # The page shows three decimals.
     assert [float(shown) for shown in metrics["gpu_hours"]] == pytest.approx([bill.gpu_hours for bill in bills], abs=6e-4)
     assert [float(shown) for shown in metrics["usd"]] == pytest.approx([float(bill.usd) for bill in bills], abs=6e-4)

@@ -36,6 +36,7 @@ from orchestrator.projection import (
     Follower,
     Launch,
     Projector,
+    Reader,
     alias_of,
     attempt_curve,
     flatten,
@@ -45,6 +46,8 @@ from orchestrator.projection import (
     source_uri,
     stage_curve,
 )
+
+PriceList = Callable[[], Prices]
 
 TABLES = (
     "experiments", "runs", "metrics", "latest_metrics", "params", "tags", "datasets", "inputs", "input_tags", "registered_models",
@@ -76,8 +79,8 @@ def tracker(home: Path) -> MlflowTracker:
 
 
 @pytest.fixture
-def prices() -> Prices:
-    return load_prices()
+def prices() -> PriceList:
+    return load_prices
 
 
 @pytest.fixture
@@ -143,7 +146,7 @@ def shown(database: Path, experiment: str = "demo") -> dict[str, Any]:
 # --- What is shown ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_pipeline_stages_and_attempts_form_a_tree(story: Writer, tracker: MlflowTracker, prices: Prices, home: Path) -> None:
+def test_pipeline_stages_and_attempts_form_a_tree(story: Writer, tracker: MlflowTracker, prices: PriceList, home: Path) -> None:
     story.three_stages()
     project(story.ledger, tracker, prices)
     picture = {short(key): run for key, run in shown(home / "mlflow.db").items()}
@@ -156,7 +159,7 @@ def test_pipeline_stages_and_attempts_form_a_tree(story: Writer, tracker: Mlflow
     assert {name: run["name"] for name, run in picture.items()}["stage2/a1"] == "stage2 a1"
 
 
-def test_a_stage_carries_its_configuration_lineage_and_bill(story: Writer, tracker: MlflowTracker, prices: Prices) -> None:
+def test_a_stage_carries_its_configuration_lineage_and_bill(story: Writer, tracker: MlflowTracker, prices: PriceList) -> None:
     story.three_stages()
     facts = project(story.ledger, tracker, prices)
     assert facts is not None
@@ -166,7 +169,7 @@ def test_a_stage_carries_its_configuration_lineage_and_bill(story: Writer, track
     assert run.tags["osctl/weights_digest"] == stage2.weights_digest and run.tags["osctl/manifest_digest"] == stage2.manifest_digest
     assert run.tags["osctl/parent_manifest"] == story.results["stage1"].manifest_digest
     assert run.metrics["evaluation/digit_accuracy"] == stage2.evaluation["digit_accuracy"]
-    bill = account([attempt.time for attempt in facts.stages[1].attempts], prices)
+    bill = account([attempt.time for attempt in facts.stages[1].attempts])
     assert Decimal(repr(run.metrics["usd"])) == bill.usd > 0
     assert run.metrics["gpu_hours"] == pytest.approx(bill.gpu_hours)
     assert run.metrics["ratio_vs_reference"] == pytest.approx(bill.gpu_hours / 0.5)
@@ -179,7 +182,7 @@ def test_a_stage_carries_its_configuration_lineage_and_bill(story: Writer, track
         assert whole[reading] == pytest.approx(sum(metrics[reading] for metrics in stages)), reading
 
 
-def test_curves_are_the_ledgers_points(story: Writer, tracker: MlflowTracker, prices: Prices, home: Path) -> None:
+def test_curves_are_the_ledgers_points(story: Writer, tracker: MlflowTracker, prices: PriceList, home: Path) -> None:
     story.three_stages()
     project(story.ledger, tracker, prices)
     picture = {short(key): run["curve"] for key, run in shown(home / "mlflow.db").items()}
@@ -196,7 +199,7 @@ def test_curves_are_the_ledgers_points(story: Writer, tracker: MlflowTracker, pr
     assert {point for point in losses if point[1] > 10} == second
 
 
-def test_a_cpu_has_no_gpu_hours_and_no_ratio(tmp_path: Path, tracker: MlflowTracker, prices: Prices) -> None:
+def test_a_cpu_has_no_gpu_hours_and_no_ratio(tmp_path: Path, tracker: MlflowTracker, prices: PriceList) -> None:
     story = Writer(ledger_in(tmp_path), pipeline(device="cpu-core", devices=2))
     story.three_stages()
     project(story.ledger, tracker, prices)
@@ -205,7 +208,7 @@ def test_a_cpu_has_no_gpu_hours_and_no_ratio(tmp_path: Path, tracker: MlflowTrac
         assert "ratio_vs_reference" not in run.metrics
 
 
-def test_samples_are_artifacts_of_their_stage(story: Writer, tracker: MlflowTracker, prices: Prices, tmp_path: Path) -> None:
+def test_samples_are_artifacts_of_their_stage(story: Writer, tracker: MlflowTracker, prices: PriceList, tmp_path: Path) -> None:
     story.launch()
     intent = story.begin("stage1")
     for name, content in (("sheet.png", b"a sheet"), ("left.mp4", b"a clip"), ("prompts.json", b"{}")):
@@ -219,7 +222,7 @@ def test_samples_are_artifacts_of_their_stage(story: Writer, tracker: MlflowTrac
     assert [path.read_bytes() for path in (tmp_path / "mlartifacts").rglob("left.mp4")] == [b"a clip"]
 
 
-def test_each_committed_stage_is_a_model_version_under_its_name(story: Writer, tracker: MlflowTracker, prices: Prices) -> None:
+def test_each_committed_stage_is_a_model_version_under_its_name(story: Writer, tracker: MlflowTracker, prices: PriceList) -> None:
     story.three_stages()
     for _ in range(2):
         project(again(story.ledger), tracker, prices)
@@ -233,7 +236,7 @@ def test_each_committed_stage_is_a_model_version_under_its_name(story: Writer, t
     assert source == f"osctl://folder/{place}?store={story.ledger.store.url}"
 
 
-def test_an_alias_follows_the_current_result(story: Writer, tracker: MlflowTracker, prices: Prices) -> None:
+def test_an_alias_follows_the_current_result(story: Writer, tracker: MlflowTracker, prices: PriceList) -> None:
     """Another configuration commits another result; back at the first one, the first result is the current one again."""
     first = story.pipeline
     story.launch()
@@ -275,7 +278,7 @@ def test_names_fit_mlflow() -> None:
     ],
 )
 def test_terminal_status_is_the_ledgers(
-    story: Writer, tracker: MlflowTracker, prices: Prices, end: tuple[Any, str | None], attempt: str, stage: str, whole: str
+    story: Writer, tracker: MlflowTracker, prices: PriceList, end: tuple[Any, str | None], attempt: str, stage: str, whole: str
 ) -> None:
     story.launch()
     intent = story.begin("stage1")
@@ -292,7 +295,7 @@ def test_terminal_status_is_the_ledgers(
         assert found["stage1/a1"].tags["osctl/class"] == class_
 
 
-def test_launching_again_reopens_what_had_ended(story: Writer, tracker: MlflowTracker, prices: Prices) -> None:
+def test_launching_again_reopens_what_had_ended(story: Writer, tracker: MlflowTracker, prices: PriceList) -> None:
     story.launch()
     intent = story.begin("stage1")
     story.train(intent, 10)
@@ -318,7 +321,7 @@ def test_launching_again_reopens_what_had_ended(story: Writer, tracker: MlflowTr
 # --- Nothing doubled, nothing lost -----------------------------------------------------------------------------------------------------
 
 
-def test_projecting_thrice_changes_no_row(story: Writer, tracker: MlflowTracker, prices: Prices, home: Path) -> None:
+def test_projecting_thrice_changes_no_row(story: Writer, tracker: MlflowTracker, prices: PriceList, home: Path) -> None:
     story.three_stages()
     project(story.ledger, tracker, prices)
     once = rows(home / "mlflow.db")
@@ -329,7 +332,7 @@ def test_projecting_thrice_changes_no_row(story: Writer, tracker: MlflowTracker,
     assert len(once["runs"]) == 8 and sum(once["metrics"].values()) > 1000
 
 
-def test_growing_with_the_ledger_ends_like_projecting_once(tmp_path: Path, tracker: MlflowTracker, prices: Prices, home: Path) -> None:
+def test_growing_with_the_ledger_ends_like_projecting_once(tmp_path: Path, tracker: MlflowTracker, prices: PriceList, home: Path) -> None:
     grown = Writer(ledger_in(tmp_path), pipeline())
     projector = Projector(grown.ledger, tracker, prices)
     original = grown.ledger.store.create
@@ -366,7 +369,7 @@ def comparable(database: Path) -> dict[str, Any]:
     return picture
 
 
-def test_a_lost_database_is_made_anew(story: Writer, tracker: MlflowTracker, prices: Prices, home: Path, empty_database: Path) -> None:
+def test_a_lost_database_is_made_anew(story: Writer, tracker: MlflowTracker, prices: PriceList, home: Path, empty_database: Path) -> None:
     story.three_stages()
     project(story.ledger, tracker, prices)
     before, ids = shown(home / "mlflow.db"), {run.id for run in runs_of(tracker).values()}
@@ -403,7 +406,7 @@ class CrashingTracker:
 
 
 def test_a_crash_after_every_single_call_doubles_nothing(
-    story: Writer, tracker: MlflowTracker, prices: Prices, home: Path, tmp_path: Path, empty_database: Path
+    story: Writer, tracker: MlflowTracker, prices: PriceList, home: Path, tmp_path: Path, empty_database: Path
 ) -> None:
     story.three_stages()
     crashes: Counter[str] = Counter()
@@ -426,7 +429,7 @@ def test_a_crash_after_every_single_call_doubles_nothing(
 
 
 def test_a_cursor_that_was_not_written_repeats_points_without_doubling_them(
-    story: Writer, tracker: MlflowTracker, prices: Prices, home: Path
+    story: Writer, tracker: MlflowTracker, prices: PriceList, home: Path
 ) -> None:
     story.three_stages()
     project(story.ledger, tracker, prices)
@@ -437,7 +440,7 @@ def test_a_cursor_that_was_not_written_repeats_points_without_doubling_them(
     assert rows(home / "mlflow.db")["metrics"] == before
 
 
-def test_of_twins_one_is_left(story: Writer, tracker: MlflowTracker, prices: Prices, home: Path) -> None:
+def test_of_twins_one_is_left(story: Writer, tracker: MlflowTracker, prices: PriceList, home: Path) -> None:
     """A create whose answer was lost and that was sent again, or two projections at once."""
     story.three_stages()
     project(story.ledger, tracker, prices)
@@ -456,7 +459,7 @@ def test_of_twins_one_is_left(story: Writer, tracker: MlflowTracker, prices: Pri
     assert [version.number for version in tracker.models("demo")[0]] == [1, 2, 3]
 
 
-def test_two_ledgers_of_one_name_do_not_mix(tmp_path: Path, tracker: MlflowTracker, prices: Prices, home: Path) -> None:
+def test_two_ledgers_of_one_name_do_not_mix(tmp_path: Path, tracker: MlflowTracker, prices: PriceList, home: Path) -> None:
     writers = []
     for place in ("mine", "yours"):
         writer = Writer(ledger_in(tmp_path / place), pipeline(), now=1.79e9 + len(writers))
@@ -471,16 +474,17 @@ def test_two_ledgers_of_one_name_do_not_mix(tmp_path: Path, tracker: MlflowTrack
     assert tracker.models("demo")[1] == newest == {"stage1": 4, "stage2": 5, "stage3": 6}
 
 
-def test_a_corrected_price_is_shown_even_when_it_is_lower(story: Writer, tracker: MlflowTracker, prices: Prices) -> None:
+def test_a_corrected_price_is_shown_even_when_it_is_lower(story: Writer, tracker: MlflowTracker, prices: PriceList) -> None:
     story.three_stages()
     project(story.ledger, tracker, prices)
     dear = runs_of(tracker)["demo"].metrics["usd"]
-    device = prices.devices["h800"].model_copy(update={"usd_per_hour": prices.devices["h800"].usd_per_hour / 2})
-    project(again(story.ledger), tracker, prices.model_copy(update={"devices": prices.devices | {"h800": device}}))
+    devices = prices().devices
+    device = devices["h800"].model_copy(update={"usd_per_hour": devices["h800"].usd_per_hour / 2})
+    project(again(story.ledger), tracker, lambda: Prices(devices=devices | {"h800": device}))
     assert runs_of(tracker)["demo"].metrics["usd"] == pytest.approx(dear / 2)
 
 
-def test_a_live_bill_does_not_add_a_row_at_every_look(story: Writer, tracker: MlflowTracker, prices: Prices, home: Path) -> None:
+def test_a_live_bill_does_not_add_a_row_at_every_look(story: Writer, tracker: MlflowTracker, prices: PriceList, home: Path) -> None:
     projector = Projector(story.ledger, tracker, prices)
     story.pipeline = pipeline(steps=300)
     story.launch()
@@ -496,7 +500,32 @@ def test_a_live_bill_does_not_add_a_row_at_every_look(story: Writer, tracker: Ml
     assert count < 3 * 30 / 2
 
 
-def test_a_deleted_experiment_comes_back(story: Writer, tracker: MlflowTracker, prices: Prices) -> None:
+def test_following_a_launch_reads_each_piece_once(
+    story: Writer, tracker: MlflowTracker, prices: PriceList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = again(story.ledger)
+    projector = Projector(ledger, tracker, prices)
+    read, asked = ledger.store.read, Counter[str]()
+
+    def note(key: str) -> Any:
+        asked.update([key] if "/journal/" in key else [])
+        return read(key)
+
+    story.launch()
+    intent = story.begin("stage1")
+    projector.bring()
+    monkeypatch.setattr(ledger.store, "read", note)
+    for step in (10, 20, 30):
+        story.train(intent, step)
+        story.publish(intent, step)
+        asked.clear()  # the writer reads as well
+        projector.bring()
+        pieces = [key for key in asked if key.endswith(f"000-{step // 10:06d}.json")]
+        assert pieces and set(asked.values()) == {1} and len(asked) <= 3, asked
+    assert len(projector.reader.history._kept) == 4 and not any("/journal/" in key for key in ledger._known)
+
+
+def test_a_deleted_experiment_comes_back(story: Writer, tracker: MlflowTracker, prices: PriceList) -> None:
     story.three_stages()
     project(story.ledger, tracker, prices)
     tracker._client.delete_experiment(tracker.experiment("demo"))
@@ -507,22 +536,25 @@ def test_a_deleted_experiment_comes_back(story: Writer, tracker: MlflowTracker, 
 # --- The pure parts --------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_gap_in_the_journal_holds_the_curve_back(story: Writer) -> None:
+def test_a_piece_that_was_refused_is_left_out_of_the_curve(story: Writer) -> None:
+    """A node writes its pieces in order: where a later one is there, the missing one will never come."""
     story.launch()
     intent = story.begin("stage1")
     story.train(intent, 30)
-    pieces = story.ledger.journal("stage1", intent.inputs, 1)
-    assert [seq for seq, _ in attempt_curve(pieces, -1)] == [0, 1, 2, 3]
-    assert [seq for seq, _ in attempt_curve(pieces[:2] + pieces[3:], -1)] == [0, 1]
-    assert [seq for seq, _ in attempt_curve(pieces, 1)] == [2, 3]
+    Path(story.ledger.store.url, story.ledger.keys.journal("stage1", intent.inputs, 1, 0, 2)).unlink()
+    facts = Reader(again(story.ledger)).read()
+    assert facts is not None
+    pieces = facts.stages[0].attempts[0].pieces
+    assert [seq for seq, _ in attempt_curve(pieces(-1))] == [0, 1, 3]
+    assert [seq for seq, _ in attempt_curve(pieces(1))] == [3]
 
 
-def test_a_steps_curve_waits_for_its_checkpoint(story: Writer, prices: Prices) -> None:
+def test_a_steps_curve_waits_for_its_checkpoint(story: Writer, prices: PriceList) -> None:
     story.launch()
     intent = story.begin("stage1")
     story.train(intent, 20)
     read = lambda: Projector(again(story.ledger), MlflowTracker("sqlite:////nowhere"), prices).reader.read()  # noqa: E731
-    steps = lambda cursor: [step for step, _ in stage_curve([a.time for a in read().stages[0].attempts], cursor)]  # noqa: E731
+    steps = lambda cursor: [step for step, _ in stage_curve(read().stages[0].attempts, cursor)]  # noqa: E731
     assert steps(-1) == []
     story.publish(intent, 10)
     assert steps(-1) == list(range(1, 11)) and steps(7) == [8, 9, 10]

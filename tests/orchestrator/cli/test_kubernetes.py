@@ -296,7 +296,7 @@ def test_what_moves_in_the_cluster_is_shown_before_the_ledger_is_read_again(site
             time.sleep(0.01)
         raise AssertionError(f"{phases} was never shown: {shown}")
 
-    with display.Follower(workspace, workspace.prices, 60.0, output.Format.json):
+    with display.Follower(workspace, 60.0, output.Format.json):
         seen([])
         for phase in ("Pending", "Running"):
             moved = pod(phase)
