@@ -127,6 +127,10 @@ class Stream:
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # it has ended by itself
             self._answer.shutdown()  # closing it would leave a thread that reads from it asleep
 
+    def leave(self) -> None:
+        """Of the thread that reads: it reads no more."""
+        self._answer.close()
+
 
 class Api:
     def __init__(self, login: Login, namespace: str, *, sleep: Callable[[float], None] = time.sleep):

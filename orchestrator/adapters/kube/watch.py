@@ -309,6 +309,7 @@ class Watcher:
                 self._tell()
         finally:
             self._unwatched(kind)
+            stream.leave()
         return version
 
     def _saw(self, kind: str, thing: Any) -> None:
@@ -393,7 +394,7 @@ def _version_of(thing: Any) -> str:
 def _told(error: BaseException) -> str:
     """Our own errors in their words; of others also where they came from."""
     try:
-        words = redacted(str(error))
+        words = " ".join(redacted(str(error)).split())
     except Exception:  # noqa: BLE001 - its own words fail
         words = ""
     if isinstance(error, OsctlError):
