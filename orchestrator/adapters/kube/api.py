@@ -270,7 +270,7 @@ class Api:
             "spec": {"resourceAttributes": asked},
         }
         answer = self._ask("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", {}, review)
-        return bool(answer["status"]["allowed"])
+        return bool((answer.get("status") or {}).get("allowed"))
 
     def ask(self, path: str) -> Object:
         """Any other document of the API server, e.g. `/version`, `/apis/kubeflow.org/v1`. Raises NotFound, Refused, Unreachable."""

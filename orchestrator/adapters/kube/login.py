@@ -77,7 +77,7 @@ class Login:
             except Exception as error:  # noqa: BLE001 - plugins, providers' libraries and files raise what they like
                 raise self._fault(error) from None  # the cause may quote what it could not read
             self._has_worked = True
-            return self._client, {"authorization": key} if key else {}
+            return self._client, {"authorization": key.strip()} if key else {}  # files of tokens end with a line break
 
     def renew(self, refused: ApiClient) -> None:
         """The server did not know a client's credentials: read and ask for them anew at the next request."""

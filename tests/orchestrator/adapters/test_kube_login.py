@@ -9,6 +9,7 @@ import logging
 import subprocess
 import tempfile
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,17 @@ import pytest
 import yaml
 from fake_api_server import FakeApiServer, Fault, serve
 
-from orchestrator.adapters.kube import login
+from orchestrator.adapters.kube import login, watch
 from orchestrator.adapters.kube.api import Api
 from orchestrator.errors import Refused, Unreachable, UsageError
+
+
+def until(holds: Callable[[], Any], what: str, patience_s: float = 8.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < deadline, f"{what}: not within {patience_s} s"
+        time.sleep(0.01)
+
 
 POD = "/api/v1/namespaces/osctl/pods/one"
 VERSIONS = ("v1alpha1", "v1beta1", "v1")
@@ -133,10 +142,10 @@ def test_a_token_that_the_server_no_longer_knows_is_had_anew_once(
 
 
 def test_a_token_file_that_is_replaced_is_read_anew(server: FakeApiServer, connect: Callable[..., Api], tmp_path: Path) -> None:
-    (tmp_path / "token").write_text("first")
+    (tmp_path / "token").write_text("first\n")
     api = connect(tokenFile=str(tmp_path / "token"))
     api.get("pods", "one")
-    (tmp_path / "token").write_text("second")
+    (tmp_path / "token").write_text("second\n")
     server.knows = "Bearer second"
     assert api.get("pods", "one")
 
@@ -176,6 +185,29 @@ def test_a_plugin_that_fails_while_its_token_is_good_stops_nothing(
     plugin.fails("no network")
     assert api.get("pods", "one")
     assert plugin.asked == 3, "the client renews five minutes before the end, with each request"
+
+
+def test_a_plugin_that_fails_under_a_watch_makes_it_stale_until_it_works_again(
+    server: FakeApiServer, connect: Callable[..., Api], plugin: Plugin, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watch, "STALE_S", 0.3)
+    monkeypatch.setattr(watch, "PAUSE_S", 0.05)
+    monkeypatch.setattr("orchestrator.adapters.kube.api.WATCH_S", 1)
+    monkeypatch.setattr("orchestrator.adapters.kube.api.TRIES", 1)
+    watcher = watch.Watcher(connect(exec=plugin.answers(token="t", expirationTimestamp=ends(-10))), "")
+    watcher.start()
+    try:
+        assert watcher.wait_until_fresh(5)
+        plugin.fails("no network")
+        until(lambda: not watcher.fresh(), "that nobody watches")
+        assert "no network" in watcher.why()
+        plugin.fails(None)
+        assert watcher.wait_until_fresh(5)
+        server.put(POD, {"metadata": {"name": "one", "labels": {"osctl/run": "r"}}})
+        until(lambda: watcher.picture.pods("r"), "the pod")
+        assert len([one for one in caplog.records if "watch of pods" in one.getMessage()]) == 1
+    finally:
+        watcher.close()
 
 
 def test_a_pods_account_is_read_anew_when_its_token_was_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

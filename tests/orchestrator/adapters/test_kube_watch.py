@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 from fake_api_server import FakeApiServer, serve
+from hypothesis import given, settings
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config import ConfigException
+from manifest_specs import Spec, specs
 from tiny_attempts import PROFILE, intend
 from urllib3.exceptions import ProtocolError, ReadTimeoutError
 
@@ -412,6 +414,14 @@ def kept() -> list[Notice]:
 
 def foreign(number: int) -> dict[str, Any]:
     return event(f"web-{number}", kind="Pod") if number % 3 else event(f"team-{number}", kind=("Deployment", "PyTorchJob")[number % 2])
+
+
+@settings(max_examples=200, deadline=None)
+@given(specs())
+def test_the_name_of_every_job_of_ours_is_known_for_one(spec: Spec) -> None:
+    name = manifest.job_name(spec.store_url, spec.intent.run_key)
+    found = [watch.OURS.fullmatch(about) for about in (name, f"{name}-worker-12")]
+    assert [one and one.groups() for one in found] == [(name, None), (name, "12")]
 
 
 def test_events_of_others_are_not_kept() -> None:
