@@ -67,12 +67,21 @@ DRIVER_EXITS = (2, 3, 4, 130)
 
 
 @functools.cache
-def _models() -> tuple[Any, Any]:
-    """The models of both clients, and one configuration for all: a model that is given none makes its own, thirty times as slowly."""
-    from kubeflow.training import models
+def _model(name: str) -> Any:
+    """A class of one of the clients. kubeflow-training's is imported for a PyTorchJob alone: a driver's Job needs none of it."""
+    if name.startswith("Kubeflow"):
+        from kubeflow.training import models
+    else:
+        from kubernetes import client as models
+    return getattr(models, name)
+
+
+@functools.cache
+def _configuration() -> Any:
+    """One for all: a model that is given none makes its own, which takes thirty times as long as the model."""
     from kubernetes.client import Configuration
 
-    return models, Configuration()
+    return Configuration()
 
 
 def _part(model: str, /, **fields: Any) -> Manifest:
@@ -82,8 +91,7 @@ def _part(model: str, /, **fields: Any) -> Manifest:
         TypeError: the model has no field of this name.
         ValueError: a field that must be there is missing, or has no possible value.
     """
-    models, configuration = _models()
-    described = getattr(models, model)(**fields, local_vars_configuration=configuration)
+    described = _model(model)(**fields, local_vars_configuration=_configuration())
     return {described.attribute_map[name]: value for name, value in fields.items() if value is not None}
 
 

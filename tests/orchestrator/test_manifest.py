@@ -335,7 +335,6 @@ PRIMITIVES = {"str": str, "int": int, "bool": bool, "object": object, "datetime"
 
 def unknown(value: Any, type_: str, path: str) -> Iterator[str]:
     """Fields of a written object that its model does not have, and values of another type than the model says."""
-    models, _ = manifest._models()
     if inner := re.fullmatch(r"list\[(.*)\]", type_):
         for number, item in enumerate(value):
             yield from unknown(item, inner[1], f"{path}[{number}]")
@@ -346,7 +345,7 @@ def unknown(value: Any, type_: str, path: str) -> Iterator[str]:
         if not isinstance(value, PRIMITIVES[type_]):
             yield f"{path}: {value!r} is no {type_}"
     else:
-        model = getattr(models, type_)
+        model = manifest._model(type_)
         types = {key: model.openapi_types[name] for name, key in model.attribute_map.items()}
         for key, item in value.items():
             if key in types:
