@@ -19,8 +19,12 @@ KUBECTL = str(HOME / "bin/kubectl")
 
 def environment(compiled: Path) -> dict[str, str]:
     """What a person's osctl and kubectl need. `compiled`: where Python keeps what it compiles, as it does on anybody's machine."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH")}
-    return kept | S3 | {"KUBECONFIG": str(CLUSTER.kubeconfig), "PYTHONPYCACHEPREFIX": str(compiled), "COLUMNS": "200"}
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    where = {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPYCACHEPREFIX": str(compiled),
+    }  # this tree's code, wherever it is installed
+    return kept | S3 | where | {"KUBECONFIG": str(CLUSTER.kubeconfig), "COLUMNS": "200"}
 
 
 @contextmanager

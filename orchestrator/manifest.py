@@ -1,5 +1,9 @@
 """From an intent and a cluster profile to the objects that are sent to Kubernetes. Pure, and the only place where one is written.
 
+Every part of an object is described with the models of the official clients (`kubernetes`, `kubeflow-training`), by `_part`: a field that
+Kubernetes does not have is an error here, and not a value that a server drops. The models are imported when a job is written, since they
+cost more than everything else that a command imports.
+
 Owns names, labels and annotations of everything that osctl makes in a cluster, the test for what is ours, and what it means that a
 running job differs from what would be sent now. Refuses to talk to a cluster, and to hold a secret: credentials are named.
 
@@ -13,6 +17,7 @@ Invariants:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -24,7 +29,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from opensora import identity
-from orchestrator.cluster import ClusterProfile, amount
+from orchestrator.cluster import ClusterProfile, Volume, amount
 from orchestrator.config import Pipeline
 from orchestrator.errors import Refused
 from orchestrator.records import Intent, Keys
@@ -56,6 +61,38 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": False, "AWS_SECRET_ACCESS_KEY": False, "AWS_
 
 DRIVER_EXITS = (2, 3, 4, 130)
 """Exit codes with which a driver is done, though not with a success: another try would say the same."""
+
+
+# --- Parts --------------------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _model(name: str) -> Any:
+    """A class of one of the clients. kubeflow-training's is imported for a PyTorchJob alone: a driver's Job needs none of it."""
+    if name.startswith("Kubeflow"):
+        from kubeflow.training import models
+    else:
+        from kubernetes import client as models
+    return getattr(models, name)
+
+
+@functools.cache
+def _configuration() -> Any:
+    """One for all: a model that is given none makes its own, which takes thirty times as long as the model."""
+    from kubernetes.client import Configuration
+
+    return Configuration()
+
+
+def _part(model: str, /, **fields: Any) -> Manifest:
+    """A part of an object as its model describes it, in the order in which it is written here. What is None is left out.
+
+    Raises:
+        TypeError: the model has no field of this name.
+        ValueError: a field that must be there is missing, or has no possible value.
+    """
+    described = _model(model)(**fields, local_vars_configuration=_configuration())
+    return {described.attribute_map[name]: value for name, value in fields.items() if value is not None}
 
 
 # --- Names, and whose an object is ----------------------------------------------------------------------------------------------------
@@ -138,24 +175,23 @@ def pytorch_job(intent: Intent, profile: ClusterProfile, store_url: str, *, excl
     intent_key = Keys(intent.pipeline).intent(intent.stage, intent.inputs, intent.attempt)
     kueue = {KUEUE_QUEUE: profile.kueue_queue} if profile.kueue_queue else {}
     template = _template(labels, _trainer_pod(intent, intent_key, profile, store_url, exclude_nodes))
-    return _sealed(
-        {
-            "apiVersion": "kubeflow.org/v1",
-            "kind": "PyTorchJob",
-            "metadata": {
-                "name": name,
-                "namespace": profile.namespace,
-                "labels": {**labels, **kueue},
-                "annotations": {RUN_KEY: intent.run_key, STORE: store_url, INTENT: intent_key},
-            },
-            "spec": {
-                "runPolicy": _run_policy(intent, profile),
-                "nprocPerNode": str(intent.devices_per_node),
-                **_rendezvous(name, intent.nodes),
-                "pytorchReplicaSpecs": {"Worker": {"replicas": intent.nodes, "restartPolicy": "Never", "template": template}},
-            },
-        }
+    metadata = _part(
+        "V1ObjectMeta",
+        name=name,
+        namespace=profile.namespace,
+        labels={**labels, **kueue},
+        annotations={RUN_KEY: intent.run_key, STORE: store_url, INTENT: intent_key},
     )
+    spec = _part(
+        "KubeflowOrgV1PyTorchJobSpec",
+        run_policy=_run_policy(intent, profile),
+        nproc_per_node=str(intent.devices_per_node),
+        elastic_policy=_rendezvous(name, intent.nodes),
+        pytorch_replica_specs={
+            "Worker": _part("KubeflowOrgV1ReplicaSpec", replicas=intent.nodes, restart_policy="Never", template=template)
+        },
+    )
+    return _sealed(_part("KubeflowOrgV1PyTorchJob", api_version="kubeflow.org/v1", kind="PyTorchJob", metadata=metadata, spec=spec))
 
 
 def _run_policy(intent: Intent, profile: ClusterProfile) -> Manifest:
@@ -163,79 +199,92 @@ def _run_policy(intent: Intent, profile: ClusterProfile) -> Manifest:
     # minResources is written out as nothing, or the operator fills it in: Coscheduling then counts the whole cluster before each try
     # and, once it found too little ("resource gap"), is woken by new pods alone, never by a node that became free. A gang would then wait
     # for up to five minutes beside free nodes (seen with scheduler-plugins 0.34.7).
-    gang = {"schedulingPolicy": {"minAvailable": intent.nodes, "minResources": {}}} if profile.queue == "gang" else {}
-    return {
-        "cleanPodPolicy": "Running",  # ends the other nodes when one failed; those that are over keep their logs
-        "backoffLimit": 0,
-        "ttlSecondsAfterFinished": profile.keep_s,
-        "suspend": profile.queue == "kueue",  # Kueue lets it go; created running, it would race with Kueue's webhook
-        **gang,  # beside Kueue, two gangs would wait for each other
-    }
+    gang = _part("KubeflowOrgV1SchedulingPolicy", min_available=intent.nodes, min_resources={})
+    return _part(
+        "KubeflowOrgV1RunPolicy",
+        clean_pod_policy="Running",  # ends the other nodes when one failed; those that are over keep their logs
+        backoff_limit=0,
+        ttl_seconds_after_finished=profile.keep_s,
+        suspend=profile.queue == "kueue",  # Kueue lets it go; created running, it would race with Kueue's webhook
+        scheduling_policy=gang if profile.queue == "gang" else None,  # beside Kueue, two gangs would wait for each other
+    )
 
 
-def _rendezvous(name: str, nodes: int) -> Manifest:
+def _rendezvous(name: str, nodes: int) -> Manifest | None:
     """How the nodes find each other. Alone, a node needs nobody: without the policy the operator sets no PET_RDZV_ENDPOINT."""
     if nodes == 1:
-        return {}
-    return {
-        "elasticPolicy": {
-            "rdzvBackend": "c10d",
-            "rdzvId": name,
-            "minReplicas": nodes,  # min = max: another number of nodes would be another global batch
-            "maxReplicas": nodes,
-            "maxRestarts": 0,  # how long they wait for each other is the agent's to say: PET_RDZV_CONF
-        }
-    }
+        return None
+    return _part(
+        "KubeflowOrgV1ElasticPolicy",
+        rdzv_backend="c10d",
+        rdzv_id=name,
+        min_replicas=nodes,  # min = max: another number of nodes would be another global batch
+        max_replicas=nodes,
+        max_restarts=0,  # how long they wait for each other is the agent's to say: PET_RDZV_CONF
+    )
 
 
 def _trainer_pod(intent: Intent, intent_key: str, profile: ClusterProfile, store_url: str, exclude_nodes: Sequence[str]) -> Manifest:
     command = ["python", "-m", "orchestrator.agent", "--store", store_url, "--intent", intent_key, "--run-dir", RUN_DIR]
     resources = _resources(intent.devices_per_node, profile)
     env = {**profile.store_env(), **_trainer_env(intent.devices_per_node, profile)}
-    container = {
-        "name": "pytorch",  # the operator looks for this name
-        "image": profile.image,
-        "imagePullPolicy": "IfNotPresent",
-        "command": [*map(_literal, command), "--node", "$(OSCTL_NODE)"],
-        "env": [
-            {"name": "OSCTL_NODE", "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": f"metadata.labels['{NODE_LABEL}']"}}},
+    node_field = _part("V1ObjectFieldSelector", api_version="v1", field_path=f"metadata.labels['{NODE_LABEL}']")
+    container = _part(
+        "V1Container",
+        name="pytorch",  # the operator looks for this name
+        image=profile.image,
+        image_pull_policy="IfNotPresent",
+        command=[*map(_literal, command), "--node", "$(OSCTL_NODE)"],
+        env=[
+            _part("V1EnvVar", name="OSCTL_NODE", value_from=_part("V1EnvVarSource", field_ref=node_field)),
             *_env(env),
             *_credentials(profile),
         ],
-        "ports": [{"name": "pytorchjob-port", "containerPort": PORT, "protocol": "TCP"}],
-        "resources": {"requests": resources, "limits": dict(resources)},
-        # The hook raises the agent's drain flag and then holds kubelet back; it dies with the container when the agent has left.
-        # A kubelet that is not held back would send its own SIGTERM at once, and to the agent a second one means "hurry".
-        "lifecycle": {"preStop": {"exec": {"command": ["sh", "-c", f"kill -TERM 1; sleep {profile.grace_s - HURRY_S}"]}}},
-        "securityContext": _confined(),
-        "volumeMounts": [
-            {"name": "scratch", "mountPath": "/run/osctl", "subPath": "run"},
-            {"name": "scratch", "mountPath": "/tmp", "subPath": "tmp"},
-            {"name": "shm", "mountPath": "/dev/shm"},
+        ports=[_part("V1ContainerPort", name="pytorchjob-port", container_port=PORT, protocol="TCP")],
+        resources=_part("V1ResourceRequirements", requests=resources, limits=dict(resources)),
+        lifecycle=_save_first(profile),
+        security_context=_confined(),
+        volume_mounts=[
+            _part("V1VolumeMount", name="scratch", mount_path="/run/osctl", sub_path="run"),
+            _part("V1VolumeMount", name="scratch", mount_path="/tmp", sub_path="tmp"),
+            _part("V1VolumeMount", name="shm", mount_path="/dev/shm"),
             *(
-                {"name": f"data-{number}", "mountPath": volume.path, "readOnly": volume.read_only}
+                _part("V1VolumeMount", name=f"data-{number}", mount_path=volume.path, read_only=volume.read_only)
                 for number, volume in enumerate(profile.volumes)
             ),
         ],
-    }
-    return {
-        **_pod(profile, profile.service_account, token=False),
-        "terminationGracePeriodSeconds": profile.grace_s,
-        **({"priorityClassName": profile.priority_class} if profile.priority_class else {}),
-        **({"schedulerName": profile.scheduler} if profile.scheduler else {}),
-        **({"nodeSelector": dict(sorted(profile.node_selector.items()))} if profile.node_selector else {}),
-        **_away_from({*profile.exclude_nodes, *exclude_nodes}),
-        "tolerations": [*_tolerations(profile), *_lost_node(profile)],
-        "containers": [container],
-        "volumes": [
-            {"name": "scratch", "emptyDir": {"sizeLimit": profile.scratch}},
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": profile.shm}},
-            *(
-                {"name": f"data-{number}", "persistentVolumeClaim": {"claimName": volume.claim, "readOnly": volume.read_only}}
-                for number, volume in enumerate(profile.volumes)
-            ),
+    )
+    return _pod(
+        profile,
+        profile.service_account,
+        token=False,
+        termination_grace_period_seconds=profile.grace_s,
+        priority_class_name=profile.priority_class,
+        scheduler_name=profile.scheduler,
+        node_selector=dict(sorted(profile.node_selector.items())) or None,
+        affinity=_away_from({*profile.exclude_nodes, *exclude_nodes}),
+        tolerations=[*_tolerations(profile), *_lost_node(profile)],
+        containers=[container],
+        volumes=[
+            _part("V1Volume", name="scratch", empty_dir=_part("V1EmptyDirVolumeSource", size_limit=profile.scratch)),
+            _part("V1Volume", name="shm", empty_dir=_part("V1EmptyDirVolumeSource", medium="Memory", size_limit=profile.shm)),
+            *(_claim(f"data-{number}", volume) for number, volume in enumerate(profile.volumes)),
         ],
-    }
+    )
+
+
+def _save_first(profile: ClusterProfile) -> Manifest:
+    """The hook raises the agent's drain flag and then holds kubelet back; it dies with the container when the agent has left.
+
+    A kubelet that is not held back would send its own SIGTERM at once, and to the agent a second one means "hurry".
+    """
+    command = ["sh", "-c", f"kill -TERM 1; sleep {profile.grace_s - HURRY_S}"]
+    return _part("V1Lifecycle", pre_stop=_part("V1LifecycleHandler", _exec=_part("V1ExecAction", command=command)))
+
+
+def _claim(name: str, volume: Volume) -> Manifest:
+    claim = _part("V1PersistentVolumeClaimVolumeSource", claim_name=volume.claim, read_only=volume.read_only)
+    return _part("V1Volume", name=name, persistent_volume_claim=claim)
 
 
 def _resources(devices: int, profile: ClusterProfile) -> dict[str, str]:
@@ -268,26 +317,28 @@ def _trainer_env(devices: int, profile: ClusterProfile) -> dict[str, str]:
     return env | {name: value for name, value in site.items() if value is not None}
 
 
-def _away_from(nodes: set[str]) -> Manifest:
+def _away_from(nodes: set[str]) -> Manifest | None:
     if not nodes:
-        return {}
-    term = {"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "NotIn", "values": sorted(nodes)}]}
-    return {"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}}}
+        return None
+    other = _part("V1NodeSelectorRequirement", key="kubernetes.io/hostname", operator="NotIn", values=sorted(nodes))
+    selector = _part("V1NodeSelector", node_selector_terms=[_part("V1NodeSelectorTerm", match_expressions=[other])])
+    return _part("V1Affinity", node_affinity=_part("V1NodeAffinity", required_during_scheduling_ignored_during_execution=selector))
 
 
 def _tolerations(profile: ClusterProfile) -> list[Manifest]:
-    return [toleration.model_dump(exclude_none=True) for toleration in profile.tolerations]
+    return [_part("V1Toleration", **toleration.model_dump()) for toleration in profile.tolerations]
 
 
 def _lost_node(profile: ClusterProfile) -> list[Manifest]:
     """How long a pod stays bound to a node that is gone."""
     return [
-        {
-            "key": f"node.kubernetes.io/{state}",
-            "operator": "Exists",
-            "effect": "NoExecute",
-            "tolerationSeconds": profile.lost_node_s,
-        }
+        _part(
+            "V1Toleration",
+            key=f"node.kubernetes.io/{state}",
+            operator="Exists",
+            effect="NoExecute",
+            toleration_seconds=profile.lost_node_s,
+        )
         for state in ("not-ready", "unreachable")
     ]
 
@@ -317,100 +368,108 @@ def driver_job(pipeline: Pipeline, store_url: str, revision: int, launch: int, t
     command = ["osctl", "drive", "--store", store_url, "--pipeline", pipeline.name, "--revision", str(revision)]
     command += [word for target in targets for word in ("--target", target)]
     env = {**profile.store_env(), "HOME": "/tmp", "USER": "osctl", "OSCTL_HOME": "/tmp/osctl", "PYTHONUNBUFFERED": "1"}
-    container = {
-        "name": "driver",
-        "image": profile.driver_image,
-        "imagePullPolicy": "IfNotPresent",
-        "command": list(map(_literal, command)),
-        "env": [*_env(env), *_credentials(profile)],
-        # Not Guaranteed: it mostly sleeps, and one that is evicted costs nothing, since the next goes on.
-        "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"cpu": "1", "memory": "2Gi"}},
-        "securityContext": _confined(),
-        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
-    }
-    pod = {
-        **_pod(profile, profile.driver_service_account, token=True),
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": 30,
-        "tolerations": _lost_node(profile),
-        "containers": [container],
-        "volumes": [{"name": "tmp", "emptyDir": {"sizeLimit": "2Gi"}}],
-    }
-    done = {"containerName": "driver", "operator": "In", "values": list(DRIVER_EXITS)}
-    disrupted = [{"type": "DisruptionTarget", "status": "True"}]
-    return _sealed(
-        {
-            "apiVersion": "batch/v1",
-            "kind": "Job",
-            "metadata": {
-                "name": driver_name(pipeline.name, store_url, launch),
-                "namespace": profile.namespace,
-                "labels": labels,
-                "annotations": {RUN_KEY: key, STORE: store_url},
-            },
-            "spec": {
-                "completions": 1,
-                "parallelism": 1,
-                "backoffLimit": 100,
-                "ttlSecondsAfterFinished": profile.keep_s,
-                "podReplacementPolicy": "Failed",  # a driver that is still leaving holds the lease
-                "podFailurePolicy": {
-                    "rules": [{"action": "Ignore", "onPodConditions": disrupted}, {"action": "FailJob", "onExitCodes": done}]
-                },
-                "template": _template(labels, pod),
-            },
-        }
+    # Not Guaranteed: it mostly sleeps, and one that is evicted costs nothing, since the next goes on.
+    resources = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"cpu": "1", "memory": "2Gi"}}
+    container = _part(
+        "V1Container",
+        name="driver",
+        image=profile.driver_image,
+        image_pull_policy="IfNotPresent",
+        command=list(map(_literal, command)),
+        env=[*_env(env), *_credentials(profile)],
+        resources=_part("V1ResourceRequirements", **resources),
+        security_context=_confined(),
+        volume_mounts=[_part("V1VolumeMount", name="tmp", mount_path="/tmp")],
     )
+    pod = _pod(
+        profile,
+        profile.driver_service_account,
+        token=True,
+        restart_policy="Never",
+        termination_grace_period_seconds=30,
+        tolerations=_lost_node(profile),
+        containers=[container],
+        volumes=[_part("V1Volume", name="tmp", empty_dir=_part("V1EmptyDirVolumeSource", size_limit="2Gi"))],
+    )
+    metadata = _part(
+        "V1ObjectMeta",
+        name=driver_name(pipeline.name, store_url, launch),
+        namespace=profile.namespace,
+        labels=labels,
+        annotations={RUN_KEY: key, STORE: store_url},
+    )
+    spec = _part(
+        "V1JobSpec",
+        completions=1,
+        parallelism=1,
+        backoff_limit=100,
+        ttl_seconds_after_finished=profile.keep_s,
+        pod_replacement_policy="Failed",  # a driver that is still leaving holds the lease
+        pod_failure_policy=_last_words(),
+        template=_template(labels, pod),
+    )
+    return _sealed(_part("V1Job", api_version="batch/v1", kind="Job", metadata=metadata, spec=spec))
+
+
+def _last_words() -> Manifest:
+    done = _part("V1PodFailurePolicyOnExitCodesRequirement", container_name="driver", operator="In", values=list(DRIVER_EXITS))
+    disrupted = _part("V1PodFailurePolicyOnPodConditionsPattern", type="DisruptionTarget", status="True")
+    rules = [
+        _part("V1PodFailurePolicyRule", action="Ignore", on_pod_conditions=[disrupted]),
+        _part("V1PodFailurePolicyRule", action="FailJob", on_exit_codes=done),
+    ]
+    return _part("V1PodFailurePolicy", rules=rules)
 
 
 # --- What every pod has ---------------------------------------------------------------------------------------------------------------
 
 
-def _pod(profile: ClusterProfile, account: str, *, token: bool) -> Manifest:
-    return {
-        "serviceAccountName": account,
-        "automountServiceAccountToken": token,
-        "enableServiceLinks": False,  # else every Service of the namespace becomes environment variables
-        **(
-            {"imagePullSecrets": [{"name": name} for name in dict.fromkeys(profile.image_pull_secrets)]}
-            if profile.image_pull_secrets
-            else {}
+def _pod(profile: ClusterProfile, account: str, *, token: bool, **fields: Any) -> Manifest:
+    secrets = [_part("V1LocalObjectReference", name=name) for name in dict.fromkeys(profile.image_pull_secrets)]
+    return _part(
+        "V1PodSpec",
+        service_account_name=account,
+        automount_service_account_token=token,
+        enable_service_links=False,  # else every Service of the namespace becomes environment variables
+        image_pull_secrets=secrets or None,
+        security_context=_part(
+            "V1PodSecurityContext",
+            run_as_non_root=True,
+            run_as_user=USER,
+            run_as_group=USER,
+            fs_group=USER,
+            fs_group_change_policy="OnRootMismatch",  # a claim full of clips is not walked at each start
+            seccomp_profile=_part("V1SeccompProfile", type="RuntimeDefault"),
         ),
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
-            "fsGroupChangePolicy": "OnRootMismatch",  # a claim full of clips is not walked at each start
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-    }
+        **fields,
+    )
 
 
 def _confined() -> Manifest:
-    return {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "runAsNonRoot": True,
-        "capabilities": {"drop": ["ALL"]},
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
+    return _part(
+        "V1SecurityContext",
+        allow_privilege_escalation=False,
+        read_only_root_filesystem=True,
+        run_as_non_root=True,
+        capabilities=_part("V1Capabilities", drop=["ALL"]),
+        seccomp_profile=_part("V1SeccompProfile", type="RuntimeDefault"),
+    )
 
 
 def _env(values: Mapping[str, str]) -> list[Manifest]:
-    return [{"name": name, "value": _literal(value)} for name, value in values.items()]
+    return [_part("V1EnvVar", name=name, value=_literal(value)) for name, value in values.items()]
 
 
 def _credentials(profile: ClusterProfile) -> list[Manifest]:
     """By reference; none where the service account is the identity."""
     if profile.s3_secret is None:
         return []
-    return [
-        {
-            "name": key,
-            "valueFrom": {"secretKeyRef": {"name": profile.s3_secret, "key": key, **({"optional": True} if optional else {})}},
-        }
+    references = {
+        key: _part("V1SecretKeySelector", name=profile.s3_secret, key=key, optional=optional or None)
         for key, optional in CREDENTIALS.items()
+    }
+    return [
+        _part("V1EnvVar", name=key, value_from=_part("V1EnvVarSource", secret_key_ref=reference)) for key, reference in references.items()
     ]
 
 
@@ -427,7 +486,8 @@ def _check_store(store_url: str) -> None:
 
 def _template(labels: Mapping[str, str], spec: Manifest) -> Manifest:
     # Istio's proxy would outlive the trainer and keep the pod, and would stand between the ranks.
-    return {"metadata": {"labels": {**labels, "sidecar.istio.io/inject": "false"}}, "spec": spec}
+    metadata = _part("V1ObjectMeta", labels={**labels, "sidecar.istio.io/inject": "false"})
+    return _part("V1PodTemplateSpec", metadata=metadata, spec=spec)
 
 
 def _sealed(manifest: Manifest) -> Manifest:

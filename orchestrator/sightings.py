@@ -2,6 +2,8 @@
 
 Owns the reading of PyTorchJobs, pods and events. Pure: what was seen, and when, comes in as arguments. Refuses to decide what follows.
 
+Each `read` raises where an object is not as Kubernetes writes it: whoever looks at many skips that one and says so.
+
 Three things that make it longer than one would think, all measured on the operator 1.9.3:
 - A job is marked Failed or Suspended while its pods are still saving: an attempt lives until no pod of it does.
 - Pods are deleted with their statuses, so what was seen of one is kept (`Pod.after`).
@@ -32,6 +34,9 @@ SAID_ELSEWHERE = ("FailedScheduling", "Failed", "BackOff")
 """Events that repeat what a pod's own status says."""
 PULL = re.compile(r"^Back-off pulling image .*?: (ErrImagePull): (.*)$", re.DOTALL)
 
+MESSAGE_CHARACTERS = 1024
+"""Of an event that are kept: as many as an API server takes."""
+
 Told = Mapping[str, Any]
 
 
@@ -56,14 +61,13 @@ class Notice:
         times = [series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"), event.get("firstTimestamp")]
         stamps = [unix(one) for one in times if one]
         warning = event.get("type") == "Warning"
-        message = str(event.get("message", ""))
         return cls(
-            about=about.get("name", ""),
-            uid=about.get("uid", ""),
-            kind=about.get("kind", ""),
+            about=text(about.get("name")),
+            uid=text(about.get("uid")),
+            kind=text(about.get("kind")),
             warning=warning,
-            reason=event.get("reason", ""),
-            message=message,
+            reason=text(event.get("reason"))[:MESSAGE_CHARACTERS],
+            message=text(event.get("message"))[:MESSAGE_CHARACTERS],
             time=max(stamps, default=seen),
         )
 
@@ -119,16 +123,16 @@ class Pod:
         over = [one["state"]["terminated"] for one in containers if "terminated" in (one.get("state") or {})]
         failures = sorted((unix(one.get("finishedAt"), seen), int(one.get("exitCode", 0))) for one in over if one.get("exitCode"))
         scheduled = conditions.get("PodScheduled", {})
-        phase = status.get("phase", "Pending")
+        phase = text(status.get("phase")) or "Pending"
         is_bound = scheduled.get("status") == "True" or bool(spec.get("nodeName"))
         return cls(
-            name=metadata["name"],
-            uid=metadata["uid"],
-            run=labels.get(run_label, ""),
-            index=int(labels.get(index_label, "0")),
+            name=named(metadata["name"]),
+            uid=named(metadata["uid"]),
+            run=text(labels.get(run_label)),
+            index=int(text(labels.get(index_label)) or "0"),
             phase=phase,
             created=unix(metadata.get("creationTimestamp"), seen),
-            node=spec.get("nodeName"),
+            node=text(spec.get("nodeName")) or None,
             bound=when(unix(scheduled.get("lastTransitionTime"), seen), seen) if is_bound else None,
             ended=_pod_ended(status, over, seen) if phase in ("Succeeded", "Failed") else None,
             due=unix(metadata["deletionTimestamp"]) if metadata.get("deletionTimestamp") else None,
@@ -136,7 +140,7 @@ class Pod:
             succeeded=phase == "Succeeded",
             oom_killed=any(one.get("reason") == "OOMKilled" for one in over),
             preempted=_preempted(conditions.get("DisruptionTarget", {}), status),
-            unscheduled=first_line(scheduled.get("message", "")) if scheduled.get("status") == "False" else "",
+            unscheduled=first_line(text(scheduled.get("message"))) if scheduled.get("status") == "False" else "",
             unscheduled_since=unix(scheduled.get("lastTransitionTime"), seen) if scheduled.get("status") == "False" else None,
             looked_at=bool(scheduled) or is_bound,
             stuck=_stuck(containers) if phase == "Pending" or not over else "",
@@ -199,8 +203,8 @@ class Job:
         replicas = (spec.get("pytorchReplicaSpecs") or {}).values()
         completed = status.get("completionTime")
         return cls(
-            name=metadata["name"],
-            uid=metadata["uid"],
+            name=named(metadata["name"]),
+            uid=named(metadata["uid"]),
             owner=owner,
             created=unix(metadata.get("creationTimestamp"), seen),
             pods=sum(int(one.get("replicas") or 1) for one in replicas),
@@ -208,7 +212,7 @@ class Job:
             has_run=any(one["type"] in ("Running", "Succeeded", "Failed", "Restarting") for one in conditions),
             suspended=bool((spec.get("runPolicy") or {}).get("suspend")),
             asked=asked_annotation in (metadata.get("annotations") or {}),
-            queue=(metadata.get("labels") or {}).get(queue_label),
+            queue=text((metadata.get("labels") or {}).get(queue_label)) or None,
             completed=when(unix(completed), seen) if completed else None,
         )
 
@@ -350,7 +354,7 @@ def _clearest(messages: Sequence[str]) -> str:
 def _stuck(containers: Sequence[Told]) -> str:
     for container in containers:
         waiting = (container.get("state") or {}).get("waiting") or {}
-        reason, message = waiting.get("reason", ""), waiting.get("message", "")
+        reason, message = text(waiting.get("reason")), text(waiting.get("message"))
         if reason not in STARTING:
             pull = PULL.match(message)
             if pull:  # kubelet says the same fault in two ways, in turn
@@ -364,9 +368,9 @@ def _stuck(containers: Sequence[Told]) -> str:
 
 def _preempted(disruption: Told, status: Told) -> str:
     if disruption.get("status") == "True":
-        return f"{disruption.get('reason', 'DisruptionTarget')}: {first_line(disruption.get('message', ''))}".rstrip(": ")
+        return f"{disruption.get('reason') or 'DisruptionTarget'}: {first_line(text(disruption.get('message')))}".rstrip(": ")
     if status.get("reason") in ("Evicted", "NodeLost", "NodeShutdown", "Terminated", "Preempted", "Shutdown"):
-        return f"{status['reason']}: {first_line(status.get('message', ''))}".rstrip(": ")
+        return f"{status['reason']}: {first_line(text(status.get('message')))}".rstrip(": ")
     return ""
 
 
@@ -386,5 +390,21 @@ def unix(stamp: str | None, otherwise: float = 0.0) -> float:
     return datetime.fromisoformat(stamp).timestamp() if stamp else otherwise
 
 
-def first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
+def text(value: Any) -> str:
+    """What should be a string, and may be left out. Raises TypeError for anything else."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError(f"found {type(value).__name__} where text belongs")
+    return value
+
+
+def named(value: Any) -> str:
+    """What must be a string, and not an empty one. Raises TypeError."""
+    if not text(value):
+        raise TypeError("found nothing where a name belongs")
+    return str(value)
+
+
+def first_line(words: str) -> str:
+    return words.strip().partition("\n")[0]

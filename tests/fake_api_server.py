@@ -32,6 +32,8 @@ class Fault:
     """None: the connection is cut without an answer."""
     message: str = "fault"
     retry_after: int | None = None
+    location: str | None = None
+    """Where a redirect points."""
     effect: bool = False
     silent: bool = False
     """Of a watch: opened, and then nothing, not even its end."""
@@ -49,6 +51,14 @@ class FakeApiServer:
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str, float]] = field(default_factory=list)
     """(method, path, monotonic time); watches have method WATCH."""
+    odd: list[Any] = field(default_factory=list)
+    """Items that are no objects: at the beginning of each list."""
+    knows: str | None = None
+    """The only Authorization that is let in; None: all are."""
+    logins: list[str | None] = field(default_factory=list)
+    """Authorization of each request."""
+    proxy_logins: list[str | None] = field(default_factory=list)
+    """Of each request that came as to a proxy."""
     page: int = 1000
     lock: threading.Condition = field(default_factory=threading.Condition)
     down: bool = False
@@ -71,6 +81,13 @@ class FakeApiServer:
             self.changes.append((self.version, type_, path.rpartition("/")[0], stored))
             self.lock.notify_all()
             return stored
+
+    def tell(self, kind: str, thing: Any, type_: str = "ADDED") -> None:
+        """Say anything to those who watch a kind."""
+        with self.lock:
+            self.version = next(self._version)
+            self.changes.append((self.version, type_, kind, thing))
+            self.lock.notify_all()
 
     def remove(self, path: str) -> None:
         self.put(path, self.objects[path], "DELETED")
@@ -118,6 +135,13 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         watch = query.get("watch") == "1"
         fake.requests.append(("WATCH" if watch else method, parts.path, time.monotonic()))
+        login = self.headers.get("Authorization")
+        fake.logins.append(login)
+        if parts.netloc:
+            fake.proxy_logins.append(self.headers.get("Proxy-Authorization"))
+        if fake.knows is not None and login != fake.knows:
+            self._answer(401, self._status(401, "Unauthorized"))
+            return
         fault = fake.fault_of(method, parts.path, watch)
         if fake.down:
             fault = Fault()
@@ -127,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
             if fault.status is None:
                 self.close_connection = True
                 return
-            self._answer(fault.status, self._status(fault.status, fault.message), fault.retry_after)
+            self._answer(fault.status, self._status(fault.status, fault.message), fault.retry_after, fault.location)
             return
         if watch:
             self._watch(fake, parts.path, int(query["resourceVersion"]), float(query.get("timeoutSeconds", 30)), fault is not None)
@@ -169,7 +193,8 @@ class _Handler(BaseHTTPRequestHandler):
         start = int(query.get("continue", 0))
         size = min(fake.page, int(query.get("limit", 500)))
         more = {"continue": str(start + size)} if start + size < len(found) else {}
-        return {"items": found[start : start + size], "metadata": {"resourceVersion": str(fake.version), **more}}
+        odd = fake.odd if start == 0 else []
+        return {"items": [*odd, *found[start : start + size]], "metadata": {"resourceVersion": str(fake.version), **more}}
 
     def _watch(self, fake: FakeApiServer, path: str, version: int, patience_s: float, silent: bool) -> None:
         deadline = time.monotonic() + patience_s
@@ -206,13 +231,15 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _answer(self, code: int, thing: Object, retry_after: int | None = None) -> None:
+    def _answer(self, code: int, thing: Object, retry_after: int | None = None, location: str | None = None) -> None:
         data = json.dumps(thing).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         if retry_after is not None:
             self.send_header("Retry-After", str(retry_after))
+        if location is not None:
+            self.send_header("Location", location)
         self.end_headers()
         self._raw(data)
 

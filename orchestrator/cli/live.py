@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.cli.remote import Driver, connect, drivers, live
 from orchestrator.errors import OsctlError
+from orchestrator.redact import redacted
 
 if TYPE_CHECKING:
     from orchestrator.adapters.kube.watch import Watcher
@@ -103,6 +104,14 @@ class Live:
             self._api.close()
 
     def look(self, current: Snapshot) -> Sight:
+        """Never raises: a display that ended would look like a run that stands still."""
+        try:
+            return self._look(current)
+        except Exception as error:  # noqa: BLE001 - whatever a cluster or somebody in it has written
+            said = redacted(f"{type(error).__name__}: {error}")
+            return Sight(waits=_said(current), note=f"the cluster cannot be shown ({said}); what stands here is out of the ledger")
+
+    def _look(self, current: Snapshot) -> Sight:
         fault = self._trouble()
         if self._watcher is None or fault:
             return Sight(waits=_said(current), note=fault)
@@ -129,7 +138,8 @@ class Live:
             return f"{error}; what stands here is out of the ledger"
         finally:
             self._patience_s = 0.0  # whoever waits for a cluster that is away sees the ledger meanwhile
-        return "" if fresh else "the cluster does not answer; what stands here is out of the ledger"
+        why = self._watcher.why()
+        return "" if fresh else f"the cluster does not answer{f' ({why})' if why else ''}; what stands here is out of the ledger"
 
     def _attempt(self, watcher: Watcher, stage: str, number: int, run_key: str, now: float) -> tuple[list[PodRow], list[Waiting]]:
         from orchestrator import manifest

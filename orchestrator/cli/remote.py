@@ -92,9 +92,16 @@ def drivers(api: Api, workspace: Workspace) -> list[Driver]:
     jobs, _ = api.list("jobs", f"{manifest.MANAGED_BY}={manifest.MANAGER},{manifest.PIPELINE}={name},{manifest.ROLE}=driver")
     found = []
     for job in jobs:
-        owner = manifest.owner(job)
-        if owner is not None and owner[0] == store and owner[1].startswith(f"{name}/driver/"):
-            found.append(Driver.of(job))
+        try:
+            owner = manifest.owner(job)
+            if owner is not None and owner[0] == store and owner[1].startswith(f"{name}/driver/"):
+                found.append(Driver.of(job))
+        except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+            labels = f"{manifest.PIPELINE}={name},{manifest.ROLE}=driver"
+            raise Refused(
+                f"{name}: a driver's Job in namespace {api.namespace} is not as osctl writes one ({type(error).__name__}): nobody can say "
+                f"whether a driver lives. Look at it: kubectl -n {api.namespace} get jobs -l {labels} -o yaml"
+            ) from error
     return sorted(found, key=lambda driver: driver.number)
 
 

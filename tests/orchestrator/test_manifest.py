@@ -23,7 +23,7 @@ from pod_security import violations
 
 from orchestrator import manifest
 from orchestrator.agent import trainer_process
-from orchestrator.cluster import ClusterProfile
+from orchestrator.cluster import ClusterProfile, Toleration
 from orchestrator.errors import Refused
 from orchestrator.records import Keys
 
@@ -298,6 +298,68 @@ def test_a_store_url_with_credentials_is_refused_and_not_shown(profile: ClusterP
         manifest.pytorch_job(manifest_specs.intent("p", "s", "0" * 12, 1, 1, 1), profile, "s3://AKIA:hunter2@bucket/p")
     assert "hunter2" not in str(caught.value)
     assert "s3_secret" in str(caught.value)
+
+
+# --- The official models --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        ("KubeflowOrgV1RunPolicy", {"clean_pod_polcy": "Running"}),
+        ("KubeflowOrgV1ElasticPolicy", {"min_replica": 2}),
+        ("KubeflowOrgV1PyTorchJobSpec", {"pytorch_replica_specs": {}, "nproc_per_nodes": "8"}),
+        ("V1Container", {"name": "pytorch", "imagePullPolicy": "Always"}),
+        ("V1PodSpec", {"containers": [], "termination_grace_period": 30}),
+        ("V1Toleration", {"tolerationSeconds": 90}),
+    ],
+)
+def test_a_field_that_does_not_exist_is_an_error_when_it_is_written(model: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        manifest._part(model, **fields)
+
+
+def test_a_field_that_must_be_there_is_missed_when_it_is_written() -> None:
+    with pytest.raises(ValueError, match="name"):
+        manifest._part("V1Container", image="x")
+
+
+def test_a_profile_cannot_bring_in_a_field_that_does_not_exist(profile: ClusterProfile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Toleration, "model_dump", lambda self, **_: {"key": self.key, "operater": "Exists"})
+    with pytest.raises(TypeError, match="operater"):
+        job_of(profile)
+
+
+PRIMITIVES = {"str": str, "int": int, "bool": bool, "object": object, "datetime": str}
+
+
+def unknown(value: Any, type_: str, path: str) -> Iterator[str]:
+    """Fields of a written object that its model does not have, and values of another type than the model says."""
+    if inner := re.fullmatch(r"list\[(.*)\]", type_):
+        for number, item in enumerate(value):
+            yield from unknown(item, inner[1], f"{path}[{number}]")
+    elif inner := re.fullmatch(r"dict\([^,]*, (.*)\)", type_):
+        for key, item in value.items():
+            yield from unknown(item, inner[1], f"{path}.{key}")
+    elif type_ in PRIMITIVES:
+        if not isinstance(value, PRIMITIVES[type_]):
+            yield f"{path}: {value!r} is no {type_}"
+    else:
+        model = manifest._model(type_)
+        types = {key: model.openapi_types[name] for name, key in model.attribute_map.items()}
+        for key, item in value.items():
+            if key in types:
+                yield from unknown(item, types[key], f"{path}.{key}")
+            else:
+                yield f"{path}.{key}: no field of {type_}"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(manifest_specs.specs())
+def test_all_that_is_written_is_what_the_official_models_describe(spec: Spec) -> None:
+    assert list(unknown(rendered(spec), "KubeflowOrgV1PyTorchJob", "job")) == []
+    driver = manifest.driver_job(manifest_specs.open_sora(), "s3://b/p", 1, 1, ["stage1"])
+    assert list(unknown(driver, "V1Job", "driver")) == []
 
 
 # --- A driver -------------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Requests to one namespace of a Kubernetes API server, as plain dicts.
+"""Requests to one namespace of a Kubernetes API server, by the official client, as plain dicts.
 
 Owns what an answer means: which are errors of the person, which of the moment, and how often a moment is waited for. Credentials,
-certificates and the choice of a context are lightkube's; its typed models are not used, since importing them costs half a second.
+certificates and the choice of a context are in `login`. Answers stay the JSON that they are: the client's typed models cost more time than
+all else where thousands of objects are looked at.
 Refuses to decide whose an object is: a caller looks before it changes anything, and names the uid it looked at.
 
 A request may be sent twice: an answer that was lost says nothing about its effect. `create` then raises AlreadyExists, and the caller
@@ -13,23 +14,20 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import json
-import os
 import random
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-import httpx2
-import yaml
-from lightkube.config.client_adapter import Client, ConnectionParams
-from lightkube.config.kubeconfig import DEFAULT_KUBECONFIG, SERVICE_ACCOUNT, KubeConfig, SingleConfig
-from lightkube.core.exceptions import ConfigError
+import urllib3
+from kubernetes.client.exceptions import ApiException
+from kubernetes.watch.watch import iter_resp_lines
+from urllib3.exceptions import HTTPError
 
-from orchestrator.errors import NotFound, Refused, Unreachable, UsageError
+from orchestrator.adapters.kube.login import Login, find
+from orchestrator.errors import NotFound, Refused, Unreachable
 from orchestrator.redact import redacted
 
 Object = dict[str, Any]
@@ -71,6 +69,8 @@ PAUSE_S = 0.2
 PATIENCE_S = 20.0
 """For all tries together. A server that asks for more with Retry-After is told to the caller instead."""
 CONNECT_S, READ_S = 5.0, 15.0
+LOG_BYTES = 65536
+"""Of a container's output at a time, at most."""
 WATCH_S = 30
 """A watch is ended by the server after this, and begun anew: one that has died without a word is then found out about as fast."""
 SILENCE_S = WATCH_S + 10.0
@@ -93,6 +93,14 @@ class WebhookDown(Unreachable):
     """The API server is there, but a webhook that it must ask is not: an operator that is down. Passing, but only if somebody mends it."""
 
 
+class Busy(Unreachable):
+    """The server says that it cannot answer now, and perhaps for how long."""
+
+    def __init__(self, said: str, after_s: float):
+        super().__init__(said)
+        self.after_s = after_s
+
+
 class OverQuota(Refused):
     """A ResourceQuota of the namespace is used up: what is asked for may be had later."""
 
@@ -101,7 +109,8 @@ class OverQuota(Refused):
 class Change:
     type: str
     """ADDED, MODIFIED, DELETED or BOOKMARK."""
-    object: Object
+    object: Any
+    """As it came: an object, unless the server or somebody between is at fault."""
 
 
 @dataclass
@@ -109,42 +118,36 @@ class Stream:
     """A watch. `close`, from any thread, ends it."""
 
     changes: Iterator[Change]
-    _sockets: list[socket.socket] = field(default_factory=list)
+    _answer: urllib3.BaseHTTPResponse
 
     def __iter__(self) -> Iterator[Change]:
         return self.changes
 
     def close(self) -> None:
-        for one in self._sockets:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)  # closing it would leave a thread that reads from it asleep
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # it has ended by itself
+            self._answer.shutdown()  # closing it would leave a thread that reads from it asleep
+
+    def leave(self) -> None:
+        """Of the thread that reads: it reads no more."""
+        self._answer.close()
 
 
 class Api:
-    def __init__(self, client: httpx2.Client, namespace: str, server: str, *, sleep: Callable[[float], None] = time.sleep):
-        """`server`: its URL, for people. Use `connect`."""
-        self.namespace, self.server = namespace, server
-        self._client, self._sleep = client, sleep
+    def __init__(self, login: Login, namespace: str, *, sleep: Callable[[float], None] = time.sleep):
+        """Use `connect`."""
+        self.namespace, self.server = namespace, login.server
+        self._login, self._sleep = login, sleep
 
     @classmethod
     def connect(cls, context: str | None, namespace: str) -> Api:
-        """A client for a context of the kubeconfig; none: its current one, or inside a pod the pod's own account.
+        """For a context of the kubeconfig; none: its current one, or inside a pod the pod's own account.
 
-        Asks nothing yet. Raises UsageError where there is no usable kubeconfig.
+        Asks nothing yet, and logs in with the first request. Raises UsageError where there is no usable kubeconfig.
         """
-        config = _config(context)
-        try:
-            timeout = httpx2.Timeout(READ_S, connect=CONNECT_S)
-            client = Client(config, ConnectionParams(timeout=timeout))
-        except (ConfigError, OSError, AssertionError, ValueError) as error:
-            said = redacted(f"kubeconfig {config.fname or 'of this pod'}: context {config.context_name}: {error}")
-            raise UsageError(said) from error
-        except httpx2.InvalidURL as error:  # it quotes a part of what it could not read, which may be one of a password
-            raise UsageError("kubeconfig's server, or a proxy variable such as HTTPS_PROXY, is not a URL; escape what is in it") from error
-        return cls(client, namespace, redacted(config.cluster.server))
+        return cls(find(context), namespace)
 
     def close(self) -> None:
-        self._client.close()
+        self._login.close()
 
     # --- Objects -------------------------------------------------------------------------------------------------------------------
 
@@ -153,14 +156,20 @@ class Api:
         return self._ask("GET", self._path(kind, name))
 
     def list(self, kind: str, selector: str = "") -> tuple[Sequence[Object], str]:
-        """All of them, and the version to watch from. Raises NotFound where the cluster does not know the kind, Refused, Unreachable."""
+        """All of them as they come, odd ones too, and the version to watch from.
+
+        Raises NotFound where the cluster does not know the kind, Refused, Unreachable.
+        """
         items: list[Object] = []
         query: dict[str, str | int] = {"labelSelector": selector, "limit": PAGE}
         while True:
             answer = self._ask("GET", self._path(kind), query)
-            items += answer["items"]
-            if not (more := answer["metadata"].get("continue")):
-                return items, answer["metadata"]["resourceVersion"]
+            about, found = answer.get("metadata"), answer.get("items") or []
+            if not isinstance(about, dict) or not about.get("resourceVersion") or not isinstance(found, list):
+                raise Unreachable(f"{self.server}: list of {kind}: the answer is not a list of a Kubernetes API server")
+            items += found
+            if not (more := about.get("continue")):
+                return items, str(about["resourceVersion"])
             query["continue"] = more
 
     def create(self, kind: str, body: Object, *, dry_run: bool = False) -> Object:
@@ -197,12 +206,6 @@ class Api:
 
         Raises, on opening and while it is read: Expired, Unreachable (also where it says nothing for `silence_s`), Refused, NotFound.
         """
-        sockets: list[socket.socket] = []
-        opened = self._watch(kind, selector, version, silence_s, sockets)
-        next(opened)  # the answer's head: from here on the picture is fresh
-        return Stream((change for change in opened if change is not None), sockets)
-
-    def _watch(self, kind: str, selector: str, version: str, silence_s: float, sockets: Sequence[socket.socket]) -> Iterator[Change | None]:
         query: dict[str, str | int] = {
             "watch": "1",
             "labelSelector": selector,
@@ -211,31 +214,31 @@ class Api:
             "timeoutSeconds": WATCH_S,
         }
         what = f"watch {kind}"
-        timeout = httpx2.Timeout(silence_s, connect=CONNECT_S)
+        answer = self._send(what, "GET", self._path(kind), query, read_s=silence_s)
+        return Stream(self._changes(what, answer), answer)
+
+    def _changes(self, what: str, answer: urllib3.BaseHTTPResponse) -> Iterator[Change]:
         try:
-            with self._client.stream("GET", self._path(kind), params=query, timeout=timeout) as answer:
-                if answer.status_code != 200:
-                    answer.read()
-                    raise self._fault(what, answer)
-                network = answer.extensions.get("network_stream")
-                if network is not None:
-                    sockets.append(network.get_extra_info("socket"))  # type: ignore[attr-defined]
-                yield None
-                for line in answer.iter_lines():
-                    if line:
-                        yield self._change(what, json.loads(line))
-        except httpx2.HTTPError as error:
+            for line in iter_resp_lines(answer):
+                if line:
+                    yield self._change(what, json.loads(line))
+        except (HTTPError, OSError) as error:
             raise Unreachable(f"{self.server}: {what}: {_said(error)}") from error
         except json.JSONDecodeError as error:
-            raise Unreachable(f"{self.server}: {what}: cut off within a line") from error
+            raise Unreachable(f"{self.server}: {what}: a line that is not JSON") from error
+        finally:
+            answer.close()
 
     def _change(self, what: str, told: Object) -> Change:
+        if not isinstance(told, dict) or not isinstance(told.get("type"), str):
+            raise Unreachable(f"{self.server}: {what}: a line that is not a change")
+        status = told.get("object")
         if told["type"] == "ERROR":
-            status = told["object"]
-            if status.get("code") == 410:
-                raise Expired(str(status.get("message", "")))
-            raise Unreachable(f"{self.server}: {what}: {status.get('message', status)}")
-        return Change(told["type"], told["object"])
+            said = status if isinstance(status, dict) else {}
+            if said.get("code") == 410:
+                raise Expired(str(said.get("message", "")))
+            raise Unreachable(f"{self.server}: {what}: {redacted(str(said.get('message', status)))}")
+        return Change(told["type"], status)
 
     def pod_log(
         self, name: str, *, container: str | None = None, follow: bool = False, tail: int | None = None, previous: bool = False
@@ -245,15 +248,13 @@ class Api:
         query |= {"container": container} if container else {}
         query |= {"tailLines": tail} if tail is not None else {}
         query |= {"previous": "true"} if previous else {}
-        timeout = httpx2.Timeout(None if follow else READ_S, connect=CONNECT_S)
+        answer = self._send(f"log of pod {name}", "GET", f"{self._path('pods', name)}/log", query, read_s=None if follow else READ_S)
         try:
-            with self._client.stream("GET", f"{self._path('pods', name)}/log", params=query, timeout=timeout) as answer:
-                if answer.status_code != 200:
-                    answer.read()
-                    raise self._fault(f"log of pod {name}", answer)
-                yield from answer.iter_bytes()
-        except httpx2.HTTPError as error:
+            yield from answer.stream(LOG_BYTES)
+        except (HTTPError, OSError) as error:
             raise Unreachable(f"{self.server}: log of pod {name}: {_said(error)}") from error
+        finally:
+            answer.close()
 
     # --- The cluster itself --------------------------------------------------------------------------------------------------------
 
@@ -269,7 +270,7 @@ class Api:
             "spec": {"resourceAttributes": asked},
         }
         answer = self._ask("POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", {}, review)
-        return bool(answer["status"]["allowed"])
+        return bool((answer.get("status") or {}).get("allowed"))
 
     def ask(self, path: str) -> Object:
         """Any other document of the API server, e.g. `/version`, `/apis/kubeflow.org/v1`. Raises NotFound, Refused, Unreachable."""
@@ -286,38 +287,79 @@ class Api:
 
     def _ask(self, method: str, path: str, query: Mapping[str, str | int] | None = None, body: Object | None = None) -> Object:
         what = f"{method} {path}"
-        content = None if body is None else json.dumps(body).encode()
-        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
-        headers = {"Accept": "application/json", **({"Content-Type": kind} if body is not None else {})}
         began = time.monotonic()
         for number in range(1, TRIES + 1):
             pause = PAUSE_S * 2 ** (number - 1) * random.uniform(0.5, 1.0)
             try:
-                answer = self._client.request(method, path, params=dict(query or {}), content=content, headers=headers)
-            except (ConfigError, OSError, KeyError, ValueError) as error:  # the last two: a plugin's answer without a token
-                raise Refused(
-                    f"{self.server}: cannot log in: {redacted(str(error))}; look at the user of this context in the kubeconfig"
-                ) from error
-            except httpx2.HTTPError as error:
-                fault: Exception = Unreachable(f"{self.server}: {what}: {_said(error)}")
-                fault.__cause__ = error
-            else:
-                if answer.is_success:
-                    told: Object = answer.json()
-                    return told
-                fault = self._fault(what, answer)
-                if not isinstance(fault, Unreachable) or isinstance(fault, WebhookDown):
-                    raise fault
-                pause = max(pause, _retry_after(answer))
-            if number == TRIES or time.monotonic() - began + pause > PATIENCE_S:
-                raise fault
+                return self._read(what, self._send(what, method, path, query or {}, body))
+            except WebhookDown:
+                raise
+            except Unreachable as error:
+                pause = max(pause, error.after_s if isinstance(error, Busy) else 0.0)
+                if number == TRIES or time.monotonic() - began + pause > PATIENCE_S:
+                    raise
             self._sleep(pause)
         raise AssertionError("unreachable")
 
-    def _fault(self, what: str, answer: httpx2.Response) -> Exception:
-        status = _status(answer)
-        message = redacted(str(status.get("message") or answer.text[:300] or answer.reason_phrase).strip())
-        code = answer.status_code
+    def _read(self, what: str, answer: urllib3.BaseHTTPResponse) -> Object:
+        try:
+            told = json.loads(answer.data)
+        except (HTTPError, OSError) as error:
+            raise Unreachable(f"{self.server}: {what}: {_said(error)}") from error
+        except ValueError:
+            told = None
+        finally:
+            answer.close()
+        if not isinstance(told, dict):
+            raise Unreachable(f"{self.server}: {what}: the answer is not an object of a Kubernetes API server; is this its address?")
+        return told
+
+    def _send(
+        self,
+        what: str,
+        method: str,
+        path: str,
+        query: Mapping[str, str | int],
+        body: Object | None = None,
+        *,
+        read_s: float | None = READ_S,
+    ) -> urllib3.BaseHTTPResponse:
+        """An answer that is no error, its body still to be read. Credentials that the server does not know are had anew, once."""
+        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        for last in (False, True):
+            client, authorization = self._login.authorized()
+            try:
+                answer: urllib3.BaseHTTPResponse = client.call_api(
+                    path,
+                    method,
+                    query_params=list(query.items()),
+                    header_params={"Accept": "application/json", "Content-Type": kind, **authorization},
+                    body=body,
+                    _preload_content=False,
+                    _return_http_data_only=True,
+                    _request_timeout=(CONNECT_S, read_s),
+                )
+                return answer
+            except ApiException as error:
+                if error.status == 401 and not last:
+                    self._login.renew(client)
+                    continue
+                fault: Exception = self._fault(what, error)
+            except (HTTPError, OSError) as error:
+                fault = Unreachable(f"{self.server}: {what}: {_said(error)}")
+            except ValueError:  # it quotes the header that it could not write: the token
+                fault = Unreachable(
+                    f"{self.server}: {what}: the request could not be written; is there a line break in the kubeconfig's token?"
+                )
+            raise fault from None  # the client's errors quote headers and whole answers
+        raise AssertionError("unreachable")
+
+    def _fault(self, what: str, error: ApiException) -> Exception:
+        status, code = _status(error.body), error.status
+        if not code:  # the client's way to tell of a certificate
+            return Unreachable(f"{self.server}: {what}: {redacted(str(error.reason)).partition(chr(10))[2]}")
+        words = status.get("message") or _text(error.body)[:300] or error.reason or code
+        message = redacted(str(words).strip())
         told = f"{self.server}: {what}: {message}"
         match code:
             case 404:
@@ -329,50 +371,34 @@ class Api:
             case 401:
                 return Refused(f"{told}; log in again, or name another context in the cluster profile")
             case 429:
-                return Unreachable(told)
+                return Busy(told, _retry_after(error.headers or {}))
             case 500 if "failed calling webhook" in message:
                 return WebhookDown(message)
             case _ if code >= 500:
-                return Unreachable(told)
+                return Busy(told, _retry_after(error.headers or {}))
+            case _ if code < 400:
+                return Refused(f"{told}; it points elsewhere, and nothing is sent there. Write the API server's own address")
             case 403 if "exceeded quota" in message:
                 return OverQuota(message)
             case _:
                 return Refused(message)
 
 
-def _config(context: str | None) -> SingleConfig:
-    """As kubectl chooses: KUBECONFIG, else inside a pod its account, else ~/.kube/config. Raises UsageError."""
-    named = os.environ.get("KUBECONFIG")
-    if not named and context is None and (Path(SERVICE_ACCOUNT) / "token").is_file():
-        found = KubeConfig.from_service_account().get()
-        assert found is not None
-        return found
-    files = [name for name in (named or DEFAULT_KUBECONFIG).split(os.pathsep) if name]
-    reasons: list[str] = []
-    for name in files:
-        try:
-            found = KubeConfig.from_file(name).get(context)
-        except (ConfigError, OSError) as error:
-            reasons.append(str(error))
-        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:  # lightkube checks nothing, msgspec some
-            reasons.append(f"{name}: {error!r} is missing or not as kubectl writes it")
-        else:
-            assert found is not None
-            return found
-    raise UsageError(f"no cluster to talk to: {'; '.join(reasons)}. Set KUBECONFIG, or name a context in the cluster profile")
+def _text(body: bytes | str | None) -> str:
+    return body.decode(errors="replace") if isinstance(body, bytes) else body or ""
 
 
-def _status(answer: httpx2.Response) -> Object:
+def _status(body: bytes | str | None) -> Object:
     try:
-        told = answer.json()
+        told = json.loads(body or "")
     except ValueError:
         return {}
     return told if isinstance(told, dict) else {}
 
 
-def _retry_after(answer: httpx2.Response) -> float:
+def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that the server asks for; 0 where it does not."""
-    value = answer.headers.get("Retry-After", "")
+    value = headers.get("Retry-After", "")
     if value.isdecimal():
         return float(value)
     try:
@@ -381,7 +407,5 @@ def _retry_after(answer: httpx2.Response) -> float:
         return 0.0
 
 
-def _said(error: httpx2.HTTPError) -> str:
-    if isinstance(error, httpx2.LocalProtocolError):  # it quotes the header that it could not write: the token
-        return "the request could not be written; is there a line break in the kubeconfig's token?"
+def _said(error: BaseException) -> str:
     return redacted(f"{type(error).__name__}: {error}") if str(error) else type(error).__name__

@@ -107,11 +107,13 @@ class KubeBackend:
         """Raises Refused where this account may not look at jobs or pods."""
         if not self._synced():
             return Life("unknown", self._bounds.get(run_key))
+        name, now = self._name(run_key), self._clock()
+        if self._picture.unread(name):
+            return Life("unknown", self._bounds.get(run_key))
         try:
             job = self._job(run_key)
         except Unreachable:
             return Life("unknown", self._bounds.get(run_key))
-        name, now = self._name(run_key), self._clock()
         pods, notices = self._picture.pods(self._run(run_key)), self._picture.notices(name)
         life = read_life(job, pods, notices, now, ended_by_us=name in self._ended_by_us)
         self._bounds[run_key] = life.bound

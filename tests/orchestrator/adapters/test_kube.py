@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
+import yaml
 from cluster.kube_rig import allow_trainers, client
 from fake_api_server import FakeApiServer, Fault, serve
 from tiny_attempts import PROFILE, intend
@@ -41,13 +41,23 @@ def server() -> Iterator[FakeApiServer]:
         yield fake
 
 
-def connect(server: FakeApiServer, timeout_s: float = 5.0) -> Api:
-    return Api(httpx2.Client(base_url=server.url, timeout=timeout_s, trust_env=False), "osctl", server.url)
+def connect(url: str, folder: Path, **user: Any) -> Api:
+    """By a kubeconfig, as everybody does."""
+    content = {
+        "apiVersion": "v1", "kind": "Config", "current-context": "one",
+        "contexts": [{"name": "one", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": url}}], "users": [{"name": "u", "user": user}],
+    }  # fmt: skip
+    path = folder / "kubeconfig"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBECONFIG", str(path))
+        return Api.connect(None, "osctl")
 
 
 @pytest.fixture
-def fake_api(server: FakeApiServer) -> Iterator[Api]:
-    api = connect(server)
+def fake_api(server: FakeApiServer, tmp_path: Path) -> Iterator[Api]:
+    api = connect(server.url, tmp_path)
     yield api
     api.close()
 
@@ -303,8 +313,8 @@ def test_an_api_server_that_is_away_makes_life_unknown_and_nothing_else(faked: R
     assert list(server.objects) == [f"{JOBS}/{faked.name(intent)}"]
 
 
-def test_a_server_that_was_never_there_is_unknown_and_costs_the_first_look_alone(ledger: Ledger) -> None:
-    api = Api(httpx2.Client(base_url="http://127.0.0.1:9", timeout=1, trust_env=False), "osctl", "http://127.0.0.1:9")
+def test_a_server_that_was_never_there_is_unknown_and_costs_the_first_look_alone(ledger: Ledger, tmp_path: Path) -> None:
+    api = connect("http://127.0.0.1:9", tmp_path)
     rig = Rig(api, ledger)
     rig.backend._patience_s = 0.5
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SDKS = ("torch", "mlflow", "boto3", "botocore", "kubernetes", "lightkube", "httpx2", "fsspec", "numpy")
+SDKS = ("torch", "mlflow", "boto3", "botocore", "kubernetes", "kubeflow", "urllib3", "fsspec", "numpy")
 HEAVY = (*SDKS, "pydantic", "yaml", "rich", "psutil")
 
 PROBE = """
