@@ -449,7 +449,7 @@ def test_a_multipart_upload_never_overwrites_what_came_before_its_end(
         with pytest.raises(StoreConflict):
             store.upload("a", ours)
     assert other.read("a").data == theirs.read_bytes()
-    assert not store._client.list_multipart_uploads(Bucket=s3.bucket, Prefix=store.prefix).get("Uploads")
+    assert not store._requests.client.list_multipart_uploads(Bucket=s3.bucket, Prefix=store.prefix).get("Uploads")
 
 
 @pytest.mark.s3
@@ -554,7 +554,7 @@ def test_a_store_that_overwrites_in_spite_of_conditions_is_refused(s3: Any, star
         params.pop("IfNoneMatch", None)
         params.pop("IfMatch", None)
 
-    store._client.meta.events.register("provide-client-params.s3.PutObject", forget)
+    store._requests.client.meta.events.register("provide-client-params.s3.PutObject", forget)
     with pytest.raises(Refused, match="If-None-Match"):
         store.probe()
 
@@ -566,10 +566,10 @@ def test_uploads_left_behind_by_killed_processes_are_aborted_once_they_are_old(
     from datetime import timedelta
 
     store = S3Store(s3.url(f"left/{tmp_path.name}"), env=s3.env)
-    store._client.create_multipart_upload(Bucket=s3.bucket, Key=f"{store.prefix}large")
+    store._requests.client.create_multipart_upload(Bucket=s3.bucket, Key=f"{store.prefix}large")
 
     def left() -> list[str]:
-        answer = store._client.list_multipart_uploads(Bucket=s3.bucket, Prefix=store.prefix)
+        answer = store._requests.client.list_multipart_uploads(Bucket=s3.bucket, Prefix=store.prefix)
         return [upload["Key"] for upload in answer.get("Uploads", ())]
 
     store.probe()
