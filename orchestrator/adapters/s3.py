@@ -107,6 +107,9 @@ class _Coming:
                     self._target.write(chunk)
                 self.size += len(chunk)
 
+    def __len__(self) -> int:
+        return self.size
+
     @property
     def digest(self) -> str:
         return self._hash.hexdigest()
@@ -284,7 +287,7 @@ class S3Store:
         for last in (False,) * (REREADS - 1) + (True,):
             coming = _Coming(self.bucket, self._name(key), target)
             try:
-                self._requests.call("read", key, coming.ask, progress=lambda coming=coming: coming.size, patience_s=patience_s)
+                self._requests.call("read", key, coming.ask, progress=coming.__len__, patience_s=patience_s)
             except ConditionFailed:
                 if last:
                     raise Unreachable(self._requests.text("read", key, "it is replaced faster than it can be read; run again")) from None
@@ -379,6 +382,14 @@ class S3Store:
             self.arrived += size
 
     def _abort_stale_uploads(self) -> None:
+        for upload in list(self._uploads()):  # all of them first: what is aborted cannot mark where the next page begins
+            name = upload["Key"]
+            ours = name.startswith(self.prefix) and OURS.fullmatch(name.removeprefix(self.prefix))
+            if ours and datetime.now(UTC) - upload["Initiated"] > STALE:
+                self._drop({"Bucket": self.bucket, "Key": name, "UploadId": upload["UploadId"]})
+
+    def _uploads(self) -> Iterator[dict[str, Any]]:
+        """Multipart uploads below our prefix that are not finished, whoever began them."""
         markers: dict[str, str] = {}
         while True:
 
@@ -386,16 +397,16 @@ class S3Store:
                 page: dict[str, Any] = client.list_multipart_uploads(Bucket=self.bucket, Prefix=self.prefix, MaxUploads=PAGE, **markers)
                 return page
 
-            page = self._requests.call("list", "uploads", get)
-            for upload in page.get("Uploads", ()):
-                name = upload["Key"]
-                ours = name.startswith(self.prefix) and OURS.fullmatch(name.removeprefix(self.prefix))
-                if ours and datetime.now(UTC) - upload["Initiated"] > STALE:
-                    self._drop({"Bucket": self.bucket, "Key": name, "UploadId": upload["UploadId"]})
-            following = {"KeyMarker": page.get("NextKeyMarker", ""), "UploadIdMarker": page.get("NextUploadIdMarker", "")}
-            if not page.get("IsTruncated") or following == markers:
+            try:
+                page = self._requests.call("list", "uploads", get)
+            except Refused:
+                if markers.pop("UploadIdMarker", None) is None:
+                    raise
+                continue  # versitygw 1.8 takes no marker that it has given; without it the next page begins at the next key
+            yield from page.get("Uploads", ())
+            if not page.get("IsTruncated") or not page.get("NextKeyMarker"):
                 return
-            markers = following
+            markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
 
     def _pages(self, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
         while True:

@@ -251,9 +251,10 @@ _ENDED_ENVIRONMENT = (
 
 
 def code_of(error: Exception) -> tuple[str, int]:
-    """Code and HTTP status of an answer that is an error."""
+    """Code and HTTP status of an answer that is an error. What stands between us and a server may answer without a code."""
     response = error.response  # type: ignore[attr-defined] # of botocore's ClientError
-    return str(response["Error"]["Code"]), int(response["ResponseMetadata"]["HTTPStatusCode"])
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return str(response.get("Error", {}).get("Code", status)), int(status)
 
 
 @functools.cache
