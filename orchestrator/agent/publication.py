@@ -44,7 +44,7 @@ class Publication:
         resumed = set() if intent.resume is None else {intent.resume.step}
         self.published, self._offered = resumed, set(resumed)
         self._promised: int | None = None
-        self.courier = Courier("checkpoints", wake)
+        self.courier = Courier("checkpoints", wake, lambda: ledger.store.arrived)
         """Of this node's own files."""
         self.peers = Peers(ledger, intent, node, wake, silence_s, self.published) if intent.nodes > 1 else None
 

@@ -344,6 +344,28 @@ def test_a_half_written_manifest_of_one_step_does_not_keep_later_steps_from_bein
     assert 10 not in attempts.published(intent) and attempts.published(intent)[-1] == 20
 
 
+class StumblingStore(AwayStore):
+    """Its first download takes longer than the agent is patient, and then fails once."""
+
+    stumbles = True
+
+    def download(self, key: str, path: Path, *, patience_s: float | None = None) -> None:
+        if self.stumbles:
+            self.stumbles = False
+            time.sleep(1.0)
+            raise Unreachable("store: broken in the middle")
+        super().download(key, path, patience_s=patience_s)
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_a_checkpoint_that_is_long_on_its_way_may_fail_once(attempts: Attempts) -> None:
+    first = attempts.intend(config=stage_config(steps=5))
+    attempts.live(first)
+    intent = attempts.intend(stage="stage2", parent=attempts.commit(first))
+    ending = live_here(attempts, intent, StumblingStore(attempts.root / "store"), patience_s=0.5)
+    assert (ending.class_, ending.reason) == ("completed", "")
+
+
 # --- The trainer's command and environment -------------------------------------------------------------------------------
 
 
