@@ -166,6 +166,10 @@ class Tracker(Protocol):
     """Where people look at runs (MLflow). Every method raises Unreachable; none is waited for by training."""
 
     url: str
+    waits: bool
+    """Whether a server owes an answer now. Read by another thread, as is the next."""
+    answers: int
+    """How many it has given."""
 
     def runs(self, experiment: str, tags: Mapping[str, str]) -> list[TrackedRun]:
         """Living runs that carry all these tags, oldest first. Makes the experiment where it is missing."""

@@ -76,6 +76,9 @@ class Writer:
     results: dict[str, Committed] = field(default_factory=dict)
     lease: LeaseHandle | None = None
 
+    def clock(self) -> float:
+        return self.now
+
     def launch(self) -> None:
         self.ledger.add_revision(self.pipeline.model_dump(mode="json"), self.now)
         self.lease = self.ledger.acquire(self.now)

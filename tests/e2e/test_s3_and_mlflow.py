@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bad_servers import Trouble, troubled
 from tiny_recipe import STAGES, Osctl, write
 
-from orchestrator.adapters import mlflow_ui
+from orchestrator.adapters import mlflow_ui, open_store
+from orchestrator.adapters.tracking import FIRST_ANSWER_S
+from orchestrator.ledger import Ledger
 
 pytestmark = pytest.mark.long
 
@@ -65,3 +69,19 @@ def test_on_s3_with_mlflow_away_the_result_is_the_same_and_sync_catches_up(s3: A
     for run in stages.values():
         assert run["status"] == "FINISHED" and run["metrics"]["usd"] > 0 and run["metrics"]["gpu_hours"] == 0
         assert run["metrics"]["loss"] > 0
+
+
+@pytest.mark.parametrize("trouble", ["hangs", "fails"])
+def test_a_launch_ends_as_soon_without_its_mlflow_and_says_once_what_to_do(tmp_path: Path, trouble: Trouble) -> None:
+    """Between the last word in the ledger and the end of the command lies what the follower takes to give up."""
+    with troubled(trouble) as tracking:
+        osctl = Osctl(write(tmp_path / "run", tracking=tracking, devices=1, stages=1))
+        said = osctl("launch").stderr
+        left = time.time()
+        assert said.count("osctl sync") == 1 and tracking in said
+        ledger = Ledger(open_store(str(tmp_path / "run" / ".osctl" / "store")), "tiny")
+        assert left - max(event.time for event in ledger.events()) < 8.0
+        began = time.monotonic()
+        assert tracking in osctl("sync", expect=5).stderr
+        assert time.monotonic() - began < FIRST_ANSWER_S + 20
+    assert set(osctl.digests()) == {"stage1"}
