@@ -836,13 +836,14 @@ def _follow(projector: Projector, pid: int, interval_s: float) -> int:
 
 def _leave_in_time(launch: Launch, tracker: Tracker) -> None:
     """End this process where a server that does not answer keeps it, and with it the launcher. It may be stopped anywhere."""
-    owed_s, answers = 0.0, 0
+    owed_s, answers, before = 0.0, 0, time.monotonic()
     while True:
         time.sleep(0.1)
+        passed_s, before = time.monotonic() - before, time.monotonic()
         if not launch.asked or tracker.answers != answers:
             owed_s, answers = 0.0, tracker.answers
         elif tracker.waits:
-            owed_s += 0.1
+            owed_s += passed_s
         if owed_s > Follower.LAST_ANSWER_S:
             log.warning("MLflow %s: does not answer at the end of the launch; `osctl sync` brings it up to date", tracker.url)
             os._exit(Unreachable.exit_code)
