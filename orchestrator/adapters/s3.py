@@ -52,7 +52,7 @@ STALE = timedelta(days=1)
 """Unfinished multipart uploads of this age belong to processes that were killed. They are billed, and no listing shows them."""
 OURS = re.compile(
     r"[^/]+/stages/[^/@]+@[^/@]+/(?:checkpoints/step-\d{8,}-a\d+|attempts/\d+)/.+"
-    r"|(?:datasets|weights)/[^/]+/.*[0-9a-f]{64}(?:[/.].*)?"
+    r"|(?:datasets|weights)/[0-9a-f]{64}/.+"
 )
 """Keys, below our prefix, of files that this package uploads. A prefix may hold other people's uploads beside ours."""
 PAGE = 1000

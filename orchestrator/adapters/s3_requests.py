@@ -228,7 +228,9 @@ class Requests:
         # A session of its own, so that a renewed connection looks for credentials again; the service's description is parsed once.
         fresh = session.Session()
         fresh.register_component("data_loader", _descriptions())
-        fresh.set_config_variable("region", region)  # of the service that gives out credentials, too
+        # Of the service that gives out credentials, whose own defaults are minutes.
+        fresh.set_config_variable("region", region)
+        fresh.set_default_client_config(Config(connect_timeout=5, read_timeout=10, retries={"total_max_attempts": 2}))
         if env.get("AWS_ACCESS_KEY_ID"):
             if not env.get("AWS_SECRET_ACCESS_KEY"):
                 raise UsageError(f"store {self._url}: AWS_ACCESS_KEY_ID is set and AWS_SECRET_ACCESS_KEY is not; set both, or neither")

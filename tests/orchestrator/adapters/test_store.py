@@ -721,6 +721,7 @@ def test_uploads_left_behind_by_killed_processes_are_aborted_once_they_are_old_a
     checkpoint = "demo/stages/stage1@0123456789ab/checkpoints/step-00000010-a1"
     ours = [f"{inside}{checkpoint}/model-0000{number}-of-00007.safetensors" for number in range(7)]
     ours.append(f"{inside}demo/stages/stage1@0123456789ab/attempts/1/samples/clip.mp4")
+    ours += [f"{inside}weights/{'a1' * 32}/files/model.safetensors", f"{inside}datasets/{'b2' * 32}/manifest.jsonl.gz"]
     foreign = [
         f"{inside}large", f"{inside}backups/stages/notes.tar", f"{inside}demo/stages/stage1@0123456789ab/COMMITTED.json.bak",
         f"{inside}weights/llama.safetensors", f"{inside}datasets/photos/2024.zip", f"elsewhere/{checkpoint}/model.safetensors",
