@@ -265,26 +265,25 @@ class MlflowTracker:
 
     def _ask_for_any_answer(self) -> None:
         """Raises OSError where a server is away, hangs or fails. What it means by another answer is for MLflow's client to find out."""
-        self.waits = True
-        request = f"{self.url}/api/2.0/mlflow/experiments/search?max_results=1"
+        self.waits, fact = True, ""
         try:
-            with urllib.request.urlopen(request, timeout=FIRST_ANSWER_S):
+            with urllib.request.urlopen(f"{self.url}/api/2.0/mlflow/experiments/search?max_results=1", timeout=FIRST_ANSWER_S):
                 pass
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code >= 500:
-                raise OSError(f"answers {error.code}") from None
+            fact = f"answers {error.code}" if error.code >= 500 else ""
         except http.client.HTTPException as error:
-            raise OSError(f"does not speak HTTP ({type(error).__name__})") from None
+            fact = f"does not speak HTTP ({type(error).__name__})"
         except OSError as error:
             reason = getattr(error, "reason", error)
-            if isinstance(reason, ssl.SSLError):
-                return  # it is there; which authority signed for it is known to MLflow's client
             if isinstance(reason, TimeoutError):
-                raise OSError(f"has not answered for {FIRST_ANSWER_S:g} s") from None
-            raise
+                fact = f"has not answered for {FIRST_ANSWER_S:g} s"
+            elif not isinstance(reason, ssl.SSLError):  # then it is there; which authority signed for it is known to MLflow's client
+                raise
         finally:
             self.waits = False
+        if fact:
+            raise OSError(fact)
         self.answers += 1
 
     def _away(self, error: Exception) -> Unreachable:

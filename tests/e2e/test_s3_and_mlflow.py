@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from bad_servers import Trouble, troubled
 from tiny_recipe import STAGES, Osctl, write
@@ -85,3 +89,35 @@ def test_a_launch_ends_as_soon_without_its_mlflow_and_says_once_what_to_do(tmp_p
         assert tracking in osctl("sync", expect=5).stderr
         assert time.monotonic() - began < FIRST_ANSWER_S + 20
     assert set(osctl.digests()) == {"stage1"}
+
+
+def statuses(database: Path) -> dict[str, str]:
+    """Name and status of every run."""
+    if not database.exists():
+        return {}
+    with contextlib.closing(sqlite3.connect(database)) as connection, contextlib.suppress(sqlite3.OperationalError):
+        return dict(connection.execute("select name, status from runs").fetchall())
+    return {}
+
+
+def until(fact: Callable[[], Any], what: str, patience_s: float = 240.0) -> None:
+    end = time.monotonic() + patience_s
+    while not fact():
+        assert time.monotonic() < end, what
+        time.sleep(0.2)
+
+
+def test_runs_of_a_killed_launch_end_by_themselves_and_go_on_with_the_next(tmp_path: Path) -> None:
+    """SIGKILL for the launcher: its follower stays until silence has told the end, and `sync` is not needed."""
+    steps = {"steps": 400, "checkpoint": {"every_steps": 100}}
+    osctl = Osctl(write(tmp_path / "run", tracking="sqlite", devices=1, stages=1, changes=steps))
+    database = tmp_path / "run" / ".osctl" / "mlflow.db"
+    launcher = osctl.start("launch")
+    until(lambda: statuses(database).get("stage1 a1") == "RUNNING", "MLflow shows the attempt")
+    (follower,) = [child for child in psutil.Process(launcher.pid).children() if "orchestrator.projection" in child.cmdline()]
+    launcher.kill()
+    launcher.wait()
+    until(lambda: not follower.is_running(), "the follower leaves")
+    assert statuses(database) == dict.fromkeys(("tiny", "stage1", "stage1 a1"), "KILLED")
+    osctl("launch")
+    assert statuses(database) == {"tiny": "FINISHED", "stage1": "FINISHED", "stage1 a1": "KILLED", "stage1 a2": "FINISHED"}
