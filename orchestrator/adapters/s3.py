@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,9 +79,10 @@ class _Upload:
 class _Coming:
     """An object on its way to us, in as many requests as it takes."""
 
-    def __init__(self, bucket: str, name: str, target: BinaryIO | None):
+    def __init__(self, bucket: str, name: str, target: BinaryIO | None, check: Callable[[int], None]):
+        """`check`: raises where the object is too large."""
         self._object = {"Bucket": bucket, "Key": name}
-        self._target = target
+        self._target, self._check = target, check
         self._from_the_start()
 
     def _from_the_start(self) -> None:
@@ -100,6 +102,7 @@ class _Coming:
             if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:  # or the server does not know ranges
                 self._from_the_start()
             self._whole, self.etag = self.size + answer["ContentLength"], answer["ETag"]
+            self._check(self._whole)
             self._stored = answer["Metadata"].get(DIGEST, "")
             for chunk in body.iter_chunks(CHUNK_BYTES):
                 self._hash.update(chunk)
@@ -282,10 +285,17 @@ class S3Store:
             raise StoreConflict(f"{key}: is there already, with other content ({head['ContentLength']} bytes, ours {size})")
         return True
 
-    def _receive(self, key: str, target: BinaryIO | None, patience_s: float | None = None) -> _Coming:
+    def _receive(
+        self,
+        key: str,
+        target: BinaryIO | None,
+        patience_s: float | None = None,
+        *,
+        check: Callable[[int], None] = lambda size: None,
+    ) -> _Coming:
         """Write an object to `target`, where there is one."""
         for last in (False,) * (REREADS - 1) + (True,):
-            coming = _Coming(self.bucket, self._name(key), target)
+            coming = _Coming(self.bucket, self._name(key), target, check)
             try:
                 self._requests.call("read", key, coming.ask, progress=coming.__len__, patience_s=patience_s)
             except ConditionFailed:
