@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -185,8 +184,8 @@ def _seal(store: Store, intent: Intent, step: int, complete: bool, files: dict[s
     return key, manifest
 
 
-def fetch(store: Store, manifest_key: str, manifest_digest: str, target: Path) -> Manifest:
-    """Download a checkpoint and compare every byte; `target` appears whole or not at all.
+def fetch(store: Store, manifest_key: str, manifest_digest: str, target: Path, *, patience_s: float | None = None) -> Manifest:
+    """Download a checkpoint and compare every byte; `target` appears whole or not at all. `patience_s` as in `Store.download`.
 
     Raises CorruptCheckpoint naming the file and both values, FileExistsError, Unreachable.
     """
@@ -198,7 +197,7 @@ def fetch(store: Store, manifest_key: str, manifest_digest: str, target: Path) -
     prefix = manifest_key.removesuffix(MANIFEST)
 
     def receive(name: str) -> Fault | None:
-        return _bring(store, prefix + name, manifest.files[name], partial / name)
+        return _bring(store, prefix + name, manifest.files[name], partial / name, patience_s)
 
     try:
         with ThreadPoolExecutor(TRANSFERS) as pool:
@@ -280,19 +279,28 @@ def _other_manifest(key: str, manifest: Manifest, found: str, committed: str) ->
 def _compare(store: Store, key: str, reference: FileRef, *, full: bool) -> Fault | None:
     if not full:
         return _size_fault(key, store.size(key), reference)
-    with tempfile.TemporaryDirectory(prefix="osctl-verify-") as folder:
-        return _bring(store, key, reference, Path(folder) / "file")
-
-
-def _bring(store: Store, key: str, reference: FileRef, path: Path) -> Fault | None:
     try:
-        store.download(key, path)
+        return _content_fault(key, *store.digest(key), reference)
     except NotFound:
-        return Fault("file_missing", key, f"is not there; committed were {reference.size} bytes")
-    if fault := _size_fault(key, path.stat().st_size, reference):
+        return _missing(key, reference)
+
+
+def _bring(store: Store, key: str, reference: FileRef, path: Path, patience_s: float | None) -> Fault | None:
+    try:
+        store.download(key, path, patience_s=patience_s)
+    except NotFound:
+        return _missing(key, reference)
+    return _content_fault(key, path.stat().st_size, _digest(path), reference)
+
+
+def _missing(key: str, reference: FileRef) -> Fault:
+    return Fault("file_missing", key, f"is not there; committed were {reference.size} bytes")
+
+
+def _content_fault(key: str, size: int, digest: str, reference: FileRef) -> Fault | None:
+    if fault := _size_fault(key, size, reference):
         return fault
-    found = _digest(path)
-    return None if found == reference.sha256 else Fault("file_changed", key, f"sha256 {found}, committed was {reference.sha256}")
+    return None if digest == reference.sha256 else Fault("file_changed", key, f"sha256 {digest}, committed was {reference.sha256}")
 
 
 def _size_fault(key: str, size: int, reference: FileRef) -> Fault | None:

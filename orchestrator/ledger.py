@@ -472,9 +472,9 @@ class Ledger:
             return False
         return True
 
-    def fetch(self, manifest_key: str, manifest_digest: str, target: Path) -> Manifest:
+    def fetch(self, manifest_key: str, manifest_digest: str, target: Path, *, patience_s: float | None = None) -> Manifest:
         """See `checkpoints.fetch`."""
-        return checkpoints.fetch(self.store, manifest_key, manifest_digest, target)
+        return checkpoints.fetch(self.store, manifest_key, manifest_digest, target, patience_s=patience_s)
 
     def verify(self, manifest_key: str, manifest_digest: str, *, full: bool) -> Manifest:
         """See `checkpoints.verify`."""

@@ -46,6 +46,8 @@ class Store(Protocol):
     """Objects under keys with `/`. Reads see every finished write. Nothing is ever overwritten but through `replace`."""
 
     url: str
+    arrived: int
+    """Bytes of files that `upload` has handed over, each counted once. It grows while an upload makes progress that nothing undoes."""
 
     def read(self, key: str) -> Object:
         """A small object, whole. Raises NotFound, Unreachable, Refused where it may not be read, TooLarge."""
@@ -65,8 +67,15 @@ class Store(Protocol):
     def upload(self, key: str, path: Path) -> None:
         """`create` from a file of any size. Raises StoreConflict where other content is there."""
 
-    def download(self, key: str, path: Path) -> None:
-        """Write the object to `path`, whole or not at all. Raises NotFound, Unreachable."""
+    def download(self, key: str, path: Path, *, patience_s: float | None = None) -> None:
+        """Write the object to `path`, whole or not at all. Raises NotFound, Unreachable.
+
+        Args:
+            patience_s: how long nothing may come before a store that does not answer is given up; none: the store's own time.
+        """
+
+    def digest(self, key: str) -> tuple[int, str]:
+        """Size and sha256 of the object. It is read as a stream and written nowhere. Raises NotFound, Unreachable."""
 
     def size(self, key: str) -> int:
         """Bytes. Raises NotFound."""
@@ -164,6 +173,10 @@ class Tracker(Protocol):
     """Where people look at runs (MLflow). Every method raises Unreachable; none is waited for by training."""
 
     url: str
+    waits: bool
+    """Whether a server owes an answer now. Read by another thread, as is the next."""
+    answers: int
+    """How many it has given."""
 
     def runs(self, experiment: str, tags: Mapping[str, str]) -> list[TrackedRun]:
         """Living runs that carry all these tags, oldest first. Makes the experiment where it is missing."""

@@ -3,8 +3,10 @@
 `python -m orchestrator.projection --store URL --pipeline NAME --tracking URI [--follow-pid PID]` does it once, or beside a launch until
 that ends. Nothing waits for it: the ledger is the spool, and what MLflow missed is there the next time.
 
-Owns what a run in MLflow is called, carries and links to. Refuses to write to the ledger, to take anything from MLflow but what it shows
-already, and to guess: a run's terminal status is the ledger's, and without one there it stays RUNNING.
+Owns what a run in MLflow is called, carries and links to. Refuses to write to the ledger, and to take anything from MLflow but what it
+shows already. A run's status is the ledger's. An end that nobody wrote there (a launcher was killed) is read from silence: nobody
+holds the lease, and no journal has grown for a while. Then a run is KILLED as of the last thing heard of it, and RUNNING again once
+more is heard or somebody drives it again.
 
 How nothing is doubled, though MLflow has no idempotency keys:
 
@@ -33,9 +35,10 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -46,7 +49,7 @@ from pydantic import ValidationError
 from opensora.config import StageConfig
 from orchestrator.config import Pipeline, Published
 from orchestrator.cost import AttemptBill, AttemptTime, Bill, Prices, account, load_prices, merge
-from orchestrator.errors import OsctlError, Unreachable, UsageError
+from orchestrator.errors import OsctlError, Refused, Unreachable, UsageError
 from orchestrator.history import AttemptHistory, History
 from orchestrator.inputs import results
 from orchestrator.ledger import Ledger
@@ -77,6 +80,8 @@ BOOKKEEPING = frozenset({"clips", "tokens", "data_wait_s", "checkpoint_s"})
 
 KILLED = frozenset({"drained", "signal", "lost"})
 """Ends that say nothing against the work: somebody or something stopped it."""
+SILENT_S = 30.0
+"""An agent that lives adds to its journal more often than that, or at the latest after three of its own intervals."""
 
 
 # --- What the ledger says --------------------------------------------------------------------------------------------------------------
@@ -120,6 +125,10 @@ class Facts:
     events: tuple[Event, ...]
     """Of kinds launched and ended, in order."""
     stages: tuple[StageFacts, ...]
+    driven: bool = True
+    """Whether somebody holds the lease."""
+    now: float = 0.0
+    """When the lease was looked at."""
 
 
 class Reader:
@@ -260,16 +269,15 @@ def versions(facts: Facts) -> list[VersionPicture]:
 
 
 def _pipeline_picture(facts: Facts, bill: Bill, categories: Sequence[str]) -> RunPicture:
-    last = facts.events[-1] if facts.events else None
-    ended = last if last is not None and last.kind == "ended" else None
+    status, ended = _pipeline_status(facts)
     published = [stage.published for stage in facts.stages if stage.current and stage.published]
     return RunPicture(
         key=facts.pipeline.name,
         parent=None,
         name=facts.pipeline.name,
         start=facts.created,
-        status=_pipeline_status(ended),
-        ended=ended.time if ended else None,
+        status=status,
+        ended=ended,
         tags=_common(facts) | {"osctl/kind": "pipeline", "osctl/store": facts.store, "osctl/backend": facts.pipeline.backend},
         readings=_bill_readings(bill, categories)
         | _reference(bill, sum(ref.gpu_hours for ref in published), sum(ref.usd for ref in published)),
@@ -321,6 +329,7 @@ def _stage_picture(facts: Facts, stage: StageFacts, bill: Bill, categories: Sequ
 
 def _attempt_picture(facts: Facts, stage: StageFacts, attempt: AttemptFacts, bill: AttemptBill, categories: Sequence[str]) -> RunPicture:
     intent, outcome = attempt.intent, attempt.outcome
+    status, ended = _attempt_status(facts, stage, attempt)
     tags = {
         "osctl/kind": "attempt",
         "osctl/stage": intent.stage,
@@ -337,8 +346,8 @@ def _attempt_picture(facts: Facts, stage: StageFacts, attempt: AttemptFacts, bil
         parent=stage_key(facts, stage),
         name=f"{intent.stage} a{intent.attempt}",
         start=intent.created,
-        status=_attempt_status(outcome),
-        ended=outcome.ended if outcome else None,
+        status=status,
+        ended=ended,
         tags=_common(facts) | tags,
         readings=_bill_readings(bill, categories),
         as_of=_as_of(facts),
@@ -352,27 +361,57 @@ def _attempt_picture(facts: Facts, stage: StageFacts, attempt: AttemptFacts, bil
     )
 
 
-def _attempt_status(outcome: Outcome | None) -> RunStatus:
-    if outcome is None:
-        return "RUNNING"
+def _heard(attempt: AttemptFacts) -> float:
+    """Time of the last sign of life that is in the ledger."""
+    return max((node.end for node in attempt.time.nodes if node.end is not None), default=attempt.intent.created)
+
+
+def _lives(facts: Facts, stage: StageFacts, attempt: AttemptFacts) -> bool:
+    """Whether an attempt goes on, as far as the ledger tells: it has no outcome, and is driven or was heard a moment ago."""
+    if attempt.outcome is not None:
+        return False
+    silent_s = facts.now - _heard(attempt)
+    return (facts.driven and stage.current) or silent_s < max(SILENT_S, 3 * attempt.intent.flush_s)
+
+
+def is_undecided(facts: Facts) -> bool:
+    """Nobody drives it, and an attempt was heard a moment ago: whether that lives, silence will tell."""
+    return not facts.driven and any(_lives(facts, stage, attempt) for stage in facts.stages for attempt in stage.attempts)
+
+
+def _attempt_status(facts: Facts, stage: StageFacts, attempt: AttemptFacts) -> tuple[RunStatus, float | None]:
+    if attempt.outcome is not None:
+        return _status_of(attempt.outcome), attempt.outcome.ended
+    return ("RUNNING", None) if _lives(facts, stage, attempt) else ("KILLED", _heard(attempt))
+
+
+def _status_of(outcome: Outcome) -> RunStatus:
     return "FINISHED" if outcome.class_ == "completed" else "KILLED" if outcome.class_ in KILLED else "FAILED"
 
 
 def _stage_status(facts: Facts, stage: StageFacts) -> tuple[RunStatus, float | None]:
-    """A stage between two attempts is running until the launch ends."""
+    """A stage between two attempts is running as long as somebody drives it."""
     if stage.committed is not None:
         return "FINISHED", stage.committed.time
-    outcome = stage.attempts[-1].outcome
-    if outcome is None or not facts.events or facts.events[-1].kind != "ended":
+    last = stage.attempts[-1]
+    if last.outcome is None:
+        return _attempt_status(facts, stage, last)
+    if _is_under_way(facts) and facts.driven and stage.current:
         return "RUNNING", None
-    return ("FAILED" if _attempt_status(outcome) == "FAILED" else "KILLED"), outcome.ended
+    return ("FAILED" if _status_of(last.outcome) == "FAILED" else "KILLED"), last.outcome.ended
 
 
-def _pipeline_status(ended: Event | None) -> RunStatus:
-    if ended is None:
-        return "RUNNING"
+def _pipeline_status(facts: Facts) -> tuple[RunStatus, float | None]:
+    if _is_under_way(facts):
+        return ("RUNNING", None) if facts.driven or is_undecided(facts) else ("KILLED", _as_of(facts))
+    last = facts.events[-1]
     ends: dict[str, RunStatus] = {"succeeded": "FINISHED", "failed": "FAILED"}
-    return ends.get(ended.detail.partition(":")[0], "KILLED")
+    return ends.get(last.detail.partition(":")[0], "KILLED"), last.time
+
+
+def _is_under_way(facts: Facts) -> bool:
+    """Whether a launch began and has not said that it ended."""
+    return not facts.events or facts.events[-1].kind != "ended"
 
 
 def _common(facts: Facts) -> dict[str, str]:
@@ -506,9 +545,11 @@ class Done:
 class Projector:
     """One ledger, one tracker. `bring` may be called at any time, by any number of processes, and stopped anywhere."""
 
-    def __init__(self, ledger: Ledger, tracker: Tracker, prices: Callable[[], Prices] = load_prices):
+    def __init__(
+        self, ledger: Ledger, tracker: Tracker, prices: Callable[[], Prices] = load_prices, clock: Callable[[], float] = time.time
+    ):
         """`prices`: for attempts whose ledger holds no price; see `orchestrator.history`."""
-        self.reader, self.tracker = Reader(ledger, prices), tracker
+        self.reader, self.tracker, self._clock = Reader(ledger, prices), tracker, clock
 
     def bring(self, lag: float = 0.0) -> Facts | None:
         """Bring MLflow up to the ledger.
@@ -520,9 +561,11 @@ class Projector:
         Raises:
             Unreachable: the store or MLflow.
         """
+        driven, now = self._driven(), self._clock()  # before the records: what ended meanwhile says so itself
         facts = self.reader.read()
         if facts is None:
             return None
+        facts = replace(facts, driven=driven, now=now)
         done = Done()
         known = self._known(facts)
         ids: dict[str, str] = {}
@@ -541,6 +584,12 @@ class Projector:
         if done != Done():
             log.debug("projected %s: %s", facts.pipeline.name, done)
         return facts
+
+    def _driven(self) -> bool:
+        try:
+            return self.reader.ledger.holder(self._clock()) is not None
+        except Refused:  # a lease that cannot be read is nobody's
+            return False
 
     def _known(self, facts: Facts) -> dict[str, TrackedRun]:
         """Runs of this ledger by key. Of twins the first id stays: every projection makes the same choice."""
@@ -635,9 +684,11 @@ class Projector:
                 self.tracker.alias(model, result.alias, number)
 
 
-def project(ledger: Ledger, tracker: Tracker, prices: Callable[[], Prices] = load_prices) -> Facts | None:
+def project(
+    ledger: Ledger, tracker: Tracker, prices: Callable[[], Prices] = load_prices, clock: Callable[[], float] = time.time
+) -> Facts | None:
     """Bring MLflow up to the ledger, once and wholly. Idempotent. Raises Unreachable."""
-    return Projector(ledger, tracker, prices).bring()
+    return Projector(ledger, tracker, prices, clock).bring()
 
 
 def _same(shown: float | None, value: float) -> bool:
@@ -654,31 +705,41 @@ def _ms(time_s: float | None) -> int | None:
 
 
 class Follower:
-    """Projects every `interval_s` until the launch is over and everything is there. A dead MLflow costs one line, not a run."""
+    """Projects every `interval_s` until the launch is over and everything is there. A dead MLflow costs one line, not a run.
+
+    A launcher that was killed has written no end: then it looks on until silence has told what became of the attempts.
+    """
 
     LAG = 0.02
     LAST_TRIES = 3
     """Tries after the launch has ended, 1 and 2 s between them; then it is `osctl sync`'s turn."""
+    LAST_ANSWER_S = 4.0
+    """How long a server may owe an answer once the launcher waits for this process to leave."""
     BACKOFF_S = 60.0
     """Longest pause between two tries while MLflow is down."""
+    LINGER_S = 300.0
+    """How long attempts are looked after that nobody drives any more."""
 
     def __init__(
         self,
-        bring: Callable[[float], object],
+        bring: Callable[[float], Facts | None],
         over: Callable[[], bool],
         rest: Callable[[float], None],
         interval_s: float,
+        waited_for: Callable[[], bool] = lambda: False,
     ):
-        self.bring, self.over, self.rest, self.interval_s = bring, over, rest, interval_s
+        """`waited_for`: whether the launcher waits for this process to leave."""
+        self.bring, self.over, self.rest, self.interval_s, self.waited_for = bring, over, rest, interval_s, waited_for
 
     def follow(self) -> bool:
         """Whether MLflow is up to the ledger at the end."""
         down = 0
         last_tries = 0
+        lingered_s = 0.0
         while True:
             over = self.over()  # before the look: what was written until then is seen by it
             try:
-                self.bring(0.0 if over else self.LAG)
+                facts = self.bring(0.0 if over else self.LAG)
             except Unreachable as error:
                 down += 1
                 if down == 1:
@@ -691,8 +752,9 @@ class Follower:
             if down:
                 log.warning("MLflow is back, and up to the ledger")
             down = 0
-            if over:
+            if over and (lingered_s >= self.LINGER_S or self.waited_for() or facts is None or not is_undecided(facts)):
                 return True
+            lingered_s += self.interval_s if over else 0.0
             self.rest(self.interval_s)
 
 
@@ -700,7 +762,9 @@ class Launch:
     """The launcher whose end is waited for: a process, or its word in the ledger that it is done, or a SIGTERM from it."""
 
     def __init__(self, pid: int, events: Callable[[], Sequence[Event]]):
-        self.events, self.asked = events, False
+        self.events = events
+        self.asked = False
+        """Whether the launcher waits for this process to leave."""
         try:
             self.process: psutil.Process | None = psutil.Process(pid)
             self.since = self.process.create_time()
@@ -753,7 +817,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError("projection: tracking is none, there is nothing to bring up to date. Give --tracking sqlite or a URI")
         projector = Projector(Ledger(open_store(options.store), options.pipeline), tracker, named_prices)
         if options.follow_pid is None:
-            projector.bring()
+            facts = projector.bring()
+            if facts is not None and is_undecided(facts):
+                fact = "nobody drives it, and an attempt was heard a moment ago, so MLflow shows it as RUNNING"
+                log.warning("%s: %s; run `osctl sync` again in %.0f s", facts.pipeline.name, fact, SILENT_S)
             return 0
         return _follow(projector, options.follow_pid, options.interval)
     except OsctlError as error:
@@ -766,7 +833,24 @@ def _follow(projector: Projector, pid: int, interval_s: float) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C in the terminal is for the launcher, which ends first
     signal.signal(signal.SIGTERM, launch.ask)
     os.nice(10)  # training comes first
-    return 0 if Follower(projector.bring, launch.over, launch.rest, interval_s).follow() else Unreachable.exit_code
+    threading.Thread(target=_leave_in_time, args=(launch, projector.tracker), daemon=True).start()
+    follower = Follower(projector.bring, launch.over, launch.rest, interval_s, lambda: launch.asked)
+    return 0 if follower.follow() else Unreachable.exit_code
+
+
+def _leave_in_time(launch: Launch, tracker: Tracker) -> None:
+    """End this process where a server that does not answer keeps it, and with it the launcher. It may be stopped anywhere."""
+    owed_s, answers, before = 0.0, 0, time.monotonic()
+    while True:
+        time.sleep(0.1)
+        passed_s, before = time.monotonic() - before, time.monotonic()
+        if not launch.asked or tracker.answers != answers:
+            owed_s, answers = 0.0, tracker.answers
+        elif tracker.waits:
+            owed_s += passed_s
+        if owed_s > Follower.LAST_ANSWER_S:
+            log.warning("MLflow %s: does not answer at the end of the launch; `osctl sync` brings it up to date", tracker.url)
+            os._exit(Unreachable.exit_code)
 
 
 if __name__ == "__main__":

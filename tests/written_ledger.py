@@ -79,6 +79,9 @@ class Writer:
     price: Price | None = None
     """What attempts are made at; none: as by a release that wrote no price down."""
 
+    def clock(self) -> float:
+        return self.now
+
     def launch(self) -> None:
         self.ledger.add_revision(self.pipeline.model_dump(mode="json"), self.now)
         self.lease = self.ledger.acquire(self.now)

@@ -32,6 +32,8 @@ from orchestrator.ports import Object, check_key, check_size
 GENERATION = re.compile(r"^(?P<name>.+)@(?P<number>\d+)$")
 TEMPORARY = ".tmp"
 """Folder below the root in which files are written before they are linked to their keys."""
+OURS = re.compile(r"(?:\d+|probe)-[0-9a-f]{32}")
+"""Names of what we write there. A folder may have a `.tmp` that is somebody else's."""
 KEPT = 16
 """Generations of an object that stay behind the newest one. A lease is renewed every 5 s: a writer may stand still for 80 s."""
 STALE_S = 24 * 3600.0
@@ -42,6 +44,7 @@ class FolderStore:
     def __init__(self, root: Path):
         self.root = Path(root).expanduser().resolve()
         self.url = str(self.root)
+        self.arrived = 0
 
     def read(self, key: str) -> Object:
         with self._errors("read", key), self._open_newest(key) as (file, generation):
@@ -99,12 +102,14 @@ class FolderStore:
         with path.open("rb") as source, self._errors("write", key):
             with self._temporary(write) as temporary:
                 if self._link(temporary, self._path(key)):
+                    self.arrived += source.tell()
                     return
             with self._open_newest(key) as (there, _):
                 if not _same_content(there, path):
                     raise StoreConflict(f"{key}: is there already, with other content")
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, *, patience_s: float | None = None) -> None:
+        """A disk that does not answer is not asked again: `patience_s` is for other stores."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         try:
@@ -113,6 +118,10 @@ class FolderStore:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+    def digest(self, key: str) -> tuple[int, str]:
+        with self._errors("read", key), self._open_newest(key) as (file, _):
+            return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
     def size(self, key: str) -> int:
         with self._errors("read", key), self._open_newest(key) as (file, _):
@@ -135,7 +144,8 @@ class FolderStore:
                 finally:
                     target.unlink(missing_ok=True)
             for entry in _entries(self.root / TEMPORARY):
-                if time.time() - entry.stat(follow_symlinks=False).st_mtime > STALE_S:
+                ours = OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+                if ours and time.time() - entry.stat(follow_symlinks=False).st_mtime > STALE_S:
                     Path(entry.path).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:

@@ -1,70 +1,125 @@
 """An S3 prefix as the store: put-if-absent by If-None-Match, put-if-match by If-Match, SHA-256 with every upload.
 
-Owns what can go wrong between us and a bucket, and turns it into five answers:
+Owns what an object is made of on its way:
 
-- 404 NotFound; 412 StoreConflict, unless what lies there is what we wanted to write: a repeated call whose answer was lost succeeds.
-- 409, 429, 5xx, broken connections and truncated bodies are tried again with jitter until `patience_s` is over, then Unreachable.
-- 403 and other refusals are Refused at once, with bucket, endpoint and action. No message holds a key, a signature or a server's text.
+- Where a condition did not hold it is StoreConflict, unless what lies there is what we wanted to write: a repeated call whose answer
+  was lost succeeds.
+- A large file goes up in parts. A part that has arrived stays: the next try, of this call or of the next one for the same file, goes on
+  with the same upload, unless the server has lost it or says that it cannot be completed any more (409).
+- A download that was cut goes on behind the last byte that came, as long as the object is the same.
 
-Refuses to create buckets, to delete anything, and to judge content: a body that differs from the digest stored beside it is fetched
-again (a proxy may have cut it), and if it stays different it is handed over as it is; `orchestrator.ledger` says what is wrong with it.
+Requests, credentials and patience are `s3_requests`. Refuses to create buckets, to delete anything, and to judge content: a body that
+differs from the digest stored beside it is fetched again (a proxy may have cut it), and if it stays different it is handed over as it
+is; `orchestrator.ledger` says what is wrong with it.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import hashlib
-import itertools
+import io
 import math
 import os
-import random
 import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO
 
+from orchestrator.adapters.s3_requests import ConditionFailed, Requests, UploadLost, code_of
 from orchestrator.errors import NotFound, Refused, StoreConflict, Unreachable, UsageError
 from orchestrator.ports import Object, check_key, check_size
 from orchestrator.redact import redacted
 
-Answer = TypeVar("Answer")
-
 PATIENCE_S = 30.0
-"""How long an action is tried again. Twice a lease's life: a driver that cannot write for so long has lost it."""
+"""How long a request fails before it is given up. Twice a lease's life: a driver that cannot write for so long has lost it."""
 PART_BYTES = 16 << 20
 """Size of a part of a multipart upload, and the largest object that goes up in one request. S3 allows 5 MiB to 5 GiB."""
 PARTS = 10_000
 """S3 takes no more parts than this."""
 UPLOADERS = 4
 """Parts of one file in flight. Arbitrary: four hide the latency of one another without many buffers."""
+BEGINNINGS = 3
+"""Multipart uploads of one file that a call begins where the server loses one after the other."""
+CHUNK_BYTES = 1 << 18
+"""Of a download: what a cut connection loses at most."""
 STALE = timedelta(days=1)
 """Unfinished multipart uploads of this age belong to processes that were killed. They are billed, and no listing shows them."""
+OURS = re.compile(
+    r"[^/]+/stages/[^/@]+@[^/@]+/(?:checkpoints/step-\d{8,}-a\d+|attempts/\d+)/.+"
+    r"|(?:datasets|weights)/[0-9a-f]{64}/.+"
+)
+"""Keys, below our prefix, of files that this package uploads. A prefix may hold other people's uploads beside ours."""
+PAGE = 1000
+"""Uploads in one answer; S3 gives no more."""
 PROBE = ".osctl-probe"
 DIGEST = "osctl-sha256"
 """Metadata that carries the sha256 of an object: an ETag is none, and that of a multipart object is not even an MD5 of its bytes."""
-
-FIRST_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 5.0
 REREADS = 3
 """Times a body is fetched that differs from its digest, before it is taken for what the store really holds."""
-BROKEN_ON_THE_WAY = {
-    "RequestTimeout",
-    "BadDigest",
-    "IncompleteBody",
-    "XAmzContentSHA256Mismatch",
-    "XAmzContentChecksumMismatch",
-    "NoSuchUpload",
-}
-"""Codes under a 4xx status that a repeated request can mend. A lost upload is begun again."""
-EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"}
-RIGHTS = {"read": "s3:GetObject", "write": "s3:PutObject", "list": "s3:ListBucket"}
+
+
+@dataclass
+class _Upload:
+    """A multipart upload that was begun. What has arrived of it outlives the call that sent it."""
+
+    target: dict[str, str]
+    digest: str
+    part_bytes: int
+    parts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Those that have arrived, by number, as the completion names them."""
+
+
+class _Coming:
+    """An object on its way to us, in as many requests as it takes."""
+
+    def __init__(self, bucket: str, name: str, target: BinaryIO | None, check: Callable[[int], None]):
+        """`check`: raises where the object is too large."""
+        self._object = {"Bucket": bucket, "Key": name}
+        self._target, self._check = target, check
+        self._from_the_start()
+
+    def _from_the_start(self) -> None:
+        self.size, self._whole, self.etag, self._stored = 0, -1, "", ""
+        self._hash = hashlib.sha256()
+        if self._target is not None:
+            self._target.seek(0)
+            self._target.truncate()
+
+    def ask(self, client: Any, _: int) -> None:
+        """For what has not come yet. Raises ConditionFailed where the object is not the one that was begun with."""
+        if self.size == self._whole:
+            return
+        rest = {"Range": f"bytes={self.size}-", "IfMatch": self.etag} if self.size and self.etag else {}
+        answer = client.get_object(**self._object, **rest)
+        with contextlib.closing(answer["Body"]) as body:
+            if answer["ResponseMetadata"]["HTTPStatusCode"] != 206:  # or the server does not know ranges
+                self._from_the_start()
+            self._whole, self.etag = self.size + answer["ContentLength"], answer.get("ETag", "")
+            self._check(self._whole)
+            self._stored = answer["Metadata"].get(DIGEST, "")
+            for chunk in body.iter_chunks(CHUNK_BYTES):
+                self._hash.update(chunk)
+                if self._target is not None:
+                    self._target.write(chunk)
+                self.size += len(chunk)
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    @property
+    def as_stored(self) -> bool:
+        return self.size == self._whole and self._stored in ("", self.digest)
 
 
 class S3Store:
@@ -79,7 +134,7 @@ class S3Store:
         """Reads from `env`: OSCTL_S3_ENDPOINT (or AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL), OSCTL_S3_PATH_STYLE (0 or 1; default 1 with an
         endpoint), OSCTL_S3_CA (or AWS_CA_BUNDLE), OSCTL_S3_PATIENCE_S, and what every AWS client reads.
 
-        Raises UsageError.
+        Raises UsageError, Unreachable.
         """
         match = re.fullmatch(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(?P<prefix>.*))?", url)
         if match is None:
@@ -90,34 +145,23 @@ class S3Store:
         self.bucket = match["bucket"]
         self.prefix = check_key(prefix) + "/" if prefix else ""
         self.url = f"s3://{self.bucket}/{prefix}".rstrip("/")
-        self._env = env
-        self._pause = pause
-        self._patience_s = float(env.get("OSCTL_S3_PATIENCE_S", PATIENCE_S)) if patience_s is None else patience_s
-        try:
-            self._client = self._connect()
-        except ValueError as error:  # botocore quotes the endpoint, with whatever is in it
-            raise UsageError(
-                f"store {self.url}: no client can be made; is OSCTL_S3_ENDPOINT http(s)://host:port, and AWS_REGION one?"
-            ) from error
-        self.endpoint = _without_user(str(self._client.meta.endpoint_url))
+        self.arrived = 0
+        patience_s = float(env.get("OSCTL_S3_PATIENCE_S", PATIENCE_S)) if patience_s is None else patience_s
+        self._requests = Requests(self.url, self.bucket, env, patience_s, pause)
+        self.endpoint = self._requests.endpoint
+        self._unfinished: dict[str, _Upload] = {}
+        self._counted: set[tuple[str, str, int]] = set()
+        """Parts that `arrived` has, by key, digest and number: a part that has to be sent again is no progress."""
 
     def read(self, key: str) -> Object:
-        def get(_: int) -> tuple[dict[str, Any], bytes]:
-            answer = self._client.get_object(Bucket=self.bucket, Key=self._name(key))
-            with contextlib.closing(answer["Body"]) as body:
-                check_size(key, answer["ContentLength"])
-                return answer, body.read()
-
-        def wrong(result: tuple[dict[str, Any], bytes]) -> bool:
-            return _differs(result[0], len(result[1]), hashlib.sha256(result[1]).hexdigest())
-
-        answer, data = self._whole(key, get, wrong)
-        return Object(data, answer.get("ETag", ""))  # a gateway shows files that were not put through it without one
+        data = io.BytesIO()
+        coming = self._receive(key, data, check=partial(check_size, key))
+        return Object(data.getvalue(), coming.etag)
 
     def create(self, key: str, data: bytes) -> str:
         try:
-            return self._call("write", key, lambda _: self._put(key, data, IfNoneMatch="*"))
-        except _ConditionFailed:
+            return self._requests.call("write", key, lambda client, _: self._put(client, key, data, IfNoneMatch="*"))
+        except ConditionFailed:
             there = self.read(key)
             if there.data != data:
                 raise StoreConflict(f"{key}: is there already, with other content") from None
@@ -126,14 +170,14 @@ class S3Store:
     def replace(self, key: str, data: bytes, etag: str) -> str:
         tries = 0
 
-        def put(number: int) -> str:
+        def put(client: Any, number: int) -> str:
             nonlocal tries
             tries = number
-            return self._put(key, data, IfMatch=etag)
+            return self._put(client, key, data, IfMatch=etag)
 
         try:
-            return self._call("write", key, put)
-        except _ConditionFailed:
+            return self._requests.call("write", key, put)
+        except ConditionFailed:
             if tries:  # an earlier try may have been written although its answer was lost
                 there = self.read(key)
                 if there.data == data:
@@ -161,33 +205,29 @@ class S3Store:
             if size <= PART_BYTES:
                 file.seek(0)
                 self.create(key, file.read())
+                self._count(key, digest, 1, size)
             else:
                 self._upload_parts(key, file, size, digest)
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path, *, patience_s: float | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-
-        def get(_: int) -> tuple[dict[str, Any], int, str]:
-            answer = self._client.get_object(Bucket=self.bucket, Key=self._name(key))
-            digest = hashlib.sha256()
-            with contextlib.closing(answer["Body"]) as body, partial.open("wb") as file:
-                for chunk in body.iter_chunks(1 << 20):
-                    digest.update(chunk)
-                    file.write(chunk)
-                return answer, file.tell(), digest.hexdigest()
-
         try:
-            self._whole(key, get, lambda result: _differs(*result))
+            with partial.open("wb") as file:
+                self._receive(key, file, patience_s)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+    def digest(self, key: str) -> tuple[int, str]:
+        coming = self._receive(key, None)
+        return coming.size, coming.digest
 
     def size(self, key: str) -> int:
         return int(self._head(key)["ContentLength"])
 
     def discard(self, key: str) -> None:
-        self._call("remove", key, lambda _: self._client.delete_object(Bucket=self.bucket, Key=self._name(key)))
+        self._requests.call("remove", key, lambda client, _: client.delete_object(Bucket=self.bucket, Key=self._name(key)))
 
     def probe(self) -> None:
         """Two writes that a store must refuse, on an object that stays. Also aborts multipart uploads that were left behind."""
@@ -195,11 +235,11 @@ class S3Store:
             self.create(PROBE, b"osctl tries here whether the store honours conditional writes\n")
         for name, condition in (("If-None-Match", {"IfNoneMatch": "*"}), ("If-Match", {"IfMatch": '"00000000000000000000000000000000"'})):
 
-            def put(_: int, condition: dict[str, str] = condition) -> str:
-                return self._put(PROBE, uuid.uuid4().hex.encode(), **condition)
+            def put(client: Any, _: int, condition: dict[str, str] = condition) -> str:
+                return self._put(client, PROBE, uuid.uuid4().hex.encode(), **condition)
 
-            with contextlib.suppress(_ConditionFailed):
-                self._call("write", PROBE, put)
+            with contextlib.suppress(ConditionFailed):
+                self._requests.call("write", PROBE, put)
                 raise Refused(
                     f"store {self.url} at {self.endpoint}: writes over an object in spite of {name}; "
                     "two drivers could both believe that they hold the lease. Use a store that honours conditional writes"
@@ -207,47 +247,12 @@ class S3Store:
         with contextlib.suppress(Refused):  # the right to list uploads is not needed for anything else
             self._abort_stale_uploads()
 
-    def _connect(self) -> Any:
-        from botocore import exceptions, session
-        from botocore.config import Config
-
-        self._answered = exceptions.ClientError
-        self._credentials = (exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.CredentialRetrievalError)
-        self._broken = exceptions.BotoCoreError
-        endpoint = self._env.get("OSCTL_S3_ENDPOINT") or self._env.get("AWS_ENDPOINT_URL_S3") or self._env.get("AWS_ENDPOINT_URL")
-        style = self._env.get("OSCTL_S3_PATH_STYLE", "1" if endpoint else "")
-        if style not in ("", "0", "1"):
-            raise UsageError(f"OSCTL_S3_PATH_STYLE: {style!r} is neither 0 nor 1")
-        config = Config(
-            # One request a try: our own loop decides what is tried again, since a conditional write whose answer was lost is no failure.
-            retries={"total_max_attempts": 1},
-            connect_timeout=5,
-            read_timeout=20,
-            max_pool_connections=4 * UPLOADERS,
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            s3={"addressing_style": "path" if style == "1" else "virtual" if style == "0" else "auto"},
-        )
-        # A session of its own, so that a renewed connection looks for credentials again; the service's description is parsed once.
-        fresh = session.Session()
-        fresh.register_component("data_loader", _descriptions())
-        return fresh.create_client(
-            "s3",
-            endpoint_url=endpoint,
-            aws_access_key_id=self._env.get("AWS_ACCESS_KEY_ID"),
-            aws_secret_access_key=self._env.get("AWS_SECRET_ACCESS_KEY"),
-            aws_session_token=self._env.get("AWS_SESSION_TOKEN"),
-            region_name=self._env.get("AWS_REGION") or self._env.get("AWS_DEFAULT_REGION") or "us-east-1",
-            verify=self._env.get("OSCTL_S3_CA") or self._env.get("AWS_CA_BUNDLE"),
-            config=config,
-        )
-
     def _name(self, key: str) -> str:
         return self.prefix + check_key(key)
 
-    def _put(self, key: str, data: bytes, **condition: str) -> str:
+    def _put(self, client: Any, key: str, data: bytes, **condition: str) -> str:
         digest = hashlib.sha256(data)
-        answer = self._client.put_object(
+        answer = client.put_object(
             Bucket=self.bucket,
             Key=self._name(key),
             Body=data,
@@ -258,8 +263,19 @@ class S3Store:
         return str(answer["ETag"])
 
     def _head(self, key: str) -> dict[str, Any]:
-        answer: dict[str, Any] = self._call("read", key, lambda _: self._client.head_object(Bucket=self.bucket, Key=self._name(key)))
-        return answer
+        place = {"Bucket": self.bucket, "Key": self._name(key)}
+
+        def head(client: Any, _: int) -> dict[str, Any]:
+            try:
+                answer: dict[str, Any] = client.head_object(**place)
+            except self._requests.answered as error:
+                if code_of(error)[0] in ("400", "403"):  # an answer to HEAD has no body: only one to GET says what is wrong
+                    client.get_object(**place, Range="bytes=0-0")["Body"].close()
+                raise
+            return answer
+
+        found: dict[str, Any] = self._requests.call("read", key, head)
+        return found
 
     def _is_there(self, key: str, size: int, digest: str) -> bool:
         """Whether just this content lies under the key. Raises StoreConflict where other content does."""
@@ -267,172 +283,157 @@ class S3Store:
             head = self._head(key)
         except NotFound:
             return False
-        there = head["Metadata"].get(DIGEST) or self._digest_of_content(key)
+        there = head["Metadata"].get(DIGEST) or self.digest(key)[1]  # something else may have put it there
         if head["ContentLength"] != size or there != digest:
             raise StoreConflict(f"{key}: is there already, with other content ({head['ContentLength']} bytes, ours {size})")
         return True
 
-    def _digest_of_content(self, key: str) -> str:
-        """For objects that something else has put there."""
-
-        def get(_: int) -> str:
-            digest = hashlib.sha256()
-            with contextlib.closing(self._client.get_object(Bucket=self.bucket, Key=self._name(key))["Body"]) as body:
-                for chunk in body.iter_chunks(1 << 20):
-                    digest.update(chunk)
-            return digest.hexdigest()
-
-        return self._call("read", key, get)
+    def _receive(
+        self,
+        key: str,
+        target: BinaryIO | None,
+        patience_s: float | None = None,
+        *,
+        check: Callable[[int], None] = lambda size: None,
+    ) -> _Coming:
+        """Write an object to `target`, where there is one."""
+        for last in (False,) * (REREADS - 1) + (True,):
+            coming = _Coming(self.bucket, self._name(key), target, check)
+            try:
+                self._requests.call("read", key, coming.ask, progress=coming.__len__, patience_s=patience_s)
+            except ConditionFailed:
+                if last:
+                    raise Unreachable(self._requests.text("read", key, "it is replaced faster than it can be read; run again")) from None
+                continue
+            if coming.as_stored:
+                break
+        return coming
 
     def _upload_parts(self, key: str, file: BinaryIO, size: int, digest: str) -> None:
         """Nothing is seen under the key before the conditional completion."""
-
-        def attempt(number: int) -> None:
-            if number and self._is_there(key, size, digest):
-                return  # an earlier completion was done, and its answer lost
-            target = self._begin_upload(key, digest)
+        for _ in range(BEGINNINGS):
+            upload = self._begin_upload(key, size, digest)
             try:
-                parts = self._send_parts(key, file, size, target)
-                # Not inside a `_call` of its own: after a 409 the upload has to begin again (S3 user guide, conditional writes).
-                self._client.complete_multipart_upload(**target, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
+                self._send_parts(key, file, size, upload)
+                self._complete(key, upload)
+            except Unreachable:
+                raise  # what has arrived stays for the next call
+            except UploadLost:
+                self._abort(key, upload)
+                if self._is_there(key, size, digest):
+                    return  # an earlier completion was done, and its answer lost
+                continue
+            except ConditionFailed:
+                self._abort(key, upload)
+                if not self._is_there(key, size, digest):
+                    text = "it has the object by one answer and not by the next"
+                    raise Unreachable(self._requests.text("write", key, text)) from None
+                return
             except BaseException:
-                with contextlib.suppress(self._answered, self._broken):
-                    self._client.abort_multipart_upload(**target)
+                self._abort(key, upload)
                 raise
+            del self._unfinished[key]
+            return
+        raise Unreachable(self._requests.text("write", key, f"it lost {BEGINNINGS} multipart uploads of it before they were complete"))
 
-        try:
-            self._call("write", key, attempt)
-        except _ConditionFailed:
-            if not self._is_there(key, size, digest):
-                raise Unreachable(self._text("write", key, "it has the object by one answer and not by the next")) from None
+    def _begin_upload(self, key: str, size: int, digest: str) -> _Upload:
+        """A new upload, or the one that an earlier call could not finish."""
+        if (begun := self._unfinished.get(key)) is not None:
+            if begun.digest == digest:
+                return begun
+            self._abort(key, begun)
+        place = {"Bucket": self.bucket, "Key": self._name(key)}
 
-    def _begin_upload(self, key: str, digest: str) -> dict[str, str]:
-        def begin(_: int) -> str:
-            answer = self._client.create_multipart_upload(
-                Bucket=self.bucket, Key=self._name(key), ChecksumAlgorithm="SHA256", Metadata={DIGEST: digest}
-            )
+        def begin(client: Any, _: int) -> str:
+            answer = client.create_multipart_upload(**place, ChecksumAlgorithm="SHA256", Metadata={DIGEST: digest})
             return str(answer["UploadId"])
 
-        return {"Bucket": self.bucket, "Key": self._name(key), "UploadId": self._call("write", key, begin)}
+        target = place | {"UploadId": self._requests.call("write", key, begin)}
+        self._unfinished[key] = _Upload(target, digest, max(PART_BYTES, math.ceil(size / PARTS)))
+        return self._unfinished[key]
 
-    def _send_parts(self, key: str, file: BinaryIO, size: int, target: dict[str, str]) -> Sequence[dict[str, Any]]:
-        part_bytes = max(PART_BYTES, math.ceil(size / PARTS))
-
-        def send(number: int) -> dict[str, Any]:
-            data = os.pread(file.fileno(), part_bytes, (number - 1) * part_bytes)
+    def _send_parts(self, key: str, file: BinaryIO, size: int, upload: _Upload) -> None:
+        def send(number: int) -> None:
+            data = os.pread(file.fileno(), upload.part_bytes, (number - 1) * upload.part_bytes)
             checksum = _base64(hashlib.sha256(data).digest())
 
-            def put(_: int) -> str:
-                answer = self._client.upload_part(**target, PartNumber=number, Body=data, ChecksumSHA256=checksum)
+            def put(client: Any, _: int) -> str:
+                answer = client.upload_part(**upload.target, PartNumber=number, Body=data, ChecksumSHA256=checksum)
                 return str(answer["ETag"])
 
-            return {"PartNumber": number, "ETag": self._call("write", key, put), "ChecksumSHA256": checksum}
+            upload.parts[number] = {"PartNumber": number, "ETag": self._requests.call("write", key, put), "ChecksumSHA256": checksum}
+            self._count(key, upload.digest, number, len(data))
 
+        numbers = range(1, math.ceil(size / upload.part_bytes) + 1)
         with ThreadPoolExecutor(UPLOADERS) as pool:
-            return tuple(pool.map(send, range(1, math.ceil(size / part_bytes) + 1)))
+            for _ in pool.map(send, [number for number in numbers if number not in upload.parts]):
+                pass
+
+    def _complete(self, key: str, upload: _Upload) -> None:
+        parts = [upload.parts[number] for number in sorted(upload.parts)]
+
+        def complete(client: Any, _: int) -> None:
+            try:
+                client.complete_multipart_upload(**upload.target, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
+            except self._requests.answered as error:
+                if code_of(error)[1] == 409:  # then an upload has to begin again (S3 user guide, conditional writes)
+                    raise UploadLost from error
+                raise
+
+        self._requests.call("write", key, complete)
+
+    def _abort(self, key: str, upload: _Upload) -> None:
+        self._unfinished.pop(key, None)
+        self._drop(upload.target)
+
+    def _drop(self, target: dict[str, str]) -> None:
+        self._requests.try_once(lambda client: client.abort_multipart_upload(**target))
+
+    def _count(self, key: str, digest: str, part: int, size: int) -> None:
+        if (key, digest, part) not in self._counted:
+            self._counted.add((key, digest, part))
+            self.arrived += size
 
     def _abort_stale_uploads(self) -> None:
-        answer = self._call("list", "uploads", lambda _: self._client.list_multipart_uploads(Bucket=self.bucket, Prefix=self.prefix))
-        for upload in answer.get("Uploads", ()):
-            if datetime.now(UTC) - upload["Initiated"] > STALE:
-                with contextlib.suppress(self._answered, self._broken):
-                    self._client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        for upload in list(self._uploads()):  # all of them first: what is aborted cannot mark where the next page begins
+            name = upload["Key"]
+            ours = name.startswith(self.prefix) and OURS.fullmatch(name.removeprefix(self.prefix))
+            if ours and datetime.now(UTC) - upload["Initiated"] > STALE:
+                self._drop({"Bucket": self.bucket, "Key": name, "UploadId": upload["UploadId"]})
+
+    def _uploads(self) -> Iterator[dict[str, Any]]:
+        """Multipart uploads below our prefix that are not finished, whoever began them."""
+        markers: dict[str, str] = {}
+        while True:
+
+            def get(client: Any, _: int, markers: dict[str, str] = markers) -> dict[str, Any]:
+                page: dict[str, Any] = client.list_multipart_uploads(Bucket=self.bucket, Prefix=self.prefix, MaxUploads=PAGE, **markers)
+                return page
+
+            try:
+                page = self._requests.call("list", "uploads", get)
+            except Refused:
+                if markers.pop("UploadIdMarker", None) is None:
+                    raise
+                continue  # versitygw 1.8 takes no marker that it has given; without it the next page begins at the next key
+            yield from page.get("Uploads", ())
+            if not page.get("IsTruncated") or not page.get("NextKeyMarker"):
+                return
+            markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
 
     def _pages(self, prefix: str, **options: str) -> Iterator[dict[str, Any]]:
         while True:
 
-            def get(_: int, options: dict[str, str] = options) -> dict[str, Any]:
-                page: dict[str, Any] = self._client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix + prefix, **options)
+            def get(client: Any, _: int, options: dict[str, str] = options) -> dict[str, Any]:
+                page: dict[str, Any] = client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix + prefix, **options)
                 return page
 
-            page = self._call("list", prefix, get)
+            page = self._requests.call("list", prefix, get)
             yield page
             if not page.get("IsTruncated"):
                 return
             options = {**options, "ContinuationToken": page["NextContinuationToken"]}
 
-    def _whole(self, key: str, get: Callable[[int], Answer], differs: Callable[[Answer], bool]) -> Answer:
-        for _ in range(REREADS):
-            answer = self._call("read", key, get)
-            if not differs(answer):
-                break
-        return answer
-
-    def _call(self, action: str, key: str, request: Callable[[int], Answer]) -> Answer:
-        """The request's answer; `request` is given the number of tries before it.
-
-        Raises _ConditionFailed, NotFound, Refused, Unreachable.
-        """
-        deadline = time.monotonic() + self._patience_s
-        renewed = False
-        for number in itertools.count():
-            try:
-                return request(number)
-            except self._answered as error:
-                code, status = str(error.response["Error"]["Code"]), int(error.response["ResponseMetadata"]["HTTPStatusCode"])
-                if code in EXPIRED and not renewed:
-                    renewed, self._client = True, self._connect()
-                    continue
-                self._judge(action, key, code, status)
-                reason = f"answers {status} {code}"
-            except self._credentials as error:
-                raise Refused(self._text(action, key, "no credentials were found; set AWS_ACCESS_KEY_ID, AWS_PROFILE or a role")) from error
-            except self._broken as error:
-                if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                    reason = "its certificate is not trusted; name the authority's file in OSCTL_S3_CA"
-                    raise Unreachable(self._text(action, key, reason)) from error
-                reason = f"does not answer ({type(error).__name__})"
-            wait = random.uniform(0.5, 1) * min(FIRST_PAUSE_S * 2**number, LONGEST_PAUSE_S)
-            if time.monotonic() + wait > deadline:
-                tries = f"{number + 1} tries in {self._patience_s:g} s"
-                raise Unreachable(self._text(action, key, f"{reason}, {tries}; check the endpoint and the network, then run again"))
-            self._pause(wait)
-        raise AssertionError("unreachable: the loop above has no end")
-
-    def _judge(self, action: str, key: str, code: str, status: int) -> None:
-        """Returns where another try may help. The server's own text is left out: it can quote keys and signed requests."""
-        if status == 412:
-            raise _ConditionFailed
-        if code == "NoSuchBucket":
-            raise Refused(self._text(action, key, f"there is no bucket {self.bucket}; make it first, or correct the store's URL"))
-        if code in BROKEN_ON_THE_WAY or status in (408, 409, 425, 429) or status >= 500:
-            return
-        if status == 404:
-            raise NotFound(key)
-        if code == "RequestTimeTooSkewed":
-            raise Refused(self._text(action, key, "this host's clock and the store's differ too much; set the clock"))
-        if status in (401, 403):
-            raise Refused(self._text(action, key, f"access denied ({status} {code}); {RIGHTS[action]} on bucket {self.bucket} is needed"))
-        raise Refused(self._text(action, key, f"refused ({status} {code}); check region, endpoint and path style"))
-
-    def _text(self, action: str, key: str, reason: str) -> str:
-        return f"store {self.url} at {self.endpoint}: cannot {action} {key or 'its keys'}: {reason}"
-
-
-class _ConditionFailed(Exception):
-    """412: If-None-Match or If-Match did not hold."""
-
-
-@functools.cache
-def _descriptions() -> Any:
-    from botocore.loaders import Loader
-
-    class Descriptions(Loader):
-        def list_available_services(self, type_name: str) -> list[str]:
-            """Botocore asks whether s3 is among them, and opens 400 folders for the answer: 0.015 CPU-s of each process (measured)."""
-            return [path.name for folder in map(Path, self.search_paths) if folder.is_dir() for path in folder.iterdir()]
-
-    return Descriptions()
-
-
-def _differs(answer: dict[str, Any], size: int, digest: str) -> bool:
-    return bool(size != answer["ContentLength"] or answer["Metadata"].get(DIGEST, digest) != digest)
-
 
 def _base64(digest: bytes) -> str:
     return base64.b64encode(digest).decode()
-
-
-def _without_user(endpoint: str) -> str:
-    parts = urlsplit(redacted(endpoint))
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -11,8 +11,12 @@ twins by our own key and keeps the first.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import logging
 import os
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +46,8 @@ ENVIRONMENT = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # CVE-2026-0545: its job API has no authentication
 }
 """Set before mlflow is imported, where the user has not set them."""
+FIRST_ANSWER_S = 10.0
+"""How long a server may take to answer at all, before mlflow is imported (seconds) and its client is patient (minutes)."""
 
 
 def open_tracker(tracking: str, home: Path, artifacts: Path | None = None) -> MlflowTracker | None:
@@ -79,6 +85,8 @@ class MlflowTracker:
         self.url = url
         self._artifacts = artifacts
         self._experiments: dict[str, str] = {}
+        self._answers = False
+        self.waits, self.answers = False, 0
 
     @cached_property
     def _client(self) -> MlflowClient:
@@ -110,16 +118,17 @@ class MlflowTracker:
                     dict(run.data.params),
                     dict(run.data.metrics),
                     tuple((used.dataset.name, used.dataset.digest) for used in run.inputs.dataset_inputs),
-                    run.info.end_time / 1000 if run.info.end_time else None,
+                    # MLflow keeps the end of a run that goes on after all; there is no call that takes it back.
+                    run.info.end_time / 1000 if run.info.end_time and run.info.status != "RUNNING" else None,
                 )
                 for run in found
             ]
 
     def experiment(self, name: str) -> str:
         """Its id. Makes it where it is missing; one that somebody deleted is taken back, since its name is ours."""
-        from mlflow.exceptions import MlflowException
-
         with self._reach():
+            from mlflow.exceptions import MlflowException
+
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 try:
@@ -144,9 +153,9 @@ class MlflowTracker:
     def log(
         self, run: str, *, points: Sequence[Point] = (), params: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None
     ) -> None:
-        from mlflow.entities import Metric, Param, RunTag
-
         with self._reach():
+            from mlflow.entities import Metric, Param, RunTag
+
             metrics = [Metric(point.key, point.value, milliseconds(point.time), point.step) for point in points]
             parts: list[dict[str, Any]] = [{"metrics": metrics[at : at + METRICS_A_CALL]} for at in range(0, len(metrics), METRICS_A_CALL)]
             settings = [Param(key, value) for key, value in (params or {}).items()]
@@ -155,6 +164,7 @@ class MlflowTracker:
                 last = parts.pop() if parts else {}
                 parts.append({**last, "tags": [RunTag(key, value) for key, value in tags.items()]})
             for part in parts:
+                self._sends()
                 self._client.log_batch(run, **part)
 
     def status(self, run: str, status: RunStatus, ended: float | None) -> None:
@@ -169,9 +179,9 @@ class MlflowTracker:
             self._client.delete_run(run)
 
     def dataset(self, run: str, name: str, digest: str, source: str) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
         with self._reach():
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
             used = DatasetInput(Dataset(name, digest, "osctl", source), [InputTag("mlflow.data.context", "training")])
             self._client.log_inputs(run, [used])
 
@@ -185,9 +195,9 @@ class MlflowTracker:
             self._client.log_artifact(run, str(path), folder)
 
     def models(self, model: str) -> tuple[list[ModelVersion], dict[str, int]]:
-        from mlflow.exceptions import MlflowException
-
         with self._reach():
+            from mlflow.exceptions import MlflowException
+
             try:
                 aliases = self._client.get_registered_model(model).aliases
             except MlflowException as error:
@@ -199,9 +209,9 @@ class MlflowTracker:
             return sorted(versions, key=lambda version: version.number), {alias: int(number) for alias, number in aliases.items()}
 
     def register(self, model: str, source: str, run: str, tags: Mapping[str, str]) -> int:
-        from mlflow.exceptions import MlflowException
-
         with self._reach():
+            from mlflow.exceptions import MlflowException
+
             try:
                 self._client.create_registered_model(model)
             except MlflowException as error:
@@ -221,21 +231,65 @@ class MlflowTracker:
         page = ask(None)
         yield from page
         while page.token:
+            self._sends()
             page = ask(page.token)
             yield from page
 
     @contextlib.contextmanager
     def _reach(self) -> Iterator[None]:
         """Whatever MLflow, its database or the network says becomes Unreachable, in one line."""
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
+        inside = self.waits
         try:
-            yield
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            fact = _first_line(error)
-            said = f"MLflow {self.url}: {fact}. Training does not wait for it; `osctl sync` brings it up to date"
-            raise Unreachable(redacted(said)) from error
+            if self.url.startswith("http") and not self._answers:
+                self._ask_for_any_answer()
+            self._client  # noqa: B018 - its import is nothing that a server owes
+            from mlflow.exceptions import MlflowException
+            from sqlalchemy.exc import SQLAlchemyError
+
+            self._sends()
+            try:
+                yield
+            except (MlflowException, SQLAlchemyError) as error:
+                raise self._away(error) from error
+            self._answers = True
+            self.answers += 1
+        except OSError as error:
+            raise self._away(error) from error
+        finally:
+            self.waits = inside
+
+    def _sends(self) -> None:
+        """The next request goes out, so what was asked before has been answered."""
+        self.answers += self.waits
+        self.waits = self.url.startswith("http")
+
+    def _ask_for_any_answer(self) -> None:
+        """Raises OSError where a server is away, hangs or fails. What it means by another answer is for MLflow's client to find out."""
+        self.waits, fact = True, ""
+        try:
+            with urllib.request.urlopen(f"{self.url}/api/2.0/mlflow/experiments/search?max_results=1", timeout=FIRST_ANSWER_S):
+                pass
+        except urllib.error.HTTPError as error:
+            error.close()
+            fact = f"answers {error.code}" if error.code >= 500 else ""
+        except http.client.HTTPException as error:
+            fact = f"does not speak HTTP ({type(error).__name__})"
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                fact = f"has not answered for {FIRST_ANSWER_S:g} s"
+            elif not isinstance(reason, ssl.SSLError):  # then it is there; which authority signed for it is known to MLflow's client
+                raise
+        finally:
+            self.waits = False
+        if fact:
+            raise OSError(fact)
+        self.answers += 1
+
+    def _away(self, error: Exception) -> Unreachable:
+        self._answers = False
+        said = f"MLflow {self.url}: {_first_line(error)}. Training does not wait for it; `osctl sync` brings it up to date"
+        return Unreachable(redacted(said))
 
 
 def milliseconds(time_s: float) -> int:

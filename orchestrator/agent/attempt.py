@@ -160,12 +160,13 @@ class Attempt:
         intent, run = self.intent, self.run
         run.write_stage(intent.config)
         run.checkpoints.mkdir(exist_ok=True)
+        bring = partial(self.ledger.fetch, patience_s=self._patience.store_s)
         if intent.parent is not None:
-            self._patiently(partial(self.ledger.fetch, intent.parent.key, intent.parent.manifest_digest, run.parent))
+            self._patiently(partial(bring, intent.parent.key, intent.parent.manifest_digest, run.parent))
         if intent.resume is not None:
             target = run.checkpoint(intent.resume.step)
             try:
-                self._patiently(partial(self.ledger.fetch, intent.resume.key, intent.resume.manifest_digest, target))
+                self._patiently(partial(bring, intent.resume.key, intent.resume.manifest_digest, target))
             except (CorruptCheckpoint, NotFound) as error:
                 raise _DamagedResume(str(error)) from error
 
@@ -183,13 +184,16 @@ class Attempt:
         return resume is not None and f"checkpoint {self.run.checkpoint(resume.step)}" in reason and "is of another stage" not in reason
 
     def _patiently(self, fetch: Callable[[], object]) -> None:
-        deadline = time.monotonic() + self._patience.store_s
+        """Patience counts from the first failure: a checkpoint of hundreds of gigabytes is on its way for longer."""
+        deadline: float | None = None
         while True:
             try:
                 fetch()
                 return
             except Unreachable as error:
-                if time.monotonic() > deadline or is_disk_full(error):
+                now = time.monotonic()
+                deadline = now + self._patience.store_s if deadline is None else deadline
+                if now > deadline or is_disk_full(error):
                     raise
                 log.warning("%s; again in 1 s", error)
                 time.sleep(1.0)

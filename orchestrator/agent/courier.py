@@ -56,20 +56,27 @@ def _shielded(call: Callable[[], object], what: str) -> None:
 
 
 class Courier(threading.Thread):
-    """One queue. `wake` is called, from this thread, whenever a parcel is done with."""
+    """One queue."""
 
-    def __init__(self, name: str, wake: Callable[[], None], *, waits_for_space: bool = False) -> None:
-        """`waits_for_space`: a full disk refuses nothing for good. Of pieces that belong together one must not be left out."""
+    def __init__(
+        self, name: str, wake: Callable[[], None], arrived: Callable[[], int] = lambda: 0, *, waits_for_space: bool = False
+    ) -> None:
+        """
+        Args:
+            wake: called, from this thread, whenever a parcel is done with.
+            arrived: grows while a parcel is on its way and parts of it arrive (`Store.arrived`).
+            waits_for_space: a full disk refuses nothing for good. Of pieces that belong together one must not be left out.
+        """
         self._waits_for_space, self.disk_full = waits_for_space, False
         super().__init__(name=name, daemon=True)
-        self._wake = wake
+        self._wake, self._arrived = wake, arrived
         self._changed = threading.Condition()
         self._queue: deque[Parcel] = deque()
         self._busy = False
         self.refused: dict[str, Refusal] = {}
         """Parcels that the store will never take, by name."""
-        self.failing_since: float | None = None
-        """time.monotonic() of the first failure after the last success."""
+        self._failure: tuple[float, int] | None = None
+        """When the first one was after the last success or progress, and what had arrived by then."""
         self.trouble = ""
         """What the store last said, while it fails."""
         self.delivered: float | None = None
@@ -95,6 +102,14 @@ class Courier(threading.Thread):
             self._queue.clear()
         for parcel in dropped:
             _shielded(parcel.after, f"after {parcel.name}")
+
+    @property
+    def failing_since(self) -> float | None:
+        """time.monotonic() of the first failure after the last success. Parts of a parcel that arrive are a success, too."""
+        failure, arrived = self._failure, self._arrived()
+        if failure is not None and arrived > failure[1]:
+            failure = self._failure = time.monotonic(), arrived
+        return None if failure is None else failure[0]
 
     @property
     def idle(self) -> bool:
@@ -126,11 +141,13 @@ class Courier(threading.Thread):
                     return
                 self.trouble = f"{parcel.name}: {error}"
                 log.warning("%s; again in %.1f s", self.trouble, pause)
-                self.failing_since, self.disk_full = self.failing_since or time.monotonic(), full
+                if self.failing_since is None:
+                    self._failure = time.monotonic(), self._arrived()
+                self.disk_full = full
                 time.sleep(pause * random.uniform(0.5, 1.0))  # not all agents at once
                 pause = min(2 * pause, LONGEST_PAUSE_S)
                 continue
-            self.failing_since, self.trouble, self.disk_full, self.delivered = None, "", False, began
+            self._failure, self.trouble, self.disk_full, self.delivered = None, "", False, began
             return
 
     def _refuse(self, parcel: Parcel, error: Exception) -> None:

@@ -46,7 +46,7 @@ class Publication:
         self._promised: int | None = None
         self._refused_since: float | None = None
         self._refused_last = ""
-        self.courier = Courier("checkpoints", wake)
+        self.courier = Courier("checkpoints", wake, lambda: ledger.store.arrived)
         """Of this node's own files."""
         self.peers = Peers(ledger, intent, node, wake, silence_s, self.published) if intent.nodes > 1 else None
 

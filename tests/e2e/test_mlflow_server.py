@@ -15,13 +15,14 @@ from typing import Any
 
 import psutil
 import pytest
+from bad_servers import TROUBLES, Trouble, troubled
 from written_ledger import Writer, pipeline
 
 from orchestrator.adapters import mlflow_ui, open_store
-from orchestrator.adapters.tracking import MlflowTracker
+from orchestrator.adapters.tracking import FIRST_ANSWER_S, MlflowTracker
 from orchestrator.errors import Refused
 from orchestrator.ledger import Ledger
-from orchestrator.projection import project
+from orchestrator.projection import Follower, project
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -107,6 +108,69 @@ def test_a_server_that_was_down_is_brought_up_to_date_once(tmp_path: Path, serve
     assert number is not None
     assert len(mlflow_ui.stage_runs(server.url, number)) == 3
     assert [path.read_bytes() for path in (tmp_path / "server" / "artifacts").rglob("sheet.png")] == [b"a sheet"]
+
+
+def follower(home: Path, url: str) -> subprocess.Popen[str]:
+    """Of this very process, which does not end."""
+    command = [sys.executable, "-m", "orchestrator.projection", "--store", str(home / "store"), "--pipeline", "demo", "--tracking", url]
+    command += ["--follow-pid", str(os.getpid()), "--interval", "0.2"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=home)
+
+
+def leaves(process: subprocess.Popen[str]) -> tuple[int, str, float]:
+    """Ask it to leave: exit code, what it said, and how long that took."""
+    asked = time.monotonic()
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert out == ""
+    return process.returncode, err, time.monotonic() - asked
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_server_in_trouble_keeps_nobody_and_is_named_in_one_line(tmp_path: Path, trouble: Trouble) -> None:
+    """Asked to leave, the follower does within seconds; `sync` gives up within its bound."""
+    story = Writer(Ledger(open_store(str(tmp_path / "store")), "demo"), pipeline())
+    story.launch()
+    story.train(story.begin("stage1"), 15)
+    with troubled(trouble) as url:
+        process = follower(tmp_path, url)
+        time.sleep(8)  # it is at its first look, or has begun to wait for the next
+        assert process.poll() is None
+        code, err, took_s = leaves(process)
+        assert code == 5 and url in err and "osctl sync" in err and "Traceback" not in err, err
+        assert took_s < Follower.LAST_ANSWER_S + 1.5
+        began = time.monotonic()
+        code, said = projection(tmp_path, url)
+        assert code == 5 and len(said) == 1 and url in said[0], said
+        assert time.monotonic() - began < FIRST_ANSWER_S + 20
+
+
+def test_a_server_that_freezes_in_the_middle_keeps_nobody(tmp_path: Path, servers: Callable[[int], mlflow_ui.Server]) -> None:
+    story = Writer(Ledger(open_store(str(tmp_path / "store")), "demo"), pipeline())
+    server = servers(0)
+    story.launch()
+    intent = story.begin("stage1")
+    story.train(intent, 10)
+    server.wait_until_up(UP_S)
+    process = follower(tmp_path, server.url)
+    end = time.monotonic() + UP_S
+    while not curves(tmp_path) and time.monotonic() < end:
+        time.sleep(0.2)
+    half = curves(tmp_path)
+    assert half
+    os.killpg(server.process.pid, signal.SIGSTOP)
+    try:
+        story.train(intent, 30)
+        time.sleep(3)
+        code, err, took_s = leaves(process)
+    finally:
+        os.killpg(server.process.pid, signal.SIGCONT)
+    assert code == 5 and "osctl sync" in err and took_s < Follower.LAST_ANSWER_S + 1.5, (err, took_s)
+    story.finish(intent)
+    story.end()
+    assert projection(tmp_path, server.url) == (0, [])
+    after = curves(tmp_path)
+    assert set(after.values()) == {1} and half.keys() <= after.keys() and max(step for _, _, step, _, _ in after) == 30
 
 
 def test_ctrl_c_ends_the_pages_and_every_process_of_theirs(tmp_path: Path) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sqlite3
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from bad_servers import Trouble, troubled
 from tiny_recipe import STAGES, Osctl, write
 
-from orchestrator.adapters import mlflow_ui
+from orchestrator.adapters import mlflow_ui, open_store
+from orchestrator.adapters.tracking import FIRST_ANSWER_S
+from orchestrator.ledger import Ledger
 
 pytestmark = pytest.mark.long
 
@@ -65,3 +73,51 @@ def test_on_s3_with_mlflow_away_the_result_is_the_same_and_sync_catches_up(s3: A
     for run in stages.values():
         assert run["status"] == "FINISHED" and run["metrics"]["usd"] > 0 and run["metrics"]["gpu_hours"] == 0
         assert run["metrics"]["loss"] > 0
+
+
+@pytest.mark.parametrize("trouble", ["hangs", "fails"])
+def test_a_launch_ends_as_soon_without_its_mlflow_and_says_once_what_to_do(tmp_path: Path, trouble: Trouble) -> None:
+    """Between the last word in the ledger and the end of the command lies what the follower takes to give up."""
+    with troubled(trouble) as tracking:
+        osctl = Osctl(write(tmp_path / "run", tracking=tracking, devices=1, stages=1))
+        said = osctl("launch").stderr
+        left = time.time()
+        assert said.count("osctl sync") == 1 and tracking in said
+        ledger = Ledger(open_store(str(tmp_path / "run" / ".osctl" / "store")), "tiny")
+        assert left - max(event.time for event in ledger.events()) < 8.0
+        began = time.monotonic()
+        assert tracking in osctl("sync", expect=5).stderr
+        assert time.monotonic() - began < FIRST_ANSWER_S + 20
+    assert set(osctl.digests()) == {"stage1"}
+
+
+def statuses(database: Path) -> dict[str, str]:
+    """Name and status of every run."""
+    if not database.exists():
+        return {}
+    with contextlib.closing(sqlite3.connect(database)) as connection, contextlib.suppress(sqlite3.OperationalError):
+        return dict(connection.execute("select name, status from runs").fetchall())
+    return {}
+
+
+def until(fact: Callable[[], Any], what: str, patience_s: float = 240.0) -> None:
+    end = time.monotonic() + patience_s
+    while not fact():
+        assert time.monotonic() < end, what
+        time.sleep(0.2)
+
+
+def test_runs_of_a_killed_launch_end_by_themselves_and_go_on_with_the_next(tmp_path: Path) -> None:
+    """SIGKILL for the launcher: its follower stays until silence has told the end, and `sync` is not needed."""
+    steps = {"steps": 400, "checkpoint": {"every_steps": 100}}
+    osctl = Osctl(write(tmp_path / "run", tracking="sqlite", devices=1, stages=1, changes=steps))
+    database = tmp_path / "run" / ".osctl" / "mlflow.db"
+    launcher = osctl.start("launch")
+    until(lambda: statuses(database).get("stage1 a1") == "RUNNING", "MLflow shows the attempt")
+    (follower,) = [child for child in psutil.Process(launcher.pid).children() if "orchestrator.projection" in child.cmdline()]
+    launcher.kill()
+    launcher.wait()
+    until(lambda: not follower.is_running(), "the follower leaves")
+    assert statuses(database) == dict.fromkeys(("tiny", "stage1", "stage1 a1"), "KILLED")
+    osctl("launch")
+    assert statuses(database) == {"tiny": "FINISHED", "stage1": "FINISHED", "stage1 a1": "KILLED", "stage1 a2": "FINISHED"}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from live_attempts import Attempts
 
-from orchestrator.checkpoints import fetch, merge_parts, publish, publish_part
+from orchestrator.checkpoints import fetch, inspect, merge_parts, publish, publish_part, verify
 from orchestrator.errors import CorruptCheckpoint
 from orchestrator.records import FileRef, Intent, weights_digest
 
@@ -61,6 +62,19 @@ def test_parts_of_all_nodes_make_the_checkpoint_that_one_node_would_have_made(at
     assert {path.name: path.read_bytes() for path in (tmp_path / "fetched").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()
     }
+
+
+def test_verifying_every_byte_writes_nowhere(attempts: Attempts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a temporary folder that is not there, and a store that cannot be copied from."""
+    intent = attempts.intend(stage="alone")
+    key, manifest = publish(attempts.store, intent, saved(tmp_path / "alone", FILES))
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    monkeypatch.setattr(attempts.store, "download", None)
+    assert verify(attempts.store, key, manifest.digest(), full=True) == manifest
+    changed = tmp_path / "store" / key.replace("MANIFEST.json", "stage.yaml")
+    changed.write_bytes(changed.read_bytes().upper())
+    _, faults = inspect(attempts.store, key, manifest.digest(), full=True)
+    assert [(fault.kind, fault.key) for fault in faults] == [("file_changed", key.replace("MANIFEST.json", "stage.yaml"))]
 
 
 def digest_of(*contents: bytes) -> str:

@@ -25,6 +25,7 @@ from orchestrator.adapters import open_store
 from orchestrator.adapters.tracking import MlflowTracker, open_tracker, tracking_url
 from orchestrator.cost import account
 from orchestrator.errors import Unreachable, UsageError
+from orchestrator.lease import TTL_S
 from orchestrator.ledger import Ledger
 from orchestrator.ports import Point, TrackedRun
 from orchestrator.prices import Prices, load_prices
@@ -33,6 +34,7 @@ from orchestrator.projection import (
     CURSOR,
     LEDGER,
     RUN_KEY,
+    SILENT_S,
     Follower,
     Launch,
     Projector,
@@ -40,6 +42,7 @@ from orchestrator.projection import (
     alias_of,
     attempt_curve,
     flatten,
+    is_undecided,
     metric_name,
     points,
     project,
@@ -288,7 +291,7 @@ def test_terminal_status_is_the_ledgers(
         story.close(intent, class_)
     if launch is not None:
         story.end(launch)
-    project(story.ledger, tracker, prices)
+    project(story.ledger, tracker, prices, story.clock)
     found = {short(key): run for key, run in runs_of(tracker).items()}
     assert (found["stage1/a1"].status, found["stage1"].status, found["demo"].status) == (attempt, stage, whole)
     if class_ is not None:
@@ -302,20 +305,95 @@ def test_launching_again_reopens_what_had_ended(story: Writer, tracker: MlflowTr
     story.publish(intent, 10)
     story.close(intent, "drained")
     story.end("cancelled")
-    project(story.ledger, tracker, prices)
+    project(story.ledger, tracker, prices, story.clock)
     story.now += 3600
     story.launch()
     resumed = story.begin("stage1", resume=10)
     story.train(resumed, 20)
-    project(story.ledger, tracker, prices)
+    project(story.ledger, tracker, prices, story.clock)
     assert {short(key): run.status for key, run in runs_of(tracker).items()} == {
         "demo": "RUNNING", "stage1": "RUNNING", "stage1/a1": "KILLED", "stage1/a2": "RUNNING",
     }  # fmt: skip
     story.finish(resumed)
     story.end()
-    project(story.ledger, tracker, prices)
+    project(story.ledger, tracker, prices, story.clock)
     demo = runs_of(tracker)["demo"]
     assert demo.status == "FINISHED" and demo.ended == pytest.approx(story.now, abs=1e-3)
+
+
+def killed_while_training(story: Writer) -> float:
+    """A launcher and its agent are killed. Returns when the agent was last heard."""
+    story.launch()
+    story.train(story.begin("stage1"), 20)
+    return story.now
+
+
+def statuses(tracker: MlflowTracker) -> dict[str, tuple[str, float | None]]:
+    return {short(key): (run.status, run.ended) for key, run in runs_of(tracker).items()}
+
+
+def test_runs_of_a_killed_launch_end_when_they_have_been_silent_and_go_on_with_the_next(
+    story: Writer, tracker: MlflowTracker, prices: Prices
+) -> None:
+    """Nobody wrote how it ended: the lease runs out, the journal stands still. The next launch takes the same runs up again."""
+    heard = killed_while_training(story)
+    names = ("demo", "stage1", "stage1/a1")
+    project(story.ledger, tracker, prices, story.clock)
+    assert statuses(tracker) == dict.fromkeys(names, ("RUNNING", None)), "driven"
+    story.now = heard + TTL_S + 1
+    facts = project(again(story.ledger), tracker, prices, story.clock)
+    assert statuses(tracker) == dict.fromkeys(names, ("RUNNING", None)), "heard a moment ago"
+    assert facts is not None and is_undecided(facts)
+    story.now = heard + SILENT_S + 1
+    for _ in range(2):
+        facts = project(again(story.ledger), tracker, prices, story.clock)
+        assert statuses(tracker) == dict.fromkeys(names, ("KILLED", pytest.approx(heard, abs=1e-3)))
+        assert facts is not None and not is_undecided(facts)
+
+    story.now = heard + 3600
+    story.launch()
+    killed = story.ledger.intent("stage1", story.inputs("stage1"), 1)
+    assert killed is not None
+    project(again(story.ledger), tracker, prices, story.clock)
+    assert statuses(tracker) == dict.fromkeys(names, ("RUNNING", None)), "the next driver has not yet said what became of it"
+    story.close(killed, "lost")
+    resumed = story.begin("stage1")
+    story.train(resumed, 10)
+    project(again(story.ledger), tracker, prices, story.clock)
+    assert {name: status for name, (status, _) in statuses(tracker).items()} == {
+        "demo": "RUNNING", "stage1": "RUNNING", "stage1/a1": "KILLED", "stage1/a2": "RUNNING",
+    }  # fmt: skip
+    story.finish(resumed)
+    story.end()
+    project(again(story.ledger), tracker, prices, story.clock)
+    assert statuses(tracker)["demo"] == ("FINISHED", pytest.approx(story.now, abs=1e-3))
+    assert statuses(tracker)["stage1"][0] == statuses(tracker)["stage1/a2"][0] == "FINISHED"
+
+
+def test_an_agent_that_outlives_its_driver_is_running(story: Writer, tracker: MlflowTracker, prices: Prices) -> None:
+    """A driver in a cluster dies, its pods train on."""
+    heard = killed_while_training(story)
+    story.now = heard + SILENT_S + 60
+    project(again(story.ledger), tracker, prices, story.clock)
+    assert {status for status, _ in statuses(tracker).values()} == {"KILLED"}
+    intent = story.ledger.intent("stage1", story.inputs("stage1"), 1)
+    assert intent is not None
+    story.train(intent, 30)
+    project(again(story.ledger), tracker, prices, story.clock)
+    assert set(statuses(tracker).values()) == {("RUNNING", None)}
+
+
+def test_an_attempt_under_other_inputs_is_not_kept_running_by_a_launch(story: Writer, tracker: MlflowTracker, prices: Prices) -> None:
+    heard = killed_while_training(story)
+    story.now = heard + 3600
+    story.pipeline = pipeline(steps=40)
+    story.launch()
+    story.train(story.begin("stage1"), 10)
+    project(again(story.ledger), tracker, prices, story.clock)
+    found = runs_of(tracker)
+    assert {run.status for run in found.values() if run.tags.get("osctl/current") == "true"} == {"RUNNING"}
+    old = [run for run in found.values() if run.tags.get("osctl/inputs", story.inputs("stage1")) != story.inputs("stage1")]
+    assert [(run.status, run.ended) for run in old] == [("KILLED", pytest.approx(heard, abs=1e-3))] * 2
 
 
 # --- Nothing doubled, nothing lost -----------------------------------------------------------------------------------------------------
@@ -485,7 +563,7 @@ def test_a_corrected_price_is_shown_even_when_it_is_lower(story: Writer, tracker
 
 
 def test_a_live_bill_does_not_add_a_row_at_every_look(story: Writer, tracker: MlflowTracker, prices: PriceList, home: Path) -> None:
-    projector = Projector(story.ledger, tracker, prices)
+    projector = Projector(story.ledger, tracker, prices, story.clock)
     story.pipeline = pipeline(steps=300)
     story.launch()
     intent = story.begin("stage1")
@@ -613,6 +691,23 @@ def test_a_mlflow_that_stays_dead_is_left_to_sync() -> None:
     assert max(script.pauses) <= Follower.BACKOFF_S and script.pauses[-2:] == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("waited_for", [False, True])
+def test_the_follower_of_a_killed_launch_stays_until_silence_has_told_its_end(
+    story: Writer, tracker: MlflowTracker, prices: Prices, waited_for: bool
+) -> None:
+    """A launcher that waits for it is not kept."""
+    heard = killed_while_training(story)
+    story.now = heard + TTL_S + 1
+    projector = Projector(story.ledger, tracker, prices, story.clock)
+
+    def rest(seconds: float) -> None:
+        story.now += seconds
+
+    assert Follower(projector.bring, lambda: True, rest, 5.0, lambda: waited_for).follow()
+    assert {status for status, _ in statuses(tracker).values()} == {"RUNNING" if waited_for else "KILLED"}
+    assert story.now < heard + SILENT_S + 6
+
+
 def test_a_launch_is_over_when_its_process_is_gone(story: Writer) -> None:
     process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     launch = Launch(process.pid, list)
@@ -685,7 +780,7 @@ def test_what_would_become_mlruns_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_follower_outlives_its_launch_just_long_enough(story: Writer, home: Path) -> None:
-    """The launcher is killed while stage 1 trains; what it left is shown, and nothing is claimed about its end."""
+    """The launcher is killed while stage 1 trains; what it left is shown, and that it is over."""
     story.launch()
     launcher = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     follower = projection(home, "sqlite", "--follow-pid", str(launcher.pid), "--interval", "0.2")
@@ -700,7 +795,7 @@ def test_the_follower_outlives_its_launch_just_long_enough(story: Writer, home: 
     assert (follower.returncode, out, err) == (0, "", "")
     picture = {short(key): run for key, run in shown(home / "mlflow.db").items()}
     assert max(step for _, step, _, _ in picture["stage1/a1"]["curve"]) == 20
-    assert picture["demo"]["status"] == "RUNNING"
+    assert {run["status"] for run in picture.values()} == {"KILLED"}
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 120.0) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
@@ -18,11 +18,18 @@ answer's body, `shorten` the body and the length it claims, `flip` a byte of it,
 
 
 class FaultyProxy:
-    """`harm` is a queue of (method, harm): the next request of that method meets it. Requests that meet none pass."""
+    """`harm` is a queue of (method, harm): the next request of that method meets it. Of the others `decide` says what is done with them.
+
+    `came` has a line for every request: method, path, headers in small letters.
+    """
 
     def __init__(self, upstream: str):
         self.harm: deque[tuple[str, Harm]] = deque()
         self.seen: list[tuple[str, str]] = []
+        self.came: list[tuple[str, str, Mapping[str, str]]] = []
+        self.keys: tuple[str, str] | None = None
+        """Access key and secret with which requests are signed anew and their session is taken out: versitygw knows no sessions."""
+        self.decide: Callable[[str, str, Mapping[str, str]], Harm] = lambda method, path, headers: "pass"
         parts = urlsplit(upstream)
         proxy = self
 
@@ -32,12 +39,16 @@ class FaultyProxy:
             def handle_any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 proxy.seen.append((self.command, self.path))
-                harm = proxy._next(self.command)
+                heard = {name.lower(): value for name, value in self.headers.items()}
+                proxy.came.append((self.command, self.path, heard))
+                harm = proxy._next(self.command) or proxy.decide(self.command, self.path, heard)
                 if isinstance(harm, int):
                     return self._refuse(harm)
                 connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
                 # The Host header is part of the signature, so it stays what the client has sent.
                 headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+                if proxy.keys is not None:
+                    headers = _signed(self.command, proxy.endpoint + self.path, headers, body, *proxy.keys)
                 connection.request(self.command, self.path, body, headers)
                 answer = connection.getresponse()
                 content = answer.read()
@@ -65,7 +76,8 @@ class FaultyProxy:
                 self.close_connection = harm == "cut"
 
             def _refuse(self, status: int) -> None:
-                code = {409: "ConditionalRequestConflict", 503: "SlowDown", 500: "InternalError", 403: "ExpiredToken"}[status]
+                codes = {400: "ExpiredToken", 403: "ExpiredToken", 409: "ConditionalRequestConflict", 500: "InternalError", 503: "SlowDown"}
+                code = codes[status]
                 content = f"<Error><Code>{code}</Code><Message>m</Message></Error>".encode()
                 self.send_response_only(status)
                 self.send_header("Content-Length", str(len(content)))
@@ -82,6 +94,14 @@ class FaultyProxy:
         self._thread.start()
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
+    def parts(self) -> int:
+        """Parts of multipart uploads that were sent, again or not."""
+        return sum(method == "PUT" and "partNumber=" in path for method, path in self.seen)
+
+    def uploads(self) -> int:
+        """Multipart uploads that were begun."""
+        return sum(method == "POST" and path.endswith("?uploads") for method, path in self.seen)
+
     def _next(self, method: str) -> Harm | None:
         for index, (wanted, harm) in enumerate(self.harm):
             if wanted == method:
@@ -93,6 +113,18 @@ class FaultyProxy:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+
+def _signed(method: str, url: str, headers: Mapping[str, str], body: bytes, access: str, secret: str) -> dict[str, str]:
+    from botocore.auth import S3SigV4Auth
+    from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
+
+    dropped = ("authorization", "x-amz-security-token", "x-amz-date", "content-length")
+    kept = {name: value for name, value in headers.items() if name.lower() not in dropped}
+    request = AWSRequest(method, url, kept, body)
+    S3SigV4Auth(Credentials(access, secret), "s3", "us-east-1").add_auth(request)
+    return dict(request.headers.items())
 
 
 @pytest.fixture

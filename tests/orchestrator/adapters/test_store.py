@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +188,20 @@ def test_download_replaces_a_file_only_when_it_is_whole(store: Store, tmp_path: 
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
+@pytest.mark.parametrize("size", [0, 10, PART_BYTES + 10])
+def test_a_digest_is_of_what_lies_there_and_needs_no_folder(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(os.urandom(size))
+    store.upload("f", file)
+    assert store.arrived == size
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    assert store.digest("f") == (size, hashlib.sha256(file.read_bytes()).hexdigest())
+    with pytest.raises(NotFound):
+        store.digest("g")
+
+
 def test_an_honest_store_passes_its_probe_and_shows_no_trace(store: Store) -> None:
     store.probe()
     store.probe()
@@ -347,6 +364,21 @@ def test_names_that_the_folder_store_uses_itself_are_refused(tmp_path: Path) -> 
     assert list(store.list("")) == ["stage1@123456789012/x"]
 
 
+def test_a_folder_that_is_a_store_keeps_what_is_not_the_stores(tmp_path: Path) -> None:
+    """Somebody's own `.tmp` lies in it: only what killed writers of ours have left goes."""
+    ours = [f"12-{'0' * 32}", f"probe-{'a' * 32}"]
+    (tmp_path / ".tmp" / "folder").mkdir(parents=True)
+    for name in (*ours, "notes.txt", "12-backup", f"12-{'0' * 32}.txt"):
+        (tmp_path / ".tmp" / name).write_bytes(b"x")
+    (tmp_path / ".tmp" / f"34-{'0' * 32}").symlink_to(tmp_path / ".tmp" / "notes.txt")
+    for path in (tmp_path / ".tmp").iterdir():
+        os.utime(path, (0, 0), follow_symlinks=False)
+    FolderStore(tmp_path).probe()
+    assert {path.name for path in (tmp_path / ".tmp").iterdir()} == {
+        "folder", "notes.txt", "12-backup", f"12-{'0' * 32}.txt", f"34-{'0' * 32}",
+    }  # fmt: skip
+
+
 def test_a_folder_that_cannot_be_written_is_named() -> None:
     with pytest.raises(Unreachable, match="store /proc/osctl: cannot write a: No such file"):  # where even root cannot make a folder
         FolderStore(Path("/proc/osctl")).create("a", b"x")
@@ -386,6 +418,7 @@ def test_a_folder_store_needs_no_boto3(tmp_path: Path) -> None:
 
 class Faulty:
     def __init__(self, server: Any, start_proxy: Callable[[str], Any], prefix: str):
+        self.server, self.prefix = server, prefix
         self.proxy = start_proxy(server.endpoint)
         env = {**server.env, "OSCTL_S3_ENDPOINT": self.proxy.endpoint}
         self.waits: list[float] = []
@@ -394,6 +427,12 @@ class Faulty:
 
     def harm(self, method: str, *harms: Any) -> None:
         self.proxy.harm.extend((method, harm) for harm in harms)
+
+    def hasty(self, patience_s: float) -> S3Store:
+        """Behind the same proxy, with so little patience, and with pauses that pass."""
+        return S3Store(
+            self.server.url(self.prefix), env={**self.server.env, "OSCTL_S3_ENDPOINT": self.proxy.endpoint}, patience_s=patience_s
+        )
 
 
 @pytest.fixture
@@ -461,7 +500,7 @@ def test_a_multipart_upload_never_overwrites_what_came_before_its_end(
         with pytest.raises(StoreConflict):
             store.upload("a", ours)
     assert other.read("a").data == theirs.read_bytes()
-    assert not store._client.list_multipart_uploads(Bucket=s3.bucket, Prefix=store.prefix).get("Uploads")
+    assert not store._requests.client.list_multipart_uploads(Bucket=s3.bucket, Prefix=store.prefix).get("Uploads")
 
 
 @pytest.mark.s3
@@ -484,13 +523,124 @@ def test_a_multipart_upload_that_meets_a_conflict_begins_again(faulty: Faulty, t
     assert sum(method == "POST" and path.endswith("?uploads") for method, path in faulty.proxy.seen) == 2
 
 
+def is_completion(method: str, path: str) -> bool:
+    return method == "POST" and "uploadId=" in path
+
+
 @pytest.mark.s3
-def test_an_expired_token_is_renewed_once_and_then_refused(faulty: Faulty) -> None:
-    faulty.harm("PUT", 403)
-    faulty.store.create("a", b"x")
-    faulty.harm("PUT", 403, 403)
-    with pytest.raises(Refused, match="ExpiredToken"):
-        faulty.store.create("b", b"x")
+def test_patience_begins_at_a_failure_and_not_at_the_start_of_an_upload(faulty: Faulty, tmp_path: Path) -> None:
+    """Each part takes longer than the patience, and the completion is refused once: no part is sent again."""
+    file = tmp_path / "large"
+    file.write_bytes(os.urandom(2 * PART_BYTES + 10))
+    refusals = [503]
+
+    def slow(method: str, path: str, _: Mapping[str, str]) -> Any:
+        if method == "PUT":
+            time.sleep(0.5)
+        return refusals.pop() if is_completion(method, path) and refusals else "pass"
+
+    faulty.proxy.decide = slow
+    faulty.hasty(0.3).upload("a", file)
+    assert faulty.plain.digest("a") == (file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest())
+    assert (faulty.proxy.parts(), faulty.proxy.uploads()) == (3, 1)
+
+
+@pytest.mark.s3
+def test_parts_that_arrived_stay_for_the_next_call(faulty: Faulty, tmp_path: Path) -> None:
+    """The second part, then the completion, are refused for longer than the patience; the next call goes on with the same upload."""
+    file = tmp_path / "large"
+    file.write_bytes(os.urandom(2 * PART_BYTES + 10))
+    store, wrong = faulty.hasty(0.2), "partNumber=2"
+    faulty.proxy.decide = lambda method, path, _: 503 if wrong and wrong in path and method in ("PUT", "POST") else "pass"
+    arrived = []
+    for wrong in ("partNumber=2", "uploadId="):
+        with pytest.raises(Unreachable, match="503 SlowDown"):
+            store.upload("a", file)
+        arrived.append(store.arrived)
+        if wrong == "partNumber=2":
+            refused = sum("partNumber=2" in path for _, path in faulty.proxy.seen) - 1
+            faulty.proxy.decide = lambda method, path, _: 503 if is_completion(method, path) else "pass"
+    faulty.proxy.decide = lambda method, path, _: "pass"
+    store.upload("a", file)
+    assert faulty.plain.read("a").data == file.read_bytes()
+    assert (faulty.proxy.parts() - refused - 1, faulty.proxy.uploads()) == (3, 1)
+    assert arrived == [PART_BYTES + 10, 2 * PART_BYTES + 10] and store.arrived == 2 * PART_BYTES + 10
+
+
+@pytest.mark.s3
+def test_an_upload_that_the_store_has_lost_begins_again(faulty: Faulty, tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    file.write_bytes(os.urandom(PART_BYTES + 10))
+    faulty.proxy.decide = lambda method, path, _: 503 if is_completion(method, path) else "pass"
+    store = faulty.hasty(0.1)
+    with pytest.raises(Unreachable):
+        store.upload("a", file)
+    (left,) = uploads_of(faulty.plain)
+    faulty.plain._requests.client.abort_multipart_upload(Bucket=faulty.plain.bucket, Key=left["Key"], UploadId=left["UploadId"])
+    faulty.proxy.decide = lambda method, path, _: "pass"
+    store.upload("a", file)
+    assert faulty.plain.read("a").data == file.read_bytes() and faulty.proxy.uploads() == 2
+    assert store.arrived == PART_BYTES + 10, "what is sent again is no progress"
+    assert uploads_of(faulty.plain) == []
+
+
+def uploads_of(store: S3Store) -> list[dict[str, Any]]:
+    """Multipart uploads that are not finished."""
+    return list(store._requests.client.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix).get("Uploads", ()))
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("action", ["download", "digest", "read"])
+def test_a_transfer_that_is_cut_goes_on_where_it_stopped(faulty: Faulty, action: str, tmp_path: Path) -> None:
+    """Cut again and again, for longer than the patience in all: each answer but the first begins where the one before ended."""
+    data = os.urandom(3 << 20)
+    faulty.plain.create("a", data)
+
+    def cut(method: str, _path: str, headers: Mapping[str, str]) -> Any:
+        time.sleep(0.1)
+        first = int(headers.get("range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        return "cut" if len(data) - first > (1 << 20) else "pass"
+
+    faulty.proxy.decide = cut
+    store = faulty.hasty(0.25)
+    if action == "download":
+        store.download("a", tmp_path / "got")
+        assert (tmp_path / "got").read_bytes() == data and len(list(tmp_path.iterdir())) == 1
+    else:
+        assert store.digest("a") == (len(data), hashlib.sha256(data).hexdigest()) if action == "digest" else store.read("a").data == data
+    asked = [headers.get("range") for method, _, headers in faulty.proxy.came if method == "GET"]
+    assert asked[0] is None and None not in asked[1:] and asked == sorted(asked, key=lambda one: int((one or "=0-")[6:-1] or 0))
+    assert all("if-match" in headers for _, _, headers in faulty.proxy.came[1:])
+
+
+@pytest.mark.s3
+def test_an_object_that_changed_while_its_download_was_cut_is_fetched_whole(faulty: Faulty, tmp_path: Path) -> None:
+    old, new = os.urandom(1 << 20), os.urandom(1 << 20)
+    etag = faulty.plain.create("a", old)
+
+    def cut_and_change(method: str, _path: str, headers: Mapping[str, str]) -> Any:
+        if faulty.proxy.came[1:]:
+            return "pass"
+        faulty.proxy.decide = lambda *_: "pass"
+        return "cut"
+
+    faulty.proxy.decide = cut_and_change
+    taken = faulty.store._requests._pause
+    faulty.store._requests._pause = lambda seconds: (faulty.plain.replace("a", new, etag), taken(seconds))[1]
+    faulty.store.download("a", tmp_path / "got")
+    assert (tmp_path / "got").read_bytes() == new
+
+
+@pytest.mark.s3
+def test_a_download_may_be_given_more_patience_than_the_store(faulty: Faulty, tmp_path: Path) -> None:
+    faulty.plain.create("a", b"x" * 1000)
+    down_until = time.monotonic() + 0.6
+    faulty.proxy.decide = lambda *_: 503 if time.monotonic() < down_until else "pass"
+    store = faulty.hasty(0.1)
+    with pytest.raises(Unreachable):
+        store.download("a", tmp_path / "got")
+    store.download("a", tmp_path / "got", patience_s=10)
+    assert (tmp_path / "got").read_bytes() == b"x" * 1000
 
 
 @pytest.mark.s3
@@ -566,29 +716,42 @@ def test_a_store_that_overwrites_in_spite_of_conditions_is_refused(s3: Any, star
         params.pop("IfNoneMatch", None)
         params.pop("IfMatch", None)
 
-    store._client.meta.events.register("provide-client-params.s3.PutObject", forget)
+    store._requests.client.meta.events.register("provide-client-params.s3.PutObject", forget)
     with pytest.raises(Refused, match="If-None-Match"):
         store.probe()
 
 
 @pytest.mark.s3
-def test_uploads_left_behind_by_killed_processes_are_aborted_once_they_are_old(
-    s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("prefix", ["left", ""])
+def test_uploads_left_behind_by_killed_processes_are_aborted_once_they_are_old_and_nobody_elses(
+    start_s3: Callable[..., Any], start_proxy: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
-    from datetime import timedelta
-
-    store = S3Store(s3.url(f"left/{tmp_path.name}"), env=s3.env)
-    store._client.create_multipart_upload(Bucket=s3.bucket, Key=f"{store.prefix}large")
+    server = start_s3()
+    proxy = start_proxy(server.endpoint)
+    store = S3Store(server.url(prefix), env={**server.env, "OSCTL_S3_ENDPOINT": proxy.endpoint})
+    inside = f"{prefix}/" if prefix else ""
+    checkpoint = "demo/stages/stage1@0123456789ab/checkpoints/step-00000010-a1"
+    ours = [f"{inside}{checkpoint}/model-0000{number}-of-00007.safetensors" for number in range(7)]
+    ours.append(f"{inside}demo/stages/stage1@0123456789ab/attempts/1/samples/clip.mp4")
+    ours += [f"{inside}weights/{'a1' * 32}/files/model.safetensors", f"{inside}datasets/{'b2' * 32}/manifest.jsonl.gz"]
+    foreign = [
+        f"{inside}large", f"{inside}backups/stages/notes.tar", f"{inside}demo/stages/stage1@0123456789ab/COMMITTED.json.bak",
+        f"{inside}weights/llama.safetensors", f"{inside}datasets/photos/2024.zip", f"elsewhere/{checkpoint}/model.safetensors",
+        f"lefty/{checkpoint}/model.safetensors",
+    ]  # fmt: skip
+    for key in [*ours, *foreign]:
+        store._requests.client.create_multipart_upload(Bucket=server.bucket, Key=key)
 
     def left() -> list[str]:
-        answer = store._client.list_multipart_uploads(Bucket=s3.bucket, Prefix=store.prefix)
-        return [upload["Key"] for upload in answer.get("Uploads", ())]
+        return sorted(upload["Key"] for upload in store._requests.client.list_multipart_uploads(Bucket=server.bucket)["Uploads"])
 
+    monkeypatch.setattr("orchestrator.adapters.s3.PAGE", 3)
     store.probe()
-    assert left() == [f"{store.prefix}large"]
+    assert left() == sorted([*ours, *foreign])
     monkeypatch.setattr("orchestrator.adapters.s3.STALE", timedelta(seconds=-1))
     store.probe()
-    assert left() == []
+    assert left() == sorted(foreign)
+    assert [path for _, path in proxy.seen if "upload-id-marker=" in path and "key-marker=" in path]
 
 
 @pytest.mark.s3

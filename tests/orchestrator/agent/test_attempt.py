@@ -435,6 +435,28 @@ def test_an_attempt_that_cannot_publish_says_so_at_once_and_ends_saved_after_its
     assert len(folders) <= (1 if isinstance(refusal, Unreachable) else 0), "of a store that is away nothing can be removed"
 
 
+class StumblingStore(AwayStore):
+    """Its first download takes longer than the agent is patient, and then fails once."""
+
+    stumbles = True
+
+    def download(self, key: str, path: Path, *, patience_s: float | None = None) -> None:
+        if self.stumbles:
+            self.stumbles = False
+            time.sleep(1.0)
+            raise Unreachable("store: broken in the middle")
+        super().download(key, path, patience_s=patience_s)
+
+
+@pytest.mark.usefixtures("undisturbed")
+def test_a_checkpoint_that_is_long_on_its_way_may_fail_once(attempts: Attempts) -> None:
+    first = attempts.intend(config=stage_config(steps=5))
+    attempts.live(first)
+    intent = attempts.intend(stage="stage2", parent=attempts.commit(first))
+    ending = live_here(attempts, intent, StumblingStore(attempts.root / "store"), patience_s=0.5)
+    assert (ending.class_, ending.reason) == ("completed", "")
+
+
 # --- The trainer's command and environment -------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import threading
 from functools import partial
 
 import pytest
+from live_attempts import until
 
 from orchestrator.agent import courier
 from orchestrator.agent.courier import Courier, Parcel
@@ -79,3 +80,25 @@ def test_only_the_newest_wait_for_a_slow_store() -> None:
     for _ in range(3):
         assert done.acquire(timeout=10)
     assert store.taken == ["c", "d"]
+
+
+def test_parts_that_arrive_renew_the_patience() -> None:
+    """A parcel that fails now and then, and is on its way all the same, is not given up; one that only fails is."""
+    store = Store(Unreachable("away"))
+    arrived, seen, waits, gate = [0], list[float](), threading.Event(), threading.Event()
+
+    def send() -> None:
+        store.take("a")
+        waits.set()
+        gate.wait()
+
+    one = Courier("test", lambda: None, lambda: arrived[0])
+    one.put(Parcel("a", send))
+    assert waits.wait(timeout=10)
+    for _ in range(3):
+        seen += [one.failing_since or 0.0, one.failing_since or 0.0]
+        arrived[0] += 1
+    assert seen[0] == seen[1] < seen[2] == seen[3] < seen[4] == seen[5]
+    gate.set()
+    until(lambda: one.idle, "the parcel's arrival")
+    assert one.failing_since is None
