@@ -1,7 +1,8 @@
 """A stage's clips encoded ahead of its training: `python -m opensora.encode STAGE_YAML CACHE_DIR`.
 
 Owns the command; `opensora.data.latents` owns the cache. Progress goes to stderr, the result to stdout: one line of JSON with directory,
-bytes, clips, skipped, built (false: it was there already) and seconds.
+bytes, clips, skipped, built (false: it was there already) and seconds. A `data.jsonl.gz` beside the stage says what the data is by content,
+as in a run directory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from opensora.data.latents import Prepared, prepare
 from opensora.errors import TrainerError
-from opensora.run_directory import stage_of
+from opensora.run_directory import recorded_data, stage_of
 
 SPOKEN_S = 5.0
 """Seconds between two lines of progress; on a terminal one line is written again and again, each so many."""
@@ -62,7 +63,7 @@ def encode(stage_yaml: Path, cache: Path, parent: Path | None, progress: Progres
     began = time.monotonic()
     stage = stage_of(Path("/dev/stdin") if str(stage_yaml) == "-" else stage_yaml)
     try:
-        directory = prepare(stage, cache, parent, progress=progress)
+        directory = prepare(stage, cache, parent, progress=progress, recorded=recorded_data(stage_yaml.parent))
     finally:
         progress.end()
     prepared = Prepared.open(directory, stage)

@@ -604,7 +604,9 @@ def _prepare(run: RunDirectory, stage: StageConfig, ranks: Ranks, start: Start) 
 
     # what cannot be drawn or judged is said before the training, and never in the way of weights that are trained already
     asked = stage if start.step == 0 else stage.model_copy(update={"prompts": (), "evaluate": None})
-    directory = prepare(asked, run.latents, carried, progress=lambda _done, _of: beat()) if ranks.is_first_here else ""
+    directory: Path | str = ""
+    if ranks.is_first_here:
+        directory = prepare(asked, run.latents, carried, progress=lambda _done, _of: beat(), recorded=run.recorded_data())
     prepared = Prepared.open(Path(ranks.share(str(directory), beat)), stage)
     _same_clips(prepared, ranks, start)
     for clip, reason in list(prepared.skipped.items())[:SKIPPED]:
@@ -635,7 +637,7 @@ def _encoders_for_all(run: RunDirectory, stage: StageConfig, ranks: Ranks) -> Pa
     if ranks.is_first_here:
         folder.mkdir(exist_ok=True)
     if ranks.is_first:
-        for encoder in encoders.build(stage, open_clips(stage.data, stage.seed), None):
+        for encoder in encoders.build(stage, open_clips(stage.data, stage.seed, run.recorded_data()), None):
             encoder.save(folder)
     ranks.barrier(lambda: run.heartbeat(0, "init"))
     for name in (encoders.AUTOENCODER_FILE, encoders.TEXT_FILE):
