@@ -32,16 +32,25 @@ class DataSet(Record):
     name: str
     source: str
     """Where its clips lay when they were read: a folder, a CSV, or an address."""
-    digest: str
-    """Of its manifest."""
+    manifest: str
+    """Digest of its manifest."""
     rows: NonNegativeInt
-    bytes: NonNegativeInt
+    size: NonNegativeInt
+    """Bytes of all files."""
     unreadable: NonNegativeInt
     by: Literal["content", "name"]
     """content: every file was hashed; name: captions and paths alone count."""
     time: float
     holder: str
     """user@host, for people."""
+
+
+class TooMuch(Exception):
+    """More than a look may read."""
+
+    def __init__(self, files: int, size: int) -> None:
+        super().__init__(f"{files:,} files of {size:,} bytes have not been read before")
+        self.files, self.size = files, size
 
 
 def check_name(name: str) -> str:
@@ -83,10 +92,10 @@ def register(store: Store, name: str, source: str, manifest: DataManifest, *, no
     put_manifest(store, manifest)
     while True:
         before = of_name(store, name)
-        if before and (before[-1].digest, before[-1].source) == (manifest.digest, source):
+        if before and (before[-1].manifest, before[-1].source) == (manifest.digest, source):
             return before[-1]
         one = DataSet(
-            name=name, source=source, digest=manifest.digest, rows=len(manifest.rows), bytes=manifest.bytes,
+            name=name, source=source, manifest=manifest.digest, rows=len(manifest.rows), size=manifest.size,
             unreadable=manifest.unreadable, by=manifest.by, time=now, holder=holder,
         )  # fmt: skip
         try:
@@ -114,7 +123,7 @@ def of_source(store: Store, source: str) -> DataSet | None:
 
 def names_of(store: Store) -> dict[str, str]:
     """By digest, the name that means it now."""
-    return {one.digest: one.name for one in registered(store)}
+    return {one.manifest: one.name for one in registered(store)}
 
 
 def find(store: Store, name: str) -> tuple[str, DataSet | None]:
@@ -122,12 +131,12 @@ def find(store: Store, name: str) -> tuple[str, DataSet | None]:
     known = registered(store)
     for one in known:
         if one.name == name:
-            return one.digest, one
+            return one.manifest, one
     if re.fullmatch(r"[0-9a-f]{6,64}", name):
         digests = {digest for digest in store.children(f"{ROOT}/") if DIGEST.fullmatch(digest) and digest.startswith(name)}
         if len(digests) == 1:
             digest = digests.pop()
-            return digest, next((one for one in known if one.digest == digest), None)
+            return digest, next((one for one in known if one.manifest == digest), None)
     names = ", ".join(one.name for one in known) or "none"
     raise Refused(f"data set {name}: is not in {store.url}; registered are: {names}. Register it with: osctl data register {name} PATH")
 

@@ -106,7 +106,7 @@ class FileClips:
                 "Put them back as they were, or launch again: osctl launch says what goes on"
             )
 
-    def _size(self, path: str, stamp: list[Any] | None) -> int | None | Unknown:
+    def _size(self, path: str, stamp: list[Any] | None) -> int | Unknown | None:
         if stamp is not None:
             return int(stamp[0])
         asked = self._listing or "file" in self._locate(path)[0].protocol

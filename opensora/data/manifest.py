@@ -70,8 +70,8 @@ class DataManifest:
         return counted.hexdigest()
 
     @property
-    def bytes(self) -> int:
-        """Of all files that could be read."""
+    def size(self) -> int:
+        """Bytes of all files that could be read."""
         return sum(row.size or 0 for row in self.rows)
 
     @property
@@ -81,7 +81,7 @@ class DataManifest:
 
     def encode(self) -> bytes:
         """JSON lines in gzip: a header, then a row each. Equal manifests give equal bytes."""
-        header = {"schema": SCHEMA, "digest": self.digest, "rows": len(self.rows), "bytes": self.bytes, "by": self.by}
+        header = {"schema": SCHEMA, "digest": self.digest, "rows": len(self.rows), "bytes": self.size, "by": self.by}
         lines: list[Any] = [header, *([row.path, row.text, row.size, row.sha256] for row in self.rows)]
         return gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode(), 6, mtime=0)
 
@@ -95,9 +95,8 @@ class DataManifest:
                 raise ValueError(f"schema {header['schema']} by {header['by']}, this version reads {SCHEMA} by content or name")
             manifest = cls(tuple(Row(*json.loads(line)) for line in lines[1:]), header["by"])
             if len(manifest.rows) != header["rows"] or manifest.digest != header["digest"]:
-                raise ValueError(
-                    f"{len(manifest.rows)} rows of digest {manifest.digest[:12]}, its header says {header['rows']} of {header['digest'][:12]}"
-                )
+                found, said = manifest.digest[:12], str(header["digest"])[:12]
+                raise ValueError(f"{len(manifest.rows)} rows of digest {found}, its header says {header['rows']} of {said}")
         except (OSError, EOFError, zlib.error, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"no manifest of a data set ({type(error).__name__}: {error})") from error
         return manifest
@@ -224,7 +223,7 @@ def _row(row: list[str], header: list[str], place: str, inside: bool) -> tuple[s
 # --- What a trainer finds, against what was recorded --------------------------------------------------------------------------------------
 
 
-def changed_since(recorded: DataManifest, rows: Sequence[tuple[str, str]], sizes: Sequence[int | None | Unknown]) -> list[RowDifference]:
+def changed_since(recorded: DataManifest, rows: Sequence[tuple[str, str]], sizes: Sequence[int | Unknown | None]) -> list[RowDifference]:
     """What is no longer as recorded, as far as captions and sizes tell: they are cheap. The same size with other content is found when a
     launch looks at the data.
 

@@ -31,7 +31,7 @@ class Clips(Protocol):
     digest: str
     """Hex digest over everything that frames and captions depend on. Cheap: nothing is opened for it."""
     dated: str
-    """The digest that names these clips where nobody recorded their contents: by dates of files. Of synthetic clips the same as `digest`."""
+    """The digest where nobody recorded the contents: by dates of files. Of synthetic clips the same as `digest`."""
     sizes: tuple[Size, ...]
     """Of each bucket."""
 

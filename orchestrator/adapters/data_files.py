@@ -25,6 +25,7 @@ from typing import Any
 from opensora.config import FolderSource, ManifestSource
 from opensora.data.manifest import CAPTIONS, By, DataManifest, Row, parse_csv
 from opensora.errors import ConfigError
+from orchestrator.datasets import TooMuch
 from orchestrator.errors import NotFound, Refused, Unreachable, UsageError
 from orchestrator.redact import redacted
 
@@ -78,7 +79,7 @@ class DataFiles:
             Refused, Unreachable: it is there, and cannot be read.
         """
         folder = isinstance(source, FolderSource)
-        root, name = (source.path, CAPTIONS) if folder else _split(source.path)
+        root = source.path if folder else source.path.rpartition("/")[0]
         rows = self.rows(source)
         if by == "name":
             return DataManifest(tuple(Row(path, text, None, None) for path, text in rows), by)
@@ -135,18 +136,17 @@ class DataFiles:
         for _ in range(REREADS):
             began = self._clock()
             try:
-                before = self._state(place)
-                digest = hashlib.sha256()
-                size = 0
-                with self._open(place) as file:
-                    while chunk := file.read(CHUNK):
-                        digest.update(chunk)
-                        size += len(chunk)
-                after = self._state(place)
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
+                with _reached(place):
+                    before = self._state(place)
+                    digest = hashlib.sha256()
+                    size = 0
+                    with self._open(place) as file:
+                        while chunk := file.read(CHUNK):
+                            digest.update(chunk)
+                            size += len(chunk)
+                    after = self._state(place)
+            except _NOT_THERE:
                 return None, None
-            except OSError as error:
-                raise Unreachable(f"{redacted(place)}: {error.strerror or error}; nothing was written") from error
             if before == after and size == after.size:
                 settled = after.touched == 0 or after.touched < began - SETTLED_S
                 return (after if settled else Seen(after.size, "", 0)), digest.hexdigest()
@@ -169,14 +169,12 @@ class DataFiles:
     def _text(self, place: str) -> str:
         shown = redacted(place)
         try:
-            with self._open(place) as file:
+            with _reached(place), self._open(place) as file:
                 data: bytes = file.read()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotFound(shown) from error
         except PermissionError as error:
             raise Refused(f"{shown}: may not be read. Give this user the right to") from error
-        except OSError as error:
-            raise Unreachable(f"{shown}: {error.strerror or error}; nothing was done") from error
+        except _NOT_THERE as error:
+            raise NotFound(shown) from error
         try:
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -192,8 +190,6 @@ class DataFiles:
             files, path = fsspec.core.url_to_fs(place, **options)
         except (ValueError, ImportError) as error:
             raise UsageError(f"{redacted(place)}: {error}. Give a path, or an address that fsspec knows") from error
-        except OSError as error:
-            raise Unreachable(f"{redacted(place)}: {error.strerror or error}; nothing was done") from error
         return files, str(path)
 
     # Many files
@@ -206,7 +202,7 @@ class DataFiles:
         if len(parents) <= min(LISTED, len(remote) // 2):
             listed: dict[str, Seen] = {}
             for parent in parents:
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError), _reached(parent):
                     files, path = self._files(parent)
                     listed |= {f"{parent}/{info['name'].rpartition('/')[2]}": _state_of(info) for info in files.ls(path, detail=True)}
             found |= {place: listed.get(place) for place in remote}
@@ -214,11 +210,10 @@ class DataFiles:
 
         def ask(place: str) -> Seen | None:
             try:
-                return self._state(place)
-            except (FileNotFoundError, NotADirectoryError, PermissionError):
+                with _reached(place):
+                    return self._state(place)
+            except _NOT_THERE:
                 return None
-            except OSError as error:
-                raise Unreachable(f"{redacted(place)}: {error.strerror or error}; nothing was done") from error
 
         with ThreadPoolExecutor(READERS) as pool:
             return found | dict(zip(places, pool.map(ask, places), strict=True))
@@ -271,17 +266,24 @@ class DataFiles:
                 log.warning("%s: cannot be written (%s); the next look reads every file again", self._memory, error)
 
 
-class TooMuch(Exception):
-    """More than a look may read."""
-
-    def __init__(self, files: int, size: int) -> None:
-        super().__init__(f"{files:,} files of {size:,} bytes have not been read before")
-        self.files, self.size = files, size
+_NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
-def _split(path: str) -> tuple[str, str]:
-    folder, _, name = path.rpartition("/")
-    return folder, name
+@contextlib.contextmanager
+def _reached(place: str) -> Iterator[None]:
+    """Errors of a place that does not answer, as one line. What the place itself says (`_NOT_THERE`) goes through."""
+    broken: tuple[type[Exception], ...] = (OSError,)
+    if place.startswith(("s3://", "s3a://")):
+        from botocore.exceptions import BotoCoreError
+
+        broken = (OSError, BotoCoreError)
+    try:
+        yield
+    except _NOT_THERE:
+        raise
+    except broken as error:
+        said = redacted(" ".join(str(getattr(error, "strerror", None) or error).split())[:200])
+        raise Unreachable(f"{redacted(place)}: does not answer ({said}); nothing was done") from error
 
 
 def _state_of(info: Mapping[str, Any]) -> Seen:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from orchestrator.agent.contents import bring_in
 from orchestrator.agent.courier import Courier, Parcel, is_disk_full
 from orchestrator.agent.ending import Ending, ending_of
 from orchestrator.agent.events import Events, Task
@@ -130,11 +131,17 @@ class Attempt:
         intent, run = self.intent, self.run
         run.write_stage(intent.config)
         run.checkpoints.mkdir(exist_ok=True)
+        self._patiently(self._fetch_contents)
         if intent.parent is not None:
             self._patiently(partial(self.ledger.fetch, intent.parent.key, intent.parent.manifest_digest, run.parent))
         if intent.resume is not None:
             target = run.checkpoint(intent.resume.step)
             self._patiently(partial(self.ledger.fetch, intent.resume.key, intent.resume.manifest_digest, target))
+
+    def _fetch_contents(self) -> None:
+        terms = self.ledger.terms(self.intent.stage, self.intent.inputs, self.intent.attempt)
+        if terms is not None:  # a driver of 0.1.0 writes none
+            bring_in(self.ledger.store, terms.contents, self.run.path)
 
     def _patiently(self, fetch: Callable[[], object]) -> None:
         deadline = time.monotonic() + self._patience.store_s

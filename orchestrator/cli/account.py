@@ -12,7 +12,14 @@ from orchestrator.cli.look import launched, stage_names, take
 from orchestrator.cli.workspace import Workspace, home
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from orchestrator.cost import AttemptBill, Bill
+    from orchestrator.ledger import Ledger, Link
+
+
+NOT_RECORDED = "not recorded"
+"""Of contents that a release up to 0.1.0 did not write down."""
 
 
 def compare(file: options.File = None, store: options.Store = None, output_: options.Output = output.Format.table) -> None:
@@ -105,6 +112,7 @@ def lineage(
 
     Example: osctl lineage stage3 --verify
     """
+    from orchestrator import datasets
     from orchestrator.errors import CorruptCheckpoint, Refused
 
     workspace = launched(Workspace.at(file, store=store))
@@ -117,6 +125,7 @@ def lineage(
     last = chosen[-1]
     assert last.inputs is not None
     links = list(workspace.ledger.lineage(last.name, last.inputs, full=verify))
+    named = datasets.names_of(workspace.store)
     rows: list[dict[str, Any]] = [
         {
             "name": link.stage,
@@ -125,6 +134,7 @@ def lineage(
             "step": link.committed.step if link.committed else None,
             "weights": link.committed.weights_digest[:12] if link.committed else None,
             "manifest": link.committed.manifest_digest[:12] if link.committed else None,
+            **made_of(workspace.ledger, link, named),
             "verdict": "; ".join(f"{fault.key.rsplit('/', 1)[-1]}: {fault.text}" for fault in link.faults)
             or ("verified" if verify else "present"),
             "contents": link.contents.model_dump() if link.contents else None,
@@ -143,6 +153,7 @@ def lineage(
             "step": "step",
             "weights": "weights",
             "manifest": "manifest",
+            "data": "data",
             "verdict": "verdict",
         }
         | ({"remarks": "remarks"} if any(row["remarks"] for row in rows) else {}),
@@ -153,6 +164,19 @@ def lineage(
         raise CorruptCheckpoint(
             f"lineage {last.name}: {count}, first: {faults[0].key}: {faults[0].text}. Do not train on it; make the stage again"
         )
+
+
+def made_of(ledger: Ledger, link: Link, named: Mapping[str, str]) -> dict[str, str | None]:
+    """What a stage was trained on, as its attempt recorded it. `named`: data sets' names by digest."""
+    if link.committed is None or link.intent is None:
+        return {"data": None, "data_digest": None}
+    if link.intent.config.data.source.kind == "digits":
+        return {"data": "digits, made by the trainer", "data_digest": None}
+    terms = ledger.terms(link.stage, link.inputs, link.committed.attempt)
+    digest = terms.contents.data if terms is not None else None
+    if digest is None:
+        return {"data": NOT_RECORDED, "data_digest": None}
+    return {"data": f"{digest[:12]} {named.get(digest, '')}".rstrip(), "data_digest": digest}
 
 
 def sync(file: options.File = None, store: options.Store = None, tracking: options.Tracking = None) -> None:

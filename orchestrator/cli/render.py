@@ -68,7 +68,9 @@ def render(
     os.environ.setdefault("OSCTL_S3_PATIENCE_S", PATIENCE_S)
     workspace = Workspace.open(file, settings=settings, store=store, data=data, cluster=_cluster(cluster))
     check_target(workspace, stage)
-    pipeline, profile = workspace.pipeline, profile_of(workspace, "render")
+    profile = profile_of(workspace, "render")
+    workspace = workspace.with_contents(needed=False, far=False, say=output.note)
+    pipeline = workspace.pipeline
     known = True
     try:
         found = coming(pipeline, workspace.ledger)
@@ -118,6 +120,7 @@ def diff(
 
     workspace = Workspace.open(file, settings=settings, store=store, data=data, cluster=_cluster(cluster))
     check_target(workspace, stage)
+    workspace = workspace.with_contents(needed=False, far=False, say=output.note)
     pipeline, ledger = workspace.pipeline, workspace.ledger
     found = coming(pipeline, ledger)
     rows: list[dict[str, Any]] = []

@@ -71,6 +71,7 @@ def launch(
     check_target(workspace, stage)
     changed = Changed(Again(file, store, cluster), tuple(keep or ()), tuple(anew or ()))
     if dry_run or workspace.pipeline.backend == "local" or foreground:
+        workspace = workspace.with_contents(needed=not dry_run, say=output.note)
         run_here(workspace, stage, changed, dry_run=dry_run, quiet=quiet, output_=output_)
     else:
         launch_there(workspace, [stage] if stage else [], changed, attach=False, wait=wait, quiet=quiet, output_=output_)
@@ -201,6 +202,7 @@ def run_here(workspace: Workspace, target: str | None, changed: Changed, *, dry_
     workspace.store.probe()
     launches.check_ours(workspace.ledger)
     changed.settle(workspace, targets)
+    workspace.keep_contents()
     runner = Runner(pipeline, workspace.ledger, backend_of(pipeline, workspace.store, workspace.store_url), on_event=say_unused)
     following = contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices)
     # With nothing left to train there is nothing new to show, and MLflow's start of several seconds is saved.
@@ -242,6 +244,9 @@ def launch_there(
     pipeline, again = workspace.pipeline, changed.again
     remote.check_store(workspace)
     with contextlib.closing(remote.connect(workspace)) as api:
+        if not attach:
+            workspace = workspace.with_contents(needed=True, say=output.note)
+            pipeline = workspace.pipeline
         driver = remote.find_or_submit(api, workspace, targets, changed, attach=attach)
         if driver is None:
             output.note(f"{pipeline.name}: every stage that was asked for is committed. See: osctl compare{again.options()}")

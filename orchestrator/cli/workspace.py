@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from orchestrator.errors import UsageError
 
 if TYPE_CHECKING:
     from orchestrator.config import Pipeline
+    from orchestrator.contents import Resolved
     from orchestrator.cost import Prices
     from orchestrator.ledger import Ledger
     from orchestrator.ports import Store
@@ -35,6 +36,8 @@ class Workspace:
     pipeline: Pipeline
     remarks: tuple[str, ...] = ()
     """What the store holds of its launches and cannot be read (`look.launched`)."""
+    found: Resolved | None = None
+    """What was found of the pipeline's contents, where they were looked for (`with_contents`)."""
 
     @classmethod
     def open(
@@ -67,6 +70,32 @@ class Workspace:
     def at(cls, file: str | None, *, store: str | None = None, cluster: str | None = None) -> Workspace:
         """For commands about what was launched: OSCTL_CLUSTER is where to look, whatever backend the file names. See `launched`."""
         return cls.open(file, store=store, cluster=cluster or os.environ.get("OSCTL_CLUSTER") or None)
+
+    def with_contents(self, *, needed: bool, far: bool = True, ask_store: bool = True, say: Callable[[str], None]) -> Workspace:
+        """The same with the contents of its clips recorded, as far as they can be seen.
+
+        Args:
+            needed: contents that nobody sees are a reason to refuse.
+            far: whether addresses are read, too.
+            ask_store: whether the store is asked for what is registered.
+
+        Raises UsageError, Refused, Unreachable.
+        """
+        if all(stage.config.data.source.kind == "digits" for stage in self.pipeline.stages):
+            return self  # nothing lies outside of the configuration, and nothing is imported to find that out
+        from orchestrator.adapters.data_files import DataFiles
+        from orchestrator.contents import resolve_contents
+
+        ask = (lambda: self.store) if ask_store else None
+        found = resolve_contents(self.pipeline, ask, DataFiles(home()), needed=needed, far=far)
+        for note in found.notes:
+            say(note)
+        return Workspace(found.pipeline, found)
+
+    def keep_contents(self) -> None:
+        """Write down what `with_contents` found, before anything of it is used. Raises Unreachable, Refused."""
+        if self.found is not None:
+            self.found.commit(self.store)
 
     @cached_property
     def store(self) -> Store:
