@@ -8,6 +8,7 @@ nobody can see them. Refuses to read files itself, and to write anything before 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -130,7 +131,7 @@ class _Search:
         if differences:
             raise Refused(
                 f"data {source.path}: {len(differences):,} rows are not as they were registered as {registered.name} "
-                f"({told(differences)}). Register what is there now: osctl data register {registered.name} {source.path}"
+                f"({told(differences)}). Register what is there now: osctl data register {registered.name} {shlex.quote(source.path)}"
             )
 
     def _looked_at(self, source: FilesSource) -> str:
@@ -160,7 +161,7 @@ def unseen(pipeline: Pipeline, place: str) -> str:
 def _register(pipeline: Pipeline, place: str) -> str:
     cluster = f" --cluster {pipeline.cluster.name}" if pipeline.cluster is not None else ""
     store = f" --store {pipeline.store}" if "://" in pipeline.store else ""
-    return f"Register it where it lies: osctl data register {suggested(place)} {place}{store}{cluster}"
+    return f"Register it where it lies: osctl data register {suggested(place)} {shlex.quote(place)}{store}{cluster}"
 
 
 def suggested(place: str) -> str:
