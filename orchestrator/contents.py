@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from opensora.config import FolderSource, ManifestSource
-from opensora.data.manifest import UNKNOWN, DataManifest, changed_since, told
+from opensora.data.manifest import UNKNOWN, DataManifest, RowDifference, changed_since, rows_that_differ, told
 from orchestrator import datasets
 from orchestrator.config import Pipeline, Stage
 from orchestrator.errors import NotFound, OsctlError, Refused
@@ -44,6 +44,15 @@ class Resolved:
     """Data sets that were looked at, by digest."""
     notes: tuple[str, ...]
     """What was found, for people."""
+
+    def rows_between(self, store: Store, old: str, new: str) -> list[RowDifference]:
+        """In which rows two data sets differ, by their digests. Empty where a manifest is not to be had. Raises Unreachable."""
+        try:
+            before = datasets.get_manifest(store, old)
+            after = self.manifests.get(new) or datasets.get_manifest(store, new)
+        except (NotFound, Refused):
+            return []
+        return rows_that_differ(before, after)
 
     def commit(self, store: Store) -> None:
         """Write down what was found, before anything of it is used. Idempotent. Raises Unreachable, Refused."""

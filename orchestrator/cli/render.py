@@ -163,7 +163,12 @@ def _of_contents(workspace: Workspace, stage: Stage, intent: Intent) -> list[Dif
     terms = workspace.ledger.terms(intent.stage, intent.inputs, intent.attempt)
     kinds = type(stage.contents).model_fields
     changed = [one for one in changes_since(intent, terms, stage) if one.path in kinds]
-    return [manifest.Difference(one.path, one.old, one.new, manifest.ANEW) for one in changed]
+    found = [manifest.Difference(one.path, one.old, one.new, manifest.ANEW) for one in changed]
+    for one in changed:
+        if one.path == "data":
+            rows = workspace.rows_between(one.old, one.new)
+            found += [manifest.Difference(f"data row {row.path}".rstrip(), row.old, row.new or row.kind, manifest.ANEW) for row in rows]
+    return found
 
 
 def coming(pipeline: Pipeline, ledger: Ledger | None) -> Mapping[str, Coming | str]:

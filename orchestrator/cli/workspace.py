@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import UsageError
 
 if TYPE_CHECKING:
+    from opensora.data.manifest import RowDifference
     from orchestrator.config import Pipeline
     from orchestrator.contents import Resolved
     from orchestrator.cost import Prices
@@ -96,6 +97,10 @@ class Workspace:
         """Write down what `with_contents` found, before anything of it is used. Raises Unreachable, Refused."""
         if self.found is not None:
             self.found.commit(self.store)
+
+    def rows_between(self, old: str, new: str) -> list[RowDifference]:
+        """In which rows two data sets differ, by their digests, as far as they are known here. Raises Unreachable."""
+        return self.found.rows_between(self.store, old, new) if self.found is not None else []
 
     @cached_property
     def store(self) -> Store:

@@ -67,3 +67,36 @@ def test_data_that_is_not_here_is_refused_with_what_to_do(osctl: Osctl, tmp_path
     assert "lower-case" in osctl("data", "register", "X", str(tmp_path), expect=2).stderr
     assert "registered are: none" in osctl("data", "show", "x", expect=4).stderr
     assert "osctl data register" in osctl("data", "list").stderr
+
+
+@pytest.fixture
+def changed(osctl: Osctl, clips: Path) -> Osctl:
+    """Trained; then a caption was changed and a clip added."""
+    osctl("launch", "--data", str(clips), "--quiet")
+    film_clips.film(clips / "four.mp4", 200)
+    film_clips.captions(clips, film_clips.CAPTIONS | {"one.mp4": "another", "four.mp4": "a white square"})
+    return osctl
+
+
+def test_changed_data_is_refused_with_the_rows_and_the_two_commands(changed: Osctl, clips: Path) -> None:
+    refused = changed("launch", "--data", str(clips), "--quiet", expect=4).stderr
+    assert "2 rows differ: one.mp4: caption was 'a grey square', is 'another'; four.mp4: added" in refused
+    assert "--keep stage1" in refused and "--anew stage1" in refused
+    assert "one.mp4: caption was" in changed("launch", "--data", str(clips), "--dry-run").stderr
+    fields = {row["field"] for row in changed.json("diff", "stage1", "--data", str(clips))}
+    assert {"data", "data row one.mp4", "data row four.mp4"} <= fields
+
+
+def test_changed_data_is_kept_or_trained_anew_as_a_person_decides(changed: Osctl, clips: Path) -> None:
+    before = changed.digests()
+    data = ("--data", str(clips), "--quiet")
+    changed("launch", "stage1", *data, "--keep", "stage1")
+    assert changed.digests()["stage1"] == before["stage1"]
+    changed("launch", *data, "--keep", "stage2")
+    stages = changed.folder / ".osctl/store/tiny/stages"
+    assert len(list(stages.glob("*@*"))) == 2
+    film_clips.captions(clips, film_clips.CAPTIONS)
+    changed("launch", "stage1", *data)
+    film_clips.captions(clips, film_clips.CAPTIONS | {"one.mp4": "a third one"})
+    changed("launch", "stage1", *data, "--anew", "stage1")
+    assert len(list(stages.glob("stage1@*"))) == 2
