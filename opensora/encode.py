@@ -1,8 +1,7 @@
 """A stage's clips encoded ahead of its training: `python -m opensora.encode STAGE_YAML CACHE_DIR`.
 
 Owns the command; `opensora.data.latents` owns the cache. Progress goes to stderr, the result to stdout: one line of JSON with directory,
-bytes, clips, skipped, built (false: it was there already) and seconds. A `data.jsonl.gz` beside the stage says what the data is by content,
-as in a run directory.
+bytes, clips, skipped, built (false: it was there already) and seconds.
 """
 
 from __future__ import annotations
@@ -58,12 +57,12 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-def encode(stage_yaml: Path, cache: Path, parent: Path | None, progress: Progress) -> dict[str, object]:
+def encode(stage_yaml: Path, cache: Path, parent: Path | None, progress: Progress, data: Path | None = None) -> dict[str, object]:
     """The result as `main` prints it. Raises TrainerError, as `opensora.data.latents.prepare`."""
     began = time.monotonic()
     stage = stage_of(Path("/dev/stdin") if str(stage_yaml) == "-" else stage_yaml)
     try:
-        directory = prepare(stage, cache, parent, progress=progress, recorded=recorded_data(stage_yaml.parent))
+        directory = prepare(stage, cache, parent, progress=progress, recorded=recorded_data(data) if data is not None else None)
     finally:
         progress.end()
     prepared = Prepared.open(directory, stage)
@@ -85,11 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--parent", type=Path, metavar="CHECKPOINT", help="whose encoders are used; without one they are made from the clips"
     )
+    parser.add_argument(
+        "--data", type=Path, metavar="MANIFEST", help="the data set as a launch finds it, as a run directory's data.jsonl.gz"
+    )
     parser.add_argument("--name", help="what progress calls it [STAGE_YAML's name]")
     args = parser.parse_args(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     try:
-        result = encode(args.stage, args.cache, args.parent, Progress(args.name or args.stage.name))
+        result = encode(args.stage, args.cache, args.parent, Progress(args.name or args.stage.name), args.data)
     except TrainerError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if error.kind == "config" else 1

@@ -46,14 +46,14 @@ def stage_of(path: Path) -> StageConfig:
         raise ConfigError(f"{path}: {field}: {first['msg']} (given: {first['input']!r})") from error
 
 
-def recorded_data(folder: Path) -> DataManifest | None:
+def recorded_data(file: Path) -> DataManifest | None:
     """What the launch found of the data; None: nobody wrote it down. Raises DataError."""
     try:
-        return DataManifest.decode((folder / DATA).read_bytes())
+        return DataManifest.decode(file.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder / DATA}: cannot be read ({error}). Launch again: the agent brings it in anew") from error
+        raise DataError(f"{file}: cannot be read ({error}). Launch again: the agent brings it in anew") from error
 
 
 @dataclass
@@ -92,7 +92,7 @@ class RunDirectory:
 
     def recorded_data(self) -> DataManifest | None:
         """Raises DataError."""
-        return recorded_data(self.path)
+        return recorded_data(self.path / DATA)
 
     def drain_asked(self) -> bool:
         return (self.path / "drain").exists()

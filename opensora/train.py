@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from opensora import after_training, checkpoint, encoders, guidance, identity, memory, objective, parallel, weights
+from opensora import after_training, checkpoint, encoders, guidance, identity, imports, memory, objective, parallel, weights
 from opensora.config import Activations, StageConfig
 from opensora.data.latents import Prepared, prepare
 from opensora.data.loader import Ahead, Batch, Loader
@@ -474,7 +474,7 @@ def _model(stage: StageConfig, ranks: Ranks, start: Start, prepared: Prepared) -
     if start.reader is not None:
         _take(start.reader, start.weights, model)
     elif stage.weights is not None:
-        _import(Path(stage.weights), model, prepared)
+        _import(Path(imports.local(stage.weights)), model, prepared)
     if stage.freeze == "temporal":
         model.freeze_temporal()
     model.keep(_activations(stage, ranks))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from orchestrator.agent.contents import bring_in
+from orchestrator.agent.contents import bring_in, with_places
 from orchestrator.agent.courier import Courier, Parcel, is_disk_full
 from orchestrator.agent.ending import Ending, ending_of
 from orchestrator.agent.events import Events, Task
@@ -141,7 +141,7 @@ class Attempt:
     def _fetch_contents(self) -> None:
         terms = self.ledger.terms(self.intent.stage, self.intent.inputs, self.intent.attempt)
         if terms is not None:  # a driver of 0.1.0 writes none
-            bring_in(self.ledger.store, terms.contents, self.run.path)
+            bring_in(self.ledger.store, self.intent, terms.contents, self.run.path)
 
     def _patiently(self, fetch: Callable[[], object]) -> None:
         deadline = time.monotonic() + self._patience.store_s
@@ -163,7 +163,7 @@ class Attempt:
             nodes = f"{self.intent.nodes} nodes cannot meet: {RENDEZVOUS} is not set"
             return Ending("config", f"{nodes}; start the agents where it is, as the training operator does")
         (self.run.path / FLIGHT_RECORDER).mkdir(exist_ok=True)
-        variables = environment(self.intent, os.environ, self.run.path)
+        variables = with_places(environment(self.intent, os.environ, self.run.path), self.run.path)
         self.trainer.start(command(self.intent, self.run.path, self._node), variables, log=self.run.log)
         self.events.listen_to(self.trainer)
         self._heard = time.monotonic()

@@ -135,6 +135,7 @@ def lineage(
             "weights": link.committed.weights_digest[:12] if link.committed else None,
             "manifest": link.committed.manifest_digest[:12] if link.committed else None,
             **made_of(workspace.ledger, link, named),
+            "imports": imported_by(workspace.ledger, link),
             "verdict": "; ".join(f"{fault.key.rsplit('/', 1)[-1]}: {fault.text}" for fault in link.faults)
             or ("verified" if verify else "present"),
             "contents": link.contents.model_dump() if link.contents else None,
@@ -142,7 +143,11 @@ def lineage(
         }
         for link in links
     ]
-    shown = rows if output_ is not output.Format.table else [{**row, "remarks": "; ".join(row["remarks"])} for row in rows]
+    shown = (
+        rows
+        if output_ is not output.Format.table
+        else [{**row, "remarks": "; ".join(row["remarks"]), "imports": "; ".join(map(_imported, row["imports"]))} for row in rows]
+    )
     output.emit(
         shown,
         output_,
@@ -156,6 +161,7 @@ def lineage(
             "data": "data",
             "verdict": "verdict",
         }
+        | ({"imports": "imports"} if any(row["imports"] for row in rows) else {})
         | ({"remarks": "remarks"} if any(row["remarks"] for row in rows) else {}),
     )
     faults = [fault for link in links for fault in link.faults]
@@ -177,6 +183,28 @@ def made_of(ledger: Ledger, link: Link, named: Mapping[str, str]) -> dict[str, s
     if digest is None:
         return {"data": NOT_RECORDED, "data_digest": None}
     return {"data": f"{digest[:12]} {named.get(digest, '')}".rstrip(), "data_digest": digest}
+
+
+def _imported(one: Mapping[str, str | None]) -> str:
+    digest = one["digest"][:12] if one["digest"] else NOT_RECORDED
+    return f"{one['role']} {digest} from {one['source']} (licence: {one['licence']})"
+
+
+def imported_by(ledger: Ledger, link: Link) -> list[dict[str, str | None]]:
+    """Where a stage's lineage ends: at weights and encoders that were made elsewhere."""
+    from orchestrator import imports
+    from orchestrator.contents import imports_of
+
+    if link.committed is None or link.intent is None:
+        return []
+    terms = ledger.terms(link.stage, link.inputs, link.committed.attempt)
+    rows: list[dict[str, str | None]] = []
+    for role, name in imports_of(link.intent.config):
+        digest = getattr(terms.contents, role) if terms is not None else None
+        known = next(iter(imports.sources_of(ledger.store, digest)), None) if digest is not None else None
+        source, licence = (known.source, known.licence) if known else (name, None)
+        rows.append({"role": role, "digest": digest, "source": source, "licence": licence or NOT_RECORDED})
+    return rows
 
 
 def sync(file: options.File = None, store: options.Store = None, tracking: options.Tracking = None) -> None:

@@ -18,7 +18,7 @@ import typer
 
 from orchestrator.cli import options, output
 from orchestrator.cli.look import launched, say, stage_names, take
-from orchestrator.cli.workspace import Workspace, home, latents
+from orchestrator.cli.workspace import Workspace, home, latents, lend_places
 
 if TYPE_CHECKING:
     from orchestrator.config import Pipeline
@@ -199,10 +199,13 @@ def run_here(workspace: Workspace, target: str | None, changed: Changed, *, dry_
             remote.check_none(api, workspace)
     else:
         os.environ["OSCTL_LATENTS"] = str(latents())  # attempts share what one of them, or `osctl encode`, has encoded
+        lend_places({})
     workspace.store.probe()
     launches.check_ours(workspace.ledger)
     changed.settle(workspace, targets)
     workspace.keep_contents()
+    if pipeline.backend == "local":
+        workspace.lend_places()
     runner = Runner(pipeline, workspace.ledger, backend_of(pipeline, workspace.store, workspace.store_url), on_event=say_unused)
     following = contextlib.nullcontext() if quiet else display.Follower(workspace, workspace.prices)
     # With nothing left to train there is nothing new to show, and MLflow's start of several seconds is saved.
