@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 
 from opensora import identity
 from opensora.identity import Contents
-from orchestrator import checkpoints, datasets, imports
+from orchestrator import checkpoints
 from orchestrator.checkpoints import Fault, Place
 from orchestrator.errors import CorruptCheckpoint, NotFound, Refused, StoreConflict, TooLarge
 from orchestrator.lease import TTL_S, LeaseHandle, acquire, decode_lease, is_free
@@ -51,8 +51,6 @@ from orchestrator.records import (
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 EventKind = Literal["launched", "attempt", "observed", "outcome", "committed", "retry", "cancel", "ended"]
-RESERVED = (datasets.ROOT, imports.ROOT)
-"""Folders of a store that are no pipelines."""
 READERS = 8
 """Records read at a time. On S3 a read is a round trip, and a day of training has thousands of journal pieces."""
 

@@ -1,4 +1,4 @@
-"""Loopback servers of files: one that breaks off and goes on by ranges, one that speaks the part of the hub's API that downloads use.
+"""Loopback servers of files: one that breaks off and goes on by ranges, one that speaks the part of the hub's API that downloads use."""
 
 from __future__ import annotations
 

@@ -143,11 +143,7 @@ def lineage(
         }
         for link in links
     ]
-    shown = (
-        rows
-        if output_ is not output.Format.table
-        else [{**row, "remarks": "; ".join(row["remarks"]), "imports": "; ".join(map(_imported, row["imports"]))} for row in rows]
-    )
+    shown = rows if output_ is not output.Format.table else [{**row, "remarks": "; ".join(row["remarks"])} for row in rows]
     output.emit(
         shown,
         output_,
@@ -161,9 +157,12 @@ def lineage(
             "data": "data",
             "verdict": "verdict",
         }
-        | ({"imports": "imports"} if any(row["imports"] for row in rows) else {})
         | ({"remarks": "remarks"} if any(row["remarks"] for row in rows) else {}),
     )
+    if output_ is output.Format.table:
+        for row in rows:
+            for one in row["imports"]:
+                output.note(f"{row['name']} imports {_imported(one)}")
     faults = [fault for link in links for fault in link.faults]
     if faults:
         count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"

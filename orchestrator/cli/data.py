@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+import itertools
 import os
 import socket
 import time
@@ -17,8 +19,12 @@ from orchestrator.cli.workspace import Workspace, home
 if TYPE_CHECKING:
     from opensora.config import FolderSource, ManifestSource
     from opensora.data.manifest import DataManifest
+    from orchestrator.adapters.kube.api import Api
     from orchestrator.datasets import DataSet
     from orchestrator.ports import Store
+
+LOOK_S = 1.0
+"""Seconds between two looks at a Job."""
 
 app = typer.Typer(no_args_is_help=True, help="Data sets by content: which clips with which captions, wherever they lie.")
 
@@ -33,6 +39,10 @@ def register(
     ],
     file: options.File = None,
     store: options.Store = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", metavar="NAME|FILE", help="Read it by a Job in this cluster: for what only its pods see."),
+    ] = None,
     by_name: Annotated[
         bool,
         typer.Option("--by-name", help="Read the CSV alone: captions and paths count, contents do not. For data nobody wants to hash."),
@@ -41,7 +51,7 @@ def register(
 ) -> None:
     """Read a data set where it lies, hash every clip, and write its manifest into the store. Repeating it reads what changed.
 
-    Examples: osctl data register bikes ~/clips          osctl data register hq s3://bucket/hq.csv --store s3://bucket/runs
+    Examples: osctl data register bikes ~/clips          osctl data register hq /data/hq.csv --cluster pool.yaml --store s3://b/runs
     """
     from orchestrator import datasets
     from orchestrator.adapters.data_files import DataFiles
@@ -49,6 +59,11 @@ def register(
 
     datasets.check_name(name)
     place = source_of(source)
+    if cluster is not None:
+        one = _in_cluster(Workspace.open(file, store=store, cluster=cluster), name, place.path, by_name=by_name)
+        output.note(f"{name}: {one.rows:,} rows, {_size(one.size)}, read in the cluster")
+        output.emit(_row(one), output_, _COLUMNS)
+        return
     opened = _store(file, store)
     files = DataFiles(home())
     try:
@@ -117,6 +132,66 @@ def show(
     if not rows:
         output.note(f"{name} and {other} are the same data set")
     output.emit(rows, output_, {"name": "path", "change": "change", "old": name, "new": other})
+
+
+def _in_cluster(workspace: Workspace, name: str, source: str, *, by_name: bool) -> DataSet:
+    """Have a Job read it, and wait for its end. Raises UsageError, Refused, Unreachable."""
+    from orchestrator import datasets, manifest
+    from orchestrator.adapters.kube.api import AlreadyExists, Api
+    from orchestrator.errors import NotFound, Refused
+
+    if not workspace.store_url.startswith("s3://"):
+        raise Refused(
+            f"data register {name}: store {workspace.store_url} is a folder of this machine, which no pod sees. "
+            "Name a bucket: --store s3://bucket/prefix"
+        )
+    profile = workspace.pipeline.cluster
+    assert profile is not None, "a cluster was named"
+    before = len(datasets.of_name(workspace.store, name))
+    with contextlib.closing(Api.connect(profile.context, profile.namespace)) as api:
+        for number in itertools.count(1):
+            body = manifest.register_job(profile, workspace.store_url, name, source, number, by_name=by_name)
+            try:
+                job = api.create("jobs", body)
+                break
+            except AlreadyExists:  # of an earlier look; one that still runs is as good
+                job = api.get("jobs", body["metadata"]["name"])
+                if _end(job) is None and manifest.is_ours(job, workspace.store_url, manifest.register_key(name, number)):
+                    break
+        job_name = job["metadata"]["name"]
+        output.note(f"{name}: read by Job {job_name} in namespace {api.namespace}; it goes on if this command is interrupted")
+        while (end := _end(job)) is None:
+            time.sleep(LOOK_S)
+            try:
+                job = api.get("jobs", job_name)
+            except NotFound:
+                raise Refused(f"data register {name}: somebody deleted Job {job_name}. Run it again") from None
+        if end != "Complete":
+            raise Refused(f"data register {name}: Job {job_name} failed{_last_words(api, job_name)}")
+    found = datasets.of_name(workspace.store, name)
+    if not found or (len(found) == before and found[-1].source != source):
+        raise Refused(
+            f"data register {name}: Job {job_name} is complete, and {workspace.store_url} has no {name}. Is that the Job's store?"
+        )
+    return found[-1]
+
+
+def _end(job: dict[str, Any]) -> str | None:
+    conditions = job.get("status", {}).get("conditions", ())
+    return next((one["type"] for one in conditions if one["status"] == "True" and one["type"] in ("Complete", "Failed")), None)
+
+
+def _last_words(api: Api, job: str) -> str:
+    """What the last pod said, where it can be asked; else where to ask."""
+    from orchestrator.errors import NotFound, Refused, Unreachable
+
+    with contextlib.suppress(NotFound, Refused, Unreachable):
+        pods, _ = api.list("pods", f"batch.kubernetes.io/job-name={job}")
+        for pod in pods[-1:]:
+            text = b"".join(api.pod_log(pod["metadata"]["name"], tail=1)).decode(errors="replace").strip()
+            if text:
+                return f": {text.removeprefix('error: ')}"
+    return f". See: kubectl -n {api.namespace} logs job/{job}"
 
 
 def source_of(place: str) -> FolderSource | ManifestSource:

@@ -124,7 +124,7 @@ class Workspace:
         found = resolve_contents(self.pipeline, ask, DataFiles(home()), ImportSources(home()), needed=needed, far=far)
         for note in found.notes:
             say(note)
-        return Workspace(found.pipeline, found)
+        return Workspace(found.pipeline, self.remarks, found)
 
     def keep_contents(self) -> None:
         """Write down what `with_contents` found, before anything of it is used. Raises Unreachable, Refused."""
