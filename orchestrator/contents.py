@@ -16,15 +16,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from opensora.config import FolderSource, ManifestSource, StageConfig
 from opensora.data.manifest import UNKNOWN, DataManifest, RowDifference, changed_since, rows_that_differ, told
 from orchestrator import datasets, imports
 from orchestrator.config import Pipeline, Stage
-from orchestrator.errors import NotFound, OsctlError, Refused
+from orchestrator.errors import NotFound, OsctlError, Refused, Unreachable
 from orchestrator.ports import Store
 
+Answer = TypeVar("Answer")
 FilesSource = FolderSource | ManifestSource
 READ_AT_MOST = 10 * 2**30
 """Bytes that a launch reads of clips at an address to hash them. More is registered first, by a command that says what it does."""
@@ -153,6 +154,7 @@ class _Search:
         self.stored: dict[str, str] = {}
         self.manifests: dict[str, DataManifest] = {}
         self.notes: list[str] = []
+        self._away: Unreachable | None = None
         self._found: dict[str, str | None] = {}
         """By place."""
 
@@ -177,6 +179,16 @@ class _Search:
             return stage
         return stage.model_copy(update={"contents": stage.contents.model_copy(update=known)})
 
+    def _ask(self, store: Callable[[], Store], question: Callable[[Store], Answer]) -> Answer:
+        """One that does not answer is asked once: each time takes its whole patience. Raises Unreachable."""
+        if self._away is not None:
+            raise self._away
+        try:
+            return question(store())
+        except Unreachable as error:
+            self._away = error
+            raise
+
     def _data(self, source: FilesSource) -> str | None:
         """The digest of a data set; None: nobody knows it."""
         try:
@@ -200,7 +212,7 @@ class _Search:
         """What pods see may be another folder than this machine's: what was registered where it lies counts."""
         if self.store is None or self.pipeline.backend == "local":
             return None
-        found = datasets.of_source(self.store(), source.path)
+        found = self._ask(self.store, lambda store: datasets.of_source(store, source.path))
         if found is None:
             return None
         if self.far and "://" in source.path:
@@ -255,7 +267,7 @@ class _Search:
         """What the store has of this name or source. A path of this machine is looked at instead: its files may have changed."""
         if self.store is None or Path(name).expanduser().exists():
             return None
-        found = imports.find(self.store(), name, role)
+        found = self._ask(self.store, lambda store: imports.find(store, name, role))
         if found is None or not imports.is_stored(self.store(), found.manifest):
             return None
         self.stored[name] = found.manifest

@@ -9,6 +9,7 @@ comes to mean other data gets a next number. Refuses to read clips: `adapters.da
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from typing import Literal
@@ -69,22 +70,30 @@ def manifest_key(digest: str) -> str:
 
 def put_manifest(store: Store, manifest: DataManifest) -> None:
     """Idempotent. The same clips may lie elsewhere under other names: whose manifest came first stays. Raises Unreachable, Refused."""
+    key = manifest_key(manifest.digest)
     try:
-        store.create(manifest_key(manifest.digest), manifest.encode())
-    except StoreConflict:
-        get_manifest(store, manifest.digest)
+        store.size(key)
+    except NotFound:
+        with contextlib.suppress(StoreConflict):  # another launch was faster, and called the files otherwise
+            store.create(key, manifest.encode())
 
 
 def get_manifest(store: Store, digest: str) -> DataManifest:
     """Raises NotFound, CorruptCheckpoint where it is not what its digest says, Unreachable."""
+    return read_manifest(store, digest)[0]
+
+
+def read_manifest(store: Store, digest: str) -> tuple[DataManifest, bytes]:
+    """The manifest, and its bytes as they lie there. Raises as `get_manifest`."""
     key = manifest_key(digest)
+    data = store.read(key).data
     try:
-        manifest = DataManifest.decode(store.read(key).data)
+        manifest = DataManifest.decode(data)
     except ValueError as error:
         raise CorruptCheckpoint(f"data set {key}: {error}; register the data again: osctl data register") from error
     if manifest.digest != digest:
         raise CorruptCheckpoint(f"data set {key}: has digest {manifest.digest}; put back the manifest that was written")
-    return manifest
+    return manifest, data
 
 
 def register(store: Store, name: str, source: str, manifest: DataManifest, *, now: float, holder: str) -> DataSet:

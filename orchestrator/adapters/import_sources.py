@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import os
 import re
 import time
 import urllib.error
@@ -150,6 +151,10 @@ class ImportSources:
         return self._found(source, source, folder / last if single else folder, kind, None)
 
     def _of_hub(self, source: str, role: Role | None, far: bool) -> Found:
+        name, _, revision = source.partition("@")
+        if not far:
+            folder = _cached(name, revision or "main")
+            return self._found(source, f"{name}@{folder.name}", folder, role, _licence(folder))
         try:
             from huggingface_hub import HfApi, constants, snapshot_download
             from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
@@ -157,23 +162,19 @@ class ImportSources:
             raise UsageError(
                 f"{source}: huggingface_hub is not installed here, which asks the hub. Give a path, s3:// or https://"
             ) from error
-        name, _, revision = source.partition("@")
         asked: dict[str, Any] = {"revision": revision or None, "allow_patterns": _patterns(role), "ignore_patterns": IGNORED}
         try:
-            if far and not constants.is_offline_mode():
-                folder = Path(snapshot_download(name, etag_timeout=TIMEOUT_S, **asked))
-            else:
-                folder = Path(snapshot_download(name, local_files_only=True, **asked))
+            folder = Path(snapshot_download(name, etag_timeout=TIMEOUT_S, local_files_only=constants.is_offline_mode(), **asked))
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
             raise NotFound(source) from error
         except LocalEntryNotFoundError as error:
-            if not far or constants.is_offline_mode():
+            if constants.is_offline_mode():
                 raise NotFound(source) from error
             raise Unreachable(f"{source}: {constants.ENDPOINT} does not answer; nothing was done. Give a path, or run again") from error
         except OSError as error:
             raise Unreachable(f"{source}: {' '.join(str(error).split())[:200]}; nothing was done") from error
         licence = _licence(folder)
-        if licence is None and far and not constants.is_offline_mode():
+        if licence is None and not constants.is_offline_mode():
             with contextlib.suppress(Exception):
                 card = HfApi().model_info(name, revision=folder.name).card_data
                 licence = str(card.license) if card and card.license else None
@@ -207,6 +208,18 @@ def guessed(folder: Path) -> Role:
     if not isinstance(told, dict):
         return "weights"
     return "autoencoder" if told.get("_class_name") == "AutoencoderKL" else "text" if told.get("model_type") == "t5" else "weights"
+
+
+def _cached(name: str, revision: str) -> Path:
+    """What this machine has of a model of the hub, in the layout of the hub's own cache; its client is not imported. Raises NotFound."""
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
+    reference = cache / "refs" / revision
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    folder = cache / "snapshots" / commit
+    if not folder.is_dir():
+        raise NotFound(name)
+    return folder
 
 
 def _patterns(role: Role | None) -> list[str]:

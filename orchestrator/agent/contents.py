@@ -50,7 +50,7 @@ def with_places(variables: Mapping[str, str], run_dir: Path) -> dict[str, str]:
 
 def _manifest(store: Store, digest: str) -> bytes:
     try:
-        return datasets.get_manifest(store, digest).encode()
+        return datasets.read_manifest(store, digest)[1]
     except NotFound as error:
         raise Refused(f"{datasets.manifest_key(digest)}: is not in {store.url}, though a launch recorded it; launch again") from error
 
