@@ -43,9 +43,15 @@ def bring_in(store: Store, intent: Intent, contents: Contents, run_dir: Path) ->
 
 
 def with_places(variables: Mapping[str, str], run_dir: Path) -> dict[str, str]:
-    """A trainer's environment, with the places of what was brought in."""
-    brought = run_dir / PLACES
-    return {**variables, places.VARIABLE: str(brought)} if brought.is_file() else dict(variables)
+    """A trainer's environment: with the places of what was brought in, and the object store's endpoint under the name that its libraries
+    read, since clips at s3:// lie where the ledger does."""
+    found = dict(variables)
+    if (run_dir / PLACES).is_file():
+        found[places.VARIABLE] = str(run_dir / PLACES)
+    endpoint = found.get("OSCTL_S3_ENDPOINT")
+    if endpoint and not found.get("AWS_ENDPOINT_URL"):
+        found.setdefault("AWS_ENDPOINT_URL_S3", endpoint)
+    return found
 
 
 def _manifest(store: Store, digest: str) -> bytes:

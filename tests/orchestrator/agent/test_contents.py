@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from live_attempts import Attempts, stage_config
@@ -13,6 +17,7 @@ from opensora.config import StageConfig
 from opensora.data.manifest import DataManifest, Row
 from opensora.identity import Contents
 from orchestrator import datasets, imports
+from orchestrator.agent.contents import with_places
 from orchestrator.records import FileRef, Intent, Terms
 
 
@@ -73,3 +78,26 @@ def test_a_damaged_import_is_refused_before_the_trainer_starts(attempts: Attempt
     _, report = attempts.live(intent)
     assert report.class_ == "parent" and "model.safetensors" in report.reason and "sha256" in report.reason
     assert not (attempts.run_dir(intent) / "metrics.jsonl").exists()
+
+
+@pytest.mark.s3
+def test_a_trainer_reads_clips_of_the_bucket_that_the_agent_knows(s3: Any, tmp_path: Path) -> None:
+    """At an endpoint of its own; only the ledger's client knew that name for it."""
+    from orchestrator.adapters.s3 import S3Store
+
+    store = S3Store(s3.url("trained-on"), env=s3.env)
+    store.create("captions.csv", b"path,text\na.mp4,one\n")
+    store.create("a.mp4", b"a")
+    (tmp_path / "data.jsonl.gz").write_bytes(DATA.encode())
+    code = (
+        "import sys; from pathlib import Path; from opensora.config import DataConfig; from opensora.data.folder import FileClips; "
+        "from opensora.run_directory import recorded_data; "
+        "source = {'kind': 'folder', 'path': sys.argv[1]}; "
+        "data = DataConfig.model_validate({'source': source, 'frames': 1, 'height': 8, 'width': 8}); "
+        "print(FileClips(data, recorded_data(Path(sys.argv[2]))).captions)"
+    )
+    own = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    env = with_places({**own, **s3.env}, tmp_path)
+    words = [sys.executable, "-c", code, s3.url("trained-on"), str(tmp_path / "data.jsonl.gz")]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "['one']", done.stderr
