@@ -170,7 +170,7 @@ class KLAutoencoder(Frozen):
 
     kind: Literal["kl"]
     path: str
-    """Local directory or hub id."""
+    """Folder, s3://…, hub id (owner/name, owner/name@revision), or a name given by osctl weights add."""
     factor: PositiveInt = 8
     """Pixels per latent row and column."""
     scale: PositiveFloat | None = None
@@ -197,7 +197,7 @@ class T5Encoder(Frozen):
 
     kind: Literal["t5"]
     path: str
-    """Local directory or hub id."""
+    """Folder, s3://…, hub id (owner/name, owner/name@revision), or a name given by osctl weights add."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Type that it computes in. T5 overflows in fp16."""
 
@@ -367,7 +367,8 @@ class StageConfig(Frozen):
     parent: ParentConfig = ParentConfig()
     """What is carried over from the stage before."""
     weights: str | None = None
-    """Weights imported at step 0 where there is no parent stage: a local file or directory. Refused where a key is unknown."""
+    """Weights imported at step 0 where there is no parent stage: a file or folder, s3://…, https://…, owner/name@revision of the hub, or a
+    name given by osctl weights add. Refused where a key is unknown."""
     sampling: SamplingConfig = SamplingConfig()
     """How clips are drawn."""
     prompts: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from opensora.data.latents import Prepared, prepare
 from opensora.errors import TrainerError
-from opensora.run_directory import stage_of
+from opensora.run_directory import recorded_data, stage_of
 
 SPOKEN_S = 5.0
 """Seconds between two lines of progress; on a terminal one line is written again and again, each so many."""
@@ -57,12 +57,12 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-def encode(stage_yaml: Path, cache: Path, parent: Path | None, progress: Progress) -> dict[str, object]:
+def encode(stage_yaml: Path, cache: Path, parent: Path | None, progress: Progress, data: Path | None = None) -> dict[str, object]:
     """The result as `main` prints it. Raises TrainerError, as `opensora.data.latents.prepare`."""
     began = time.monotonic()
     stage = stage_of(Path("/dev/stdin") if str(stage_yaml) == "-" else stage_yaml)
     try:
-        directory = prepare(stage, cache, parent, progress=progress)
+        directory = prepare(stage, cache, parent, progress=progress, recorded=recorded_data(data) if data is not None else None)
     finally:
         progress.end()
     prepared = Prepared.open(directory, stage)
@@ -84,11 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--parent", type=Path, metavar="CHECKPOINT", help="whose encoders are used; without one they are made from the clips"
     )
+    parser.add_argument(
+        "--data", type=Path, metavar="MANIFEST", help="the data set as a launch finds it, as a run directory's data.jsonl.gz"
+    )
     parser.add_argument("--name", help="what progress calls it [STAGE_YAML's name]")
     args = parser.parse_args(argv)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     try:
-        result = encode(args.stage, args.cache, args.parent, Progress(args.name or args.stage.name))
+        result = encode(args.stage, args.cache, args.parent, Progress(args.name or args.stage.name), args.data)
     except TrainerError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if error.kind == "config" else 1

@@ -22,7 +22,7 @@ import torch
 from einops import rearrange
 from safetensors.torch import save_file
 
-from opensora import config, encoder_files
+from opensora import config, encoder_files, imports
 from opensora.captions import clean
 from opensora.encoder_files import AUTOENCODER_FILE, TEXT_FILE, about
 from opensora.errors import ConfigError, ParentError
@@ -63,11 +63,14 @@ class Source:
         Raises:
             ConfigError: it is not there.
         """
-        local = Path(path).expanduser()
+        local = Path(imports.local(path)).expanduser()
         if local.is_dir():
             return cls._within(field, path, local, part, tokenizer)
-        if not HUB_ID.fullmatch(path):
-            raise ConfigError(f"{field} {path}: no such folder. Give the folder of the model, or its id on the hub (owner/name)")
+        if not HUB_ID.fullmatch(path.partition("@")[0]):
+            raise ConfigError(
+                f"{field} {path}: no such folder. Give the folder of the model, its id on the hub (owner/name), "
+                "or the name of what osctl weights add brought in"
+            )
         try:
             found = cls._within(field, path, _of_hub(field, path, ["*.json", "*spiece.model"], here=True), part, tokenizer)
             found.weights()
@@ -173,10 +176,12 @@ def _of_hub(field: str, path: str, patterns: list[str], *, here: bool = False) -
     import httpx2
     from huggingface_hub import constants, snapshot_download
 
+    name, _, revision = path.partition("@")
     try:
         return Path(
             snapshot_download(
-                path,
+                name,
+                revision=revision or None,
                 allow_patterns=patterns,
                 ignore_patterns=["*.fp16.*", "*.non_ema.*"],
                 etag_timeout=HUB_TIMEOUT_S,

@@ -18,8 +18,11 @@ import yaml
 from pydantic import ValidationError
 
 from opensora.config import StageConfig, read_stage
-from opensora.errors import ConfigError, Kind
+from opensora.data.manifest import DataManifest
+from opensora.errors import ConfigError, DataError, Kind
 
+DATA = "data.jsonl.gz"
+"""The data set as the launch found it (`opensora.data.manifest`); absent where nobody wrote it down."""
 RESULT_BYTES = 16_384
 """Space kept for result.json: the longest reason, and some hundred readings."""
 LONGEST_REASON = 4_000
@@ -41,6 +44,16 @@ def stage_of(path: Path) -> StageConfig:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path}: {field}: {first['msg']} (given: {first['input']!r})") from error
+
+
+def recorded_data(file: Path) -> DataManifest | None:
+    """What the launch found of the data; None: nobody wrote it down. Raises DataError."""
+    try:
+        return DataManifest.decode(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read ({error}). Launch again: the agent brings it in anew") from error
 
 
 @dataclass
@@ -76,6 +89,10 @@ class RunDirectory:
     def stage(self) -> StageConfig:
         """Raises ConfigError."""
         return stage_of(self.path / "stage.yaml")
+
+    def recorded_data(self) -> DataManifest | None:
+        """Raises DataError."""
+        return recorded_data(self.path / DATA)
 
     def drain_asked(self) -> bool:
         return (self.path / "drain").exists()

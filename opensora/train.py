@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from opensora import after_training, checkpoint, encoders, guidance, identity, memory, objective, parallel, weights
+from opensora import after_training, checkpoint, encoders, guidance, identity, imports, memory, objective, parallel, weights
 from opensora.config import Activations, StageConfig
 from opensora.data.latents import Prepared, prepare
 from opensora.data.loader import Ahead, Batch, Loader
@@ -475,7 +475,7 @@ def _model(stage: StageConfig, ranks: Ranks, start: Start, prepared: Prepared) -
     if start.reader is not None:
         _take(start.reader, start.weights, model)
     elif stage.weights is not None:
-        _import(Path(stage.weights), model, prepared)
+        _import(Path(imports.local(stage.weights)), model, prepared)
     if stage.freeze == "temporal":
         model.freeze_temporal()
     model.keep(_activations(stage, ranks))
@@ -605,7 +605,9 @@ def _prepare(run: RunDirectory, stage: StageConfig, ranks: Ranks, start: Start) 
 
     # what cannot be drawn or judged is said before the training, and never in the way of weights that are trained already
     asked = stage if start.step == 0 else stage.model_copy(update={"prompts": (), "evaluate": None})
-    directory = prepare(asked, run.latents, carried, progress=lambda _done, _of: beat()) if ranks.is_first_here else ""
+    directory: Path | str = ""
+    if ranks.is_first_here:
+        directory = prepare(asked, run.latents, carried, progress=lambda _done, _of: beat(), recorded=run.recorded_data())
     prepared = Prepared.open(Path(ranks.share(str(directory), beat)), stage)
     _same_clips(prepared, ranks, start)
     for clip, reason in list(prepared.skipped.items())[:SKIPPED]:
@@ -636,7 +638,7 @@ def _encoders_for_all(run: RunDirectory, stage: StageConfig, ranks: Ranks) -> Pa
     if ranks.is_first_here:
         folder.mkdir(exist_ok=True)
     if ranks.is_first:
-        for encoder in encoders.build(stage, open_clips(stage.data, stage.seed), None):
+        for encoder in encoders.build(stage, open_clips(stage.data, stage.seed, run.recorded_data()), None):
             encoder.save(folder)
     ranks.barrier(lambda: run.heartbeat(0, "init"))
     for name in (encoders.AUTOENCODER_FILE, encoders.TEXT_FILE):

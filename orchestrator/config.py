@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -158,10 +159,13 @@ _SCALARS = tuple(name for name in PipelineFile.model_fields if name not in ("sta
 _TEXTS = ("name", "backend", "store", "tracking", "experiment", "cluster")
 
 
-_PATHS: tuple[Loc, ...] = (("data", "source", "path"), ("weights",))
+_PATHS: tuple[Loc, ...] = (("data", "source", "path"),)
 """Local paths of a stage file."""
 _PATHS_OR_NAMES: tuple[Loc, ...] = (("autoencoder", "path"), ("text", "path"))
 """`org/name` is a model of the hub as well as a path: these are paths where they begin with a dot or a tilde."""
+_PATHS_OR_FILES: tuple[Loc, ...] = (("weights",),)
+"""These are paths, too, where such a file or folder lies there or a file's ending says so; else an import's name, or a model of the hub."""
+_FILE = re.compile(r"\.(safetensors|pth?|bin|ckpt)$")
 
 
 def home(env: Mapping[str, str]) -> Path:
@@ -224,7 +228,7 @@ def load(path: Path, *, overrides: Mapping[str, str] | None = None, env: Mapping
         if target is None:
             document = document.with_value(place, value, label)
         else:
-            is_path = isinstance(value, str) and _is_path(place, value)
+            is_path = isinstance(value, str) and _is_path(place, value, Path.cwd())
             stage_overrides.append((target, place, _absolute(value, Path.cwd()) if is_path else value, label))
     file = validate(PipelineFile, document, "pipeline")
     specs = _parents_first(file.stages, document)
@@ -436,17 +440,21 @@ def _stage_document(spec: StageSpec, pipeline: Path, document: Document, overrid
 
 def _with_absolute_paths(document: Document, folder: Path) -> Document:
     """A trainer runs elsewhere, so the paths of a stage file, which are relative to the file, are made absolute."""
-    for loc in (*_PATHS, *_PATHS_OR_NAMES):
+    for loc in (*_PATHS, *_PATHS_OR_NAMES, *_PATHS_OR_FILES):
         inner: Any = document.value
         for part in loc:
             inner = inner.get(part) if isinstance(inner, dict) else None
-        if isinstance(inner, str) and _is_path(loc, inner):
+        if isinstance(inner, str) and _is_path(loc, inner, folder):
             document = document.with_value(loc, _absolute(inner, folder))
     return document
 
 
-def _is_path(place: Loc, value: str) -> bool:
-    return place in _PATHS or (place in _PATHS_OR_NAMES and value.startswith(("./", "../", "~")))
+def _is_path(place: Loc, value: str, folder: Path) -> bool:
+    """`folder`: what it would be relative to."""
+    dotted = value.startswith(("./", "../", "~"))
+    if place in _PATHS_OR_FILES:
+        return dotted or _FILE.search(value) is not None or (folder / value).exists()
+    return place in _PATHS or (place in _PATHS_OR_NAMES and dotted)
 
 
 def _absolute(path: str, folder: Path) -> str:

@@ -421,6 +421,87 @@ def _last_words() -> Manifest:
     return _part("V1PodFailurePolicy", rules=rules)
 
 
+# --- A look at data that pods alone see -----------------------------------------------------------------------------------------------
+
+
+def register_key(name: str, number: int) -> str:
+    """What the Job of `osctl data register` carries as its run key."""
+    return f"data/{name}/{number}"
+
+
+def register_job(profile: ClusterProfile, store_url: str, name: str, source: str, number: int, *, by_name: bool = False) -> Manifest:
+    """The batch/v1 Job that reads a data set where it lies and writes its manifest into the store.
+
+    It runs `osctl data register` in the trainer's image, which reads every kind of place that a trainer reads, with the same volumes; as
+    the driver's account, which may write to the store, and without that account's token, since it asks no API server. A pod that is lost
+    is tried again: what was read is read again, nothing is written twice.
+
+    Args:
+        number: of this look; with the store and the name it makes the Job's name.
+
+    Raises:
+        Refused: the store's URL holds credentials.
+    """
+    _check_store(store_url)
+    key = register_key(name, number)
+    labels = {MANAGED_BY: MANAGER, RUN: run_hash(store_url, key), ROLE: "driver"}
+    command = ["osctl", "data", "register", name, source, "--store", store_url, *(["--by-name"] if by_name else [])]
+    env = {**profile.store_env(), "HOME": "/tmp", "USER": "osctl", "OSCTL_HOME": "/tmp/osctl", "PYTHONUNBUFFERED": "1"}
+    container = {
+        "name": "register",
+        "image": profile.image,
+        "imagePullPolicy": "IfNotPresent",
+        "command": list(map(_literal, command)),
+        "env": [*_env(env), *_credentials(profile)],
+        "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"cpu": "4", "memory": "8Gi"}},
+        "securityContext": _confined(),
+        "volumeMounts": [
+            {"name": "tmp", "mountPath": "/tmp"},
+            *({"name": f"data-{place}", "mountPath": volume.path, "readOnly": True} for place, volume in enumerate(profile.volumes)),
+        ],
+    }
+    pod = {
+        **_pod(profile, profile.driver_service_account, token=False),
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": 5,
+        "tolerations": [*_tolerations(profile), *_lost_node(profile)],
+        "containers": [container],
+        "volumes": [
+            {"name": "tmp", "emptyDir": {"sizeLimit": "2Gi"}},
+            *(
+                {"name": f"data-{place}", "persistentVolumeClaim": {"claimName": volume.claim, "readOnly": volume.read_only}}
+                for place, volume in enumerate(profile.volumes)
+            ),
+        ],
+    }
+    done = {"containerName": "register", "operator": "In", "values": [1, *DRIVER_EXITS]}
+    return _sealed(
+        {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {
+                "name": _name(f"data-{name}", f"{run_hash(store_url, name)[:8]}-{number}"),
+                "namespace": profile.namespace,
+                "labels": labels,
+                "annotations": {RUN_KEY: key, STORE: store_url},
+            },
+            "spec": {
+                "completions": 1,
+                "parallelism": 1,
+                "backoffLimit": 5,
+                "ttlSecondsAfterFinished": profile.keep_s,
+                "podFailurePolicy": {
+                    "rules": [
+                        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                        {"action": "FailJob", "onExitCodes": done},
+                    ]
+                },
+                "template": _template(labels, pod),
+            },
+        }
+    )
+
+
 # --- What every pod has ---------------------------------------------------------------------------------------------------------------
 
 

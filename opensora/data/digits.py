@@ -177,7 +177,7 @@ class DigitClips:
         self.skipped: Mapping[str, str] = {}
         self.words: Sequence[str] = [caption(digit, direction) for digit, direction in COMBINATIONS]
         made_of = [VERSION, seed, self._count, data.source.quality, self.sizes]
-        self.digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        self.digest = self.dated = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
         return self._count

@@ -10,13 +10,13 @@ Pictures (PNG, JPEG) are clips of one frame. Where a stage has several buckets, 
 (`opensora.data.buckets` says where it goes); what its container says of frames is believed until it is decoded. A container that says
 nothing is decoded, as far as the longest bucket needs.
 
-The digest counts sizes and dates of files. Of a manifest's URIs it counts the names alone, since asking a store for a million objects at
-each start would take minutes: who changes such an object gives it another name.
+With the manifest that was recorded at the launch (`opensora.data.manifest`) the digest is of contents and captions, whatever the place
+and the dates of the files, and what is found is compared with it: captions, and sizes where they are cheap. Without one the digest counts
+sizes and dates. Of a CSV's URIs sizes are not asked for, since a million requests at each start would take minutes: then names count.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import av
@@ -36,10 +36,9 @@ from numpy.typing import NDArray
 
 from opensora.config import DataConfig, FolderSource, ManifestSource
 from opensora.data.buckets import Size, choose, frames_needed, sizes, too_short
-from opensora.errors import ConfigError
+from opensora.data.manifest import CAPTIONS, UNKNOWN, DataManifest, Unknown, changed_since, parse_csv, told
+from opensora.errors import ConfigError, DataError
 
-CAPTIONS = "captions.csv"
-COLUMNS = ("path", "text")
 VERSION = 2
 """Raised whenever the same files would give other pixels."""
 READERS = 8
@@ -55,11 +54,15 @@ class Unusable(Exception):
 class FileClips:
     """The clips of a `FolderSource` or a `ManifestSource`. Implements `opensora.data.source.Clips`."""
 
-    def __init__(self, data: DataConfig) -> None:
+    def __init__(self, data: DataConfig, recorded: DataManifest | None = None) -> None:
         """Reads the CSV and the files' dates; opens no video.
+
+        Args:
+            recorded: what the launch found; none: nobody wrote it down.
 
         Raises:
             ConfigError: for a folder or CSV that cannot be used.
+            DataError: for one that is not what was recorded.
         """
         source = data.source
         if not isinstance(source, FolderSource | ManifestSource):
@@ -76,14 +79,38 @@ class FileClips:
             self._paths, self.captions = _read_csv(self._files, place, inside=False)
             if len(self._paths) != source.clips:
                 raise ConfigError(f"data.source.clips is {source.clips}, but {place} has {len(self._paths)} rows. Make them equal")
+        self._listing = isinstance(source, FolderSource)
         self.sizes, self._interval = sizes(data), data.frame_interval
         self.words: Sequence[str] = ()
         self._skipped: dict[str, str] = {}
         self.skipped: Mapping[str, str] = self._skipped
-        stamps = self._listed() if isinstance(source, FolderSource) else self._dated()
+        stamps = self._listed() if self._listing else self._dated()
         rows = [list(row) for row in zip(self._paths, self.captions, stamps, strict=True)]
+        self.dated = self._digest_over(rows)
+        self.digest = self.dated
+        if recorded is not None:
+            self._refuse_other(recorded, stamps, source.path)
+            self.digest = self._digest_over(recorded.digest)
+
+    def _digest_over(self, rows: Any) -> str:
         made_of = [VERSION, rows, self._interval, self.sizes]
-        self.digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+    def _refuse_other(self, recorded: DataManifest, stamps: Sequence[list[Any] | None], place: str) -> None:
+        """Raises DataError."""
+        sizes = [self._size(path, stamp) for path, stamp in zip(self._paths, stamps, strict=True)]
+        differences = changed_since(recorded, list(zip(self._paths, self.captions, strict=True)), sizes)
+        if differences:
+            raise DataError(
+                f"data.source {place}: {len(differences):,} rows are not as they were at the launch ({told(differences)}). "
+                "Put them back as they were, or launch again: osctl launch says what goes on"
+            )
+
+    def _size(self, path: str, stamp: list[Any] | None) -> int | Unknown | None:
+        if stamp is not None:
+            return int(stamp[0])
+        asked = self._listing or "file" in self._locate(path)[0].protocol
+        return None if asked else UNKNOWN
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -256,59 +283,11 @@ def _read_csv(files: Any, name: str, *, inside: bool) -> tuple[list[str], list[s
     """Paths and captions, a row each; `inside`: paths may not leave the CSV's folder. Raises ConfigError."""
     try:
         with files.open(name, "rt", encoding="utf-8-sig", newline="") as file:
-            return _parse(csv.reader(file, strict=True), name, inside)
+            rows = parse_csv(file, name, inside=inside)
     except FileNotFoundError as error:
         raise ConfigError(f"{name}: no such file. Write one with the header path,text and a line per clip") from error
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read ({error.strerror or error}). Mend the access to it") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: not UTF-8 at byte {error.start}. Save it as UTF-8") from error
-
-
-def _parse(reader: Any, name: str, inside: bool) -> tuple[list[str], list[str]]:
-    paths: list[str] = []
-    captions: list[str] = []
-    lines: dict[str, int] = {}
-    header: list[str] = []
-    try:
-        for row in reader:
-            if not row:
-                continue
-            if not header:
-                header = _header(row, f"{name}:{reader.line_num}")
-                continue
-            path, text = _row(row, header, f"{name}:{reader.line_num}", inside)
-            if path in lines:
-                raise ConfigError(f"{name}:{reader.line_num}: {path} is on line {lines[path]} already. Keep one of the two")
-            lines[path] = reader.line_num
-            paths.append(path)
-            captions.append(text)
-    except csv.Error as error:
-        raise ConfigError(f"{name}:{reader.line_num}: {error}. Mend the line") from error
-    if not paths:
-        raise ConfigError(f"{name}: no clips. Write the header path,text and a line per clip")
-    return paths, captions
-
-
-def _header(row: list[str], place: str) -> list[str]:
-    names = [cell.strip() for cell in row]
-    for column in COLUMNS:
-        if names.count(column) != 1:
-            raise ConfigError(f"{place}: the header is {','.join(row)}, it must name {' and '.join(COLUMNS)} once each")
-    return names
-
-
-def _row(row: list[str], header: list[str], place: str, inside: bool) -> tuple[str, str]:
-    if len(row) != len(header):
-        raise ConfigError(f"{place}: {len(row)} columns, the header has {len(header)}. Quote texts that hold a comma")
-    path, text = (row[header.index(column)].strip() for column in COLUMNS)
-    if not text:
-        raise ConfigError(f"{place}: {path or 'the row'} has no text. Write a caption or drop the line")
-    pure = PurePosixPath(path)
-    if not inside:
-        if not path:
-            raise ConfigError(f"{place}: no path. Give a file relative to the CSV's folder, an absolute one or a URI")
-        return path if "://" in path else str(pure), text
-    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path:
-        raise ConfigError(f"{place}: path {path!r} does not lie inside the folder. Give it relative to the folder, with /")
-    return str(pure), text
+    return [path for path, _ in rows], [text for _, text in rows]

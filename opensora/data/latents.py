@@ -38,6 +38,8 @@ from torch import Tensor
 
 from opensora import encoders
 from opensora.config import Bucket, StageConfig
+from opensora.data.buckets import sizes
+from opensora.data.manifest import DataManifest
 from opensora.data.shard import AGAIN, Shard, Writer, writing
 from opensora.data.sides import names_a_side
 from opensora.data.source import Clips, none_usable, open_clips, read_all
@@ -177,28 +179,39 @@ class Prepared:
         self.text_shard.check()
 
 
-def prepare(stage: StageConfig, cache: Path, carried: Path | None = None, *, progress: Progress | None = None) -> Path:
+def prepare(
+    stage: StageConfig,
+    cache: Path,
+    carried: Path | None = None,
+    *,
+    progress: Progress | None = None,
+    recorded: DataManifest | None = None,
+) -> Path:
     """Directory of the stage's encoded clips under `cache`; made if it is not there. One rank calls this, every rank opens the result.
 
     `carried`: the checkpoint that this run starts from (resumed from, or the parent's), whose encoders are used; none: they are made here.
     `progress` hears of clips as they are encoded, and of none where the cache is there already.
+    `recorded`: the data as the launch found it. Then a cache of the same contents serves wherever the files lie and whatever their dates
+    are; one that was made before contents were recorded serves while the dates are those of then.
     Idempotent: the same inputs give the same directory. A cache that is not whole is made again. The stage's own prompts are checked
     against the vocabulary.
 
     Raises:
         ConfigError: for data or encoders that cannot be used.
         ParentError: for a carried checkpoint that is not whole.
-        DataError: for a cache that is not whole and cannot be made again.
+        DataError: for a cache that is not whole and cannot be made again, and for data that is not what was recorded.
         DiskFull: where the cache cannot be written.
     """
     if stage.evaluate is not None:
         from opensora.data.digits import canvas  # scikit-learn, which clips of a folder do not need
 
         canvas(stage.data, stage.evaluate.frames)  # what cannot be judged is said now, not after the training
-    clips = open_clips(stage.data, stage.seed)
-    inputs, taken = _inputs(stage, clips), _identity(stage, carried)
+    clips = open_clips(stage.data, stage.seed, recorded)
+    inputs, taken = _inputs(stage, clips.digest), _identity(stage, carried)
     broken = ""
     directory = _find(cache, inputs, taken)
+    if directory is None and recorded is not None:
+        directory = _find(cache, _inputs(stage, clips.dated), taken, dated=True)
     if directory is not None:
         try:
             prepared = Prepared.open(directory, stage)
@@ -210,11 +223,12 @@ def prepare(stage: StageConfig, cache: Path, carried: Path | None = None, *, pro
                 prepared.text.encode(stage.prompts)
             return directory
     _sweep(cache)
+    origin = {"inputs": inputs, "taken": taken} | ({"content": recorded.digest} if recorded is not None else {})
     partial = cache / f".{socket.gethostname()}.{os.getpid()}.partial"
     with writing(cache):
         partial.mkdir(parents=True)
     try:
-        digest = _build(stage, clips, carried, partial, {"inputs": inputs, "taken": taken}, progress)
+        digest = _build(stage, clips, carried, partial, origin, progress)
         return _publish(partial, cache / digest[:16], stage)
     except ConfigError as error:
         if not broken:
@@ -232,14 +246,14 @@ def _sweep(cache: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _inputs(stage: StageConfig, clips: Clips) -> str:
+def _inputs(stage: StageConfig, clips: str) -> str:
     """Digest over what the cache is made of, but for the encoders' weights; cheap, so that a resume decodes nothing. Prompts are no part:
-    whoever asks for another clip at the end of a stage need not encode the others again."""
+    whoever asks for another clip at the end of a stage need not encode the others again. `clips`: their digest."""
     drawn = stage.autoencoder.kind == "kl" and stage.autoencoder.posterior == "sample"
     made_of = {
         "version": VERSION,
-        "clips": clips.digest,
-        "sizes": clips.sizes,
+        "clips": clips,
+        "sizes": sizes(stage.data),
         "horizontal_flip": stage.data.horizontal_flip,
         "autoencoder": stage.autoencoder.model_dump(mode="json", exclude={"micro_batch"}),
         "text": stage.text.model_dump(mode="json"),
@@ -263,7 +277,7 @@ def _identity(stage: StageConfig, carried: Path | None) -> str:
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
-def _find(cache: Path, inputs: str, taken: str) -> Path | None:
+def _find(cache: Path, inputs: str, taken: str, *, dated: bool = False) -> Path | None:
     """A cache of these inputs, made with the encoders that are taken along (none: with those made from the clips), or one whose own
     encoders these are: a run that resumes brings along what its first attempt made."""
     for index in sorted(cache.glob(f"[!.]*/{INDEX}")):
@@ -272,7 +286,7 @@ def _find(cache: Path, inputs: str, taken: str) -> Path | None:
             found, used, made = told["inputs"], told["taken"], told["made"]
         except (OSError, ValueError, KeyError, TypeError):
             continue  # another one is made, and takes its place
-        if found == inputs and (used == taken or made == taken):
+        if found == inputs and (used == taken or made == taken) and not (dated and "content" in told):
             return index.parent
     return None
 

@@ -12,6 +12,7 @@ import torch
 
 from opensora.config import DataConfig, DigitsSource, FolderSource, ManifestSource
 from opensora.data.buckets import Size
+from opensora.data.manifest import DataManifest
 from opensora.errors import ConfigError
 
 PIXELS_AT_ONCE = 1 << 28
@@ -29,6 +30,8 @@ class Clips(Protocol):
     """Each clip that could not be used so far → the reason."""
     digest: str
     """Hex digest over everything that frames and captions depend on. Cheap: nothing is opened for it."""
+    dated: str
+    """The digest where nobody recorded the contents: by dates of files. Of synthetic clips the same as `digest`."""
     sizes: tuple[Size, ...]
     """Of each bucket."""
 
@@ -67,11 +70,15 @@ def none_usable(clips: Clips) -> ConfigError:
     return ConfigError(f"data.source: none of {len(clips)} clips can be used; {name}: {reason}. Mend the files, or ask for fewer frames")
 
 
-def open_clips(data: DataConfig, seed: int) -> Clips:
+def open_clips(data: DataConfig, seed: int, recorded: DataManifest | None = None) -> Clips:
     """The clips that a stage trains on; `seed` makes synthetic ones.
+
+    Args:
+        recorded: what the launch found; none: nobody wrote it down, or clips are synthetic.
 
     Raises:
         ConfigError: for a source that cannot be used.
+        DataError: for one that is not what was recorded.
     """
     # Imported here: files need PyAV, digits need scikit-learn, and a stage needs one of the two.
     match data.source:
@@ -82,4 +89,4 @@ def open_clips(data: DataConfig, seed: int) -> Clips:
         case FolderSource() | ManifestSource():
             from opensora.data.folder import FileClips
 
-            return FileClips(data)
+            return FileClips(data, recorded)

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from orchestrator.agent.contents import bring_in, with_places
 from orchestrator.agent.courier import Courier, Parcel, is_disk_full
 from orchestrator.agent.ending import Ending, ending_of
 from orchestrator.agent.events import Events, Task
@@ -161,6 +162,7 @@ class Attempt:
         run.write_stage(intent.config)
         run.checkpoints.mkdir(exist_ok=True)
         bring = partial(self.ledger.fetch, patience_s=self._patience.store_s)
+        self._patiently(self._fetch_contents)
         if intent.parent is not None:
             self._patiently(partial(bring, intent.parent.key, intent.parent.manifest_digest, run.parent))
         if intent.resume is not None:
@@ -182,6 +184,11 @@ class Attempt:
         """Whether a trainer that refuses what it starts from means the files of its own checkpoint, and not that it fits no longer."""
         resume = self.intent.resume
         return resume is not None and f"checkpoint {self.run.checkpoint(resume.step)}" in reason and "is of another stage" not in reason
+
+    def _fetch_contents(self) -> None:
+        terms = self.ledger.terms(self.intent.stage, self.intent.inputs, self.intent.attempt)
+        if terms is not None:  # a driver of 0.1.0 writes none
+            bring_in(self.ledger.store, self.intent, terms.contents, self.run.path)
 
     def _patiently(self, fetch: Callable[[], object]) -> None:
         """Patience counts from the first failure: a checkpoint of hundreds of gigabytes is on its way for longer."""
@@ -206,7 +213,7 @@ class Attempt:
             nodes = f"{self.intent.nodes} nodes cannot meet: {RENDEZVOUS} is not set"
             return Ending("config", f"{nodes}; start the agents where it is, as the training operator does")
         (self.run.path / FLIGHT_RECORDER).mkdir(exist_ok=True)
-        variables = environment(self.intent, os.environ, self.run.path)
+        variables = with_places(environment(self.intent, os.environ, self.run.path), self.run.path)
         self.trainer.start(command(self.intent, self.run.path, self._node), variables, log=self.run.log)
         self.events.listen_to(self.trainer)
         self._heard = time.monotonic()

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli import account, doctor, drive, encode, export, logs, look, output, recipe, render, run, sample
+from orchestrator.cli import account, data, doctor, drive, encode, export, logs, look, output, recipe, render, run, sample, weights
 
 app = typer.Typer(
     name="osctl",
@@ -60,6 +60,8 @@ for command, name in (
     (recipe.explain, "explain"),
 ):
     app.command(name)(command)
+app.add_typer(data.app, name="data")
+app.add_typer(weights.app, name="weights")
 app.command("drive", hidden=True)(drive.drive)
 
 

@@ -12,8 +12,15 @@ from orchestrator.cli.look import launched, stage_names, take
 from orchestrator.cli.workspace import Workspace, home
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from orchestrator.cost import AttemptBill, Bill
+    from orchestrator.ledger import Ledger, Link
     from orchestrator.snapshot import Snapshot
+
+
+NOT_RECORDED = "not recorded"
+"""Of contents that a release up to 0.1.0 did not write down."""
 
 
 def compare(file: options.File = None, store: options.Store = None, output_: options.Output = output.Format.table) -> None:
@@ -162,6 +169,7 @@ def lineage(
 
     Example: osctl lineage stage3 --verify
     """
+    from orchestrator import datasets
     from orchestrator.errors import CorruptCheckpoint, Refused
 
     workspace = launched(Workspace.at(file, store=store))
@@ -174,6 +182,7 @@ def lineage(
     last = chosen[-1]
     assert last.inputs is not None
     links = list(workspace.ledger.lineage(last.name, last.inputs, full=verify))
+    named = datasets.names_of(workspace.store)
     rows: list[dict[str, Any]] = [
         {
             "name": link.stage,
@@ -182,6 +191,8 @@ def lineage(
             "step": link.committed.step if link.committed else None,
             "weights": link.committed.weights_digest[:12] if link.committed else None,
             "manifest": link.committed.manifest_digest[:12] if link.committed else None,
+            **made_of(workspace.ledger, link, named),
+            "imports": imported_by(workspace.ledger, link),
             "verdict": "; ".join(f"{fault.key.rsplit('/', 1)[-1]}: {fault.text}" for fault in link.faults)
             or ("verified" if verify else "present"),
             "contents": link.contents.model_dump() if link.contents else None,
@@ -200,16 +211,56 @@ def lineage(
             "step": "step",
             "weights": "weights",
             "manifest": "manifest",
+            "data": "data",
             "verdict": "verdict",
         }
         | ({"remarks": "remarks"} if any(row["remarks"] for row in rows) else {}),
     )
+    if output_ is output.Format.table:
+        for row in rows:
+            for one in row["imports"]:
+                output.note(f"{row['name']} imports {_imported(one)}")
     faults = [fault for link in links for fault in link.faults]
     if faults:
         count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
         raise CorruptCheckpoint(
             f"lineage {last.name}: {count}, first: {faults[0].key}: {faults[0].text}. Do not train on it; make the stage again"
         )
+
+
+def made_of(ledger: Ledger, link: Link, named: Mapping[str, str]) -> dict[str, str | None]:
+    """What a stage was trained on, as its attempt recorded it. `named`: data sets' names by digest."""
+    if link.committed is None or link.intent is None:
+        return {"data": None, "data_digest": None}
+    if link.intent.config.data.source.kind == "digits":
+        return {"data": "digits, made by the trainer", "data_digest": None}
+    terms = ledger.terms(link.stage, link.inputs, link.committed.attempt)
+    digest = terms.contents.data if terms is not None else None
+    if digest is None:
+        return {"data": NOT_RECORDED, "data_digest": None}
+    return {"data": f"{digest[:12]} {named.get(digest, '')}".rstrip(), "data_digest": digest}
+
+
+def _imported(one: Mapping[str, str | None]) -> str:
+    digest = one["digest"][:12] if one["digest"] else NOT_RECORDED
+    return f"{one['role']} {digest} from {one['source']} (licence: {one['licence']})"
+
+
+def imported_by(ledger: Ledger, link: Link) -> list[dict[str, str | None]]:
+    """Where a stage's lineage ends: at weights and encoders that were made elsewhere."""
+    from orchestrator import imports
+    from orchestrator.contents import imports_of
+
+    if link.committed is None or link.intent is None:
+        return []
+    terms = ledger.terms(link.stage, link.inputs, link.committed.attempt)
+    rows: list[dict[str, str | None]] = []
+    for role, name in imports_of(link.intent.config):
+        digest = getattr(terms.contents, role) if terms is not None else None
+        known = next(iter(imports.sources_of(ledger.store, digest)), None) if digest is not None else None
+        source, licence = (known.source, known.licence) if known else (name, None)
+        rows.append({"role": role, "digest": digest, "source": source, "licence": licence or NOT_RECORDED})
+    return rows
 
 
 def sync(file: options.File = None, store: options.Store = None, tracking: options.Tracking = None) -> None:

@@ -51,7 +51,7 @@ def settle(workspace: Workspace, targets: Collection[str], *, keep: Collection[s
         elif name in anew:
             _decide(workspace, standing, "anew")
         elif why := to_decide(standing, again):
-            raise Refused(why)
+            raise Refused(f"{why}{rows_of(workspace, standing)}")
         say(workspace, standing)
 
 
@@ -61,9 +61,20 @@ def foretell(workspace: Workspace, targets: Collection[str], again: str) -> None
 
     for standing in standings(workspace, targets):
         if why := to_decide(standing, again):
-            output.note(f"launch would refuse: {why}")
+            output.note(f"launch would refuse: {why}{rows_of(workspace, standing)}")
         else:
             say(workspace, standing)
+
+
+def rows_of(workspace: Workspace, standing: Standing) -> str:
+    """Of a stage whose data changed: which rows, for the end of a message."""
+    data = standing.earlier.changed("data") if standing.earlier is not None else None
+    rows = workspace.rows_between(data.old, data.new) if data is not None else []
+    if not rows:
+        return ""
+    from opensora.data.manifest import told
+
+    return f" ({len(rows):,} rows differ: {told(rows)})"
 
 
 def begun_anew(workspace: Workspace, current: Snapshot) -> dict[str, str]:

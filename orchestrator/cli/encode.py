@@ -45,6 +45,8 @@ def encode(
     names = [each.name for each in workspace.pipeline.stages]
     if stage is not None and stage not in names:
         raise UsageError(f"encode {stage}: {workspace.pipeline.name} has no such stage; it has {', '.join(names)}")
+    workspace = workspace.with_contents(needed=False, say=output.note)
+    workspace.lend_places()
     cache, rows = into or latents(), []
     for each in workspace.pipeline.stages:
         if stage not in (None, each.name):
@@ -52,7 +54,7 @@ def encode(
         waits, parent = _parent(workspace, each)
         if waits and stage is not None:
             raise Refused(f"encode {stage}: its encoders are those of {waits}, which is not committed. Make it with: osctl launch {waits}")
-        rows.append({"name": each.name, "state": f"waits for {waits}"} if waits else _encode(each, cache, parent))
+        rows.append({"name": each.name, "state": f"waits for {waits}"} if waits else _encode(workspace, each, cache, parent))
     columns = {
         "name": "stage",
         "state": "state",
@@ -74,9 +76,11 @@ def _parent(workspace: Workspace, stage: Stage) -> tuple[str | None, Path | None
     return (stage.spec.parent, None) if committed is None else (None, fetched(workspace, committed))
 
 
-def _encode(stage: Stage, cache: Path, parent: Path | None) -> dict[str, Any]:
+def _encode(workspace: Workspace, stage: Stage, cache: Path, parent: Path | None) -> dict[str, Any]:
     command = [sys.executable, "-m", "opensora.encode", "-", str(cache), "--name", stage.name]
     command += ["--parent", str(parent)] if parent is not None else []
+    data = workspace.recorded_data(stage.name)
+    command += ["--data", str(data)] if data is not None else []
     content = json.dumps(stage.config.model_dump(mode="json"))  # JSON is YAML; by a pipe, since a file would outlive a killed command
     done = subprocess.run(command, check=False, input=content, stdout=subprocess.PIPE, text=True)
     if done.returncode:

@@ -70,6 +70,7 @@ def plan(
         show_size(size_plan_of(workspace, shape, device, devices=devices, batch=batch, mfu=mfu, calibration=calibration), output_)
         return
     workspace = Workspace.open(file, settings=settings, store=store, cluster=cluster, prices=prices)
+    workspace = workspace.with_contents(needed=False, far=False, ask_store=False, say=output.note)
     known = ledger_of(workspace)
     show_plan(plan_of(workspace, mfu=mfu, calibration=calibration, committed=known), output_)
     if known is not None:

@@ -159,6 +159,7 @@ def submit(api: Api, workspace: Workspace, targets: Sequence[str], found: Sequen
             "Follow it with `osctl watch`, or stop it: osctl cancel"
         )
     _drop_old_cancels(ledger, now)
+    workspace.keep_contents()
     revision = ledger.add_revision(pipeline.model_dump(mode="json"), now)
     number = max((driver.number for driver in found), default=0) + 1
     body = manifest.driver_job(pipeline, workspace.store_url, revision, number, targets)

@@ -68,7 +68,9 @@ def render(
     os.environ.setdefault("OSCTL_S3_PATIENCE_S", PATIENCE_S)
     workspace = Workspace.open(file, settings=settings, store=store, data=data, cluster=_cluster(cluster))
     check_target(workspace, stage)
-    pipeline, profile = workspace.pipeline, profile_of(workspace, "render")
+    profile = profile_of(workspace, "render")
+    workspace = workspace.with_contents(needed=False, far=False, say=output.note)
+    pipeline = workspace.pipeline
     known = True
     try:
         found = coming(pipeline, workspace.ledger)
@@ -118,6 +120,7 @@ def diff(
 
     workspace = Workspace.open(file, settings=settings, store=store, data=data, cluster=_cluster(cluster))
     check_target(workspace, stage)
+    workspace = workspace.with_contents(needed=False, far=False, say=output.note)
     pipeline, ledger = workspace.pipeline, workspace.ledger
     found = coming(pipeline, ledger)
     rows: list[dict[str, Any]] = []
@@ -160,7 +163,12 @@ def _of_contents(workspace: Workspace, stage: Stage, intent: Intent) -> list[Dif
     terms = workspace.ledger.terms(intent.stage, intent.inputs, intent.attempt)
     kinds = type(stage.contents).model_fields
     changed = [one for one in changes_since(intent, terms, stage) if one.path in kinds]
-    return [manifest.Difference(one.path, one.old, one.new, manifest.ANEW) for one in changed]
+    found = [manifest.Difference(one.path, one.old, one.new, manifest.ANEW) for one in changed]
+    for one in changed:
+        if one.path == "data":
+            rows = workspace.rows_between(one.old, one.new)
+            found += [manifest.Difference(f"data row {row.path}".rstrip(), row.old, row.new or row.kind, manifest.ANEW) for row in rows]
+    return found
 
 
 def coming(pipeline: Pipeline, ledger: Ledger | None) -> Mapping[str, Coming | str]:

@@ -18,7 +18,7 @@ import typer
 
 from orchestrator.cli import options, output
 from orchestrator.cli.look import launched, say, stage_names, take
-from orchestrator.cli.workspace import Workspace, home, latents
+from orchestrator.cli.workspace import Workspace, home, latents, lend_places
 
 if TYPE_CHECKING:
     from orchestrator.config import Pipeline
@@ -76,6 +76,7 @@ def launch(
     check_target(workspace, stage)
     changed = Changed(Again(file, store, cluster), tuple(keep or ()), tuple(anew or ()))
     if dry_run or workspace.pipeline.backend == "local" or foreground:
+        workspace = workspace.with_contents(needed=not dry_run, say=output.note)
         run_here(workspace, stage, changed, dry_run=dry_run, quiet=quiet, output_=output_)
     else:
         launch_there(workspace, [stage] if stage else [], changed, attach=False, wait=wait, quiet=quiet, output_=output_)
@@ -204,9 +205,13 @@ def run_here(workspace: Workspace, target: str | None, changed: Changed, *, dry_
             remote.check_none(api, workspace)
     else:
         os.environ["OSCTL_LATENTS"] = str(latents())  # attempts share what one of them, or `osctl encode`, has encoded
+        lend_places({})
     workspace.store.probe()
     launches.check_ours(workspace.ledger)
     changed.settle(workspace, targets)
+    workspace.keep_contents()
+    if pipeline.backend == "local":
+        workspace.lend_places()
     backend = backend_of(pipeline, workspace.store, workspace.store_url)
     runner = Runner(pipeline, workspace.ledger, backend, on_event=tell, prices=workspace.prices)
     following = contextlib.nullcontext() if quiet else display.Follower(workspace)
@@ -243,6 +248,9 @@ def launch_there(
     pipeline, again = workspace.pipeline, changed.again
     remote.check_store(workspace)
     with contextlib.closing(remote.connect(workspace)) as api:
+        if not attach:
+            workspace = workspace.with_contents(needed=True, say=output.note)
+            pipeline = workspace.pipeline
         driver = remote.find_or_submit(api, workspace, targets, changed, attach=attach)
         if driver is None:
             output.note(f"{pipeline.name}: every stage that was asked for is committed. See: osctl compare{again.options()}")

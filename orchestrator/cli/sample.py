@@ -60,6 +60,7 @@ def newest(workspace: Workspace, stage: str | None, *, to: str) -> Committed:
 
 def fetched(workspace: Workspace, committed: Committed) -> Path:
     """Folder of a committed checkpoint. Its name is the manifest's digest: what lies there was verified once when it came, file by file."""
+    workspace.lend_imports_of(committed)
     folder = home() / "cache" / committed.manifest_digest
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

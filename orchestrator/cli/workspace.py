@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import UsageError
 
 if TYPE_CHECKING:
+    from opensora.config import StageConfig
+    from opensora.data.manifest import RowDifference
     from orchestrator.config import Pipeline
+    from orchestrator.contents import Resolved
     from orchestrator.history import History
     from orchestrator.ledger import Ledger
     from orchestrator.ports import Store
     from orchestrator.prices import Prices
+    from orchestrator.records import Committed
 
 
 def home() -> Path:
@@ -29,6 +33,36 @@ def latents() -> Path:
     return Path(os.environ.get("OSCTL_LATENTS") or home() / "latents").absolute()
 
 
+def imported() -> Path:
+    """Folder of imports that were brought here from a store, each under its digest."""
+    return home() / "imports"
+
+
+def lend_places(places: Mapping[str, str]) -> None:
+    """Tell this process's children where imports lie (`opensora.imports`): these, and those that were told of before."""
+    file = home() / "places.json"
+    if not places and not file.exists():
+        return
+    import json
+
+    from opensora import imports
+
+    os.environ[imports.VARIABLE] = str(file)
+    if not places:
+        return
+    content = {"schema": 1, "places": imports.places() | dict(places)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(file)
+
+
+def _names_contents(config: StageConfig) -> bool:
+    """Whether a stage names clips, weights or encoders that lie outside of its configuration."""
+    embedded = config.data.source.kind == "digits" and config.autoencoder.kind == "patch" and config.text.kind == "words"
+    return not embedded or config.weights is not None
+
+
 @dataclass(frozen=True)
 class Workspace:
     """One pipeline and everything beside it, opened only where asked for: `plan` needs no store, `list` no pipeline."""
@@ -36,6 +70,8 @@ class Workspace:
     pipeline: Pipeline
     remarks: tuple[str, ...] = ()
     """What the store holds of its launches and cannot be read (`look.launched`)."""
+    found: Resolved | None = None
+    """What was found of the pipeline's contents, where they were looked for (`with_contents`)."""
 
     @classmethod
     def open(
@@ -75,6 +111,75 @@ class Workspace:
     def at(cls, file: str | None, *, store: str | None = None, cluster: str | None = None) -> Workspace:
         """For commands about what was launched: OSCTL_CLUSTER is where to look, whatever backend the file names. See `launched`."""
         return cls.open(file, store=store, cluster=cluster or os.environ.get("OSCTL_CLUSTER") or None)
+
+    def with_contents(self, *, needed: bool, far: bool = True, ask_store: bool = True, say: Callable[[str], None]) -> Workspace:
+        """The same with the contents of its clips recorded, as far as they can be seen.
+
+        Args:
+            needed: contents that nobody sees are a reason to refuse.
+            far: whether addresses are read, too.
+            ask_store: whether the store is asked for what is registered.
+
+        Raises UsageError, Refused, Unreachable.
+        """
+        if not any(_names_contents(stage.config) for stage in self.pipeline.stages):
+            return self  # nothing lies outside of the configuration, and nothing is imported to find that out
+        from orchestrator.adapters.data_files import DataFiles
+        from orchestrator.adapters.import_sources import ImportSources
+        from orchestrator.contents import resolve_contents
+
+        ask = (lambda: self.store) if ask_store else None
+        found = resolve_contents(self.pipeline, ask, DataFiles(home()), ImportSources(home()), needed=needed, far=far)
+        for note in found.notes:
+            say(note)
+        return Workspace(found.pipeline, self.remarks, found)
+
+    def keep_contents(self) -> None:
+        """Write down what `with_contents` found, before anything of it is used. Raises Unreachable, Refused."""
+        if self.found is not None:
+            self.found.commit(self.store)
+
+    def recorded_data(self, stage: str) -> Path | None:
+        """A file with the manifest of a stage's data, for a process that is given it by name; None: its contents are not known."""
+        digest = self.pipeline.stage(stage).contents.data
+        manifest = self.found.manifests.get(digest) if self.found is not None and digest is not None else None
+        if manifest is None:
+            return None
+        file = home() / "data" / f"{digest}.jsonl.gz"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+            partial.write_bytes(manifest.encode())
+            partial.replace(file)
+        return file
+
+    def lend_imports_of(self, committed: Committed) -> None:
+        """Let this process's children find the encoders that a result was made with. Raises Refused, CorruptCheckpoint, Unreachable."""
+        from opensora import imports as told
+        from orchestrator import imports
+        from orchestrator.contents import imports_of
+
+        lend_places({})
+        intent = self.ledger.intent(committed.stage, committed.inputs, committed.attempt)
+        terms = self.ledger.terms(committed.stage, committed.inputs, committed.attempt)
+        if intent is None or terms is None:
+            return
+        here: dict[str, str] = {}
+        for role, name in imports_of(intent.config):
+            digest = getattr(terms.contents, role)
+            lies_here = Path(told.local(name)).expanduser().exists()
+            if role != "weights" and digest is not None and not lies_here and imports.is_stored(self.store, digest):
+                here[name] = str(imports.fetch(self.store, digest, imported() / digest))
+        lend_places(here)
+
+    def lend_places(self) -> None:
+        """Let attempts of this machine find imports where they lie here. Raises Refused, CorruptCheckpoint, Unreachable."""
+        if self.found is not None:
+            lend_places(self.found.places(self.store, imported()))
+
+    def rows_between(self, old: str, new: str) -> list[RowDifference]:
+        """In which rows two data sets differ, by their digests, as far as they are known here. Raises Unreachable."""
+        return self.found.rows_between(self.store, old, new) if self.found is not None else []
 
     @cached_property
     def store(self) -> Store:

@@ -39,6 +39,8 @@ def osctl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Osctl]:
         for level in range(8):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 20 * level, np.uint8), format="rgb24")))
         out.mux(stream.encode())
+    (folder / "home/weights").mkdir()
+    (folder / "home/weights/model.safetensors").write_bytes(b"of somebody")
     changes = {"steps": 2, "batch_size": 1, "checkpoint": {"every_steps": 2}}
     yield Osctl(write(folder / "recipe", devices=1, tracking="sqlite", changes=changes), env={"HOME": str(folder / "home")})
 

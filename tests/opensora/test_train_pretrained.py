@@ -100,3 +100,45 @@ def test_a_stage_goes_on_with_its_parents_published_encoders_and_refuses_others_
     assert result["class"] == "parent" and "another model under the name" in result["reason"]
     assert sample.main([str(made), "--prompt", "a square", "--out", str(tmp_path / "out.mp4")]) == 1
     assert "another model under the name" in capsys.readouterr().err
+
+
+def test_imports_serve_wherever_they_were_brought_to(
+    tmp_path: Path, stage: StageConfig, make_run: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage names them; a store has them by digest, and each machine elsewhere. The checkpoint knows the name alone."""
+    from orchestrator import imports
+    from orchestrator.adapters.folder import FolderStore
+    from orchestrator.adapters.import_sources import ImportSources
+
+    store, sources = FolderStore(tmp_path / "store"), ImportSources(tmp_path / "home")
+    digests = {}
+    for role in ("autoencoder", "text"):
+        found = sources.look(str(tmp_path / "models"), role)  # type: ignore[arg-type]
+        digests[role] = imports.put(store, found.imported, found.files)
+    shutil.rmtree(tmp_path / "models")
+    named = stage.model_copy(
+        update={
+            "autoencoder": stage.autoencoder.model_copy(update={"path": "sd-vae"}),
+            "text": stage.text.model_copy(update={"path": "owner/t5@v1"}),
+        }
+    )
+
+    def brought_to(node: str) -> None:
+        places = {
+            name: str(imports.fetch(store, digests[role], tmp_path / node / digests[role]))
+            for role, name in (("autoencoder", "sd-vae"), ("text", "owner/t5@v1"))
+        }
+        (tmp_path / node / "imports.json").write_text(json.dumps({"schema": 1, "places": places}))
+        monkeypatch.setenv("OSCTL_PLACES", str(tmp_path / node / "imports.json"))
+
+    brought_to("one")
+    run = make_run(named)
+    assert train.run_reported(run, train.Notice()) == 0
+    made = checkpoint.directory(run.checkpoints, 2)
+    assert "sd-vae" in (made / "stage.yaml").read_text() and str(tmp_path) not in (made / "autoencoder.safetensors").read_text(
+        errors="replace"
+    )
+    shutil.rmtree(tmp_path / "one")
+    brought_to("two")
+    drawn = sample.Sampler.open(made, device=torch.device("cpu")).generate(["a bright square"], FRAMES, [0])
+    assert drawn.shape[:2] == (1, FRAMES)

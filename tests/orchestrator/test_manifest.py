@@ -385,6 +385,22 @@ def test_a_driver_is_tried_again_until_it_has_said_a_last_word() -> None:
     assert yaml.safe_load(manifest.dump([job])) == job
 
 
+def test_data_that_pods_alone_see_is_read_by_a_confined_job(profile: ClusterProfile) -> None:
+    volumes = ({"claim": "clips", "path": "/data"},)
+    site = ClusterProfile.model_validate(profile.model_dump() | {"volumes": volumes})
+    job = manifest.register_job(site, "s3://b/runs", "hq", "/data/$(HOME)/hq.csv", 1)
+    (pod,) = manifest.pods(job)
+    (reader,) = pod["spec"]["containers"]
+    command = [expanded(word, {"HOME": "/oops"}) for word in reader["command"]]
+    assert command == ["osctl", "data", "register", "hq", "/data/$(HOME)/hq.csv", "--store", "s3://b/runs"]
+    assert violations(pod) == [] and pod["spec"]["automountServiceAccountToken"] is False, "it asks no API server"
+    assert {"name": "data-0", "mountPath": "/data", "readOnly": True} in reader["volumeMounts"]
+    assert reader["image"] == site.image, "the driver's image opens no addresses"
+    assert "osctl/pipeline" not in job["metadata"]["labels"], "no launch takes it for a driver"
+    assert len(job["metadata"]["name"]) <= 50 and yaml.safe_load(manifest.dump([job])) == job
+    assert manifest.is_ours(job, "s3://b/runs", manifest.register_key("hq", 1))
+
+
 # --- What differs ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from opensora import encoders
 from opensora.config import StageConfig
 from opensora.data.latents import CAPTIONS, INDEX, VECTORS, Prepared, prepare
 from opensora.data.loader import Loader
+from opensora.data.manifest import DataManifest, Row
 from opensora.data.source import open_clips
 from opensora.encoders import AUTOENCODER_FILE, TEXT_FILE, encode_clips
 from opensora.errors import ConfigError, DataError, DiskFull, ParentError
@@ -379,3 +381,57 @@ def test_what_a_posterior_draws_is_a_function_of_seed_and_clip(tmp_path: Path, p
     assert (again - first).abs().max() > 0.1  # the same picture, another draw
     other = opened(stage(data=of_pictures(folder), seed=7, **published), tmp_path / "other").parts[0]
     assert (other.latents[0] - many.latents[0]).abs().max() > 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Data by content
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def recorded(folder: Path) -> DataManifest:
+    """As a launch reads it."""
+    rows = [line.split(",") for line in (folder / "captions.csv").read_text().splitlines()[1:]]
+    contents = [(folder / path).read_bytes() for path, _ in rows]
+    found = zip(rows, contents, strict=True)
+    return DataManifest(tuple(Row(path, text, len(data), hashlib.sha256(data).hexdigest()) for (path, text), data in found))
+
+
+def of_folder(folder: Path) -> StageConfig:
+    return stage(data={"source": {"kind": "folder", "path": str(folder)}, "frames": 1, "height": 16, "width": 16})
+
+
+def test_the_same_clips_elsewhere_are_encoded_once(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "clips")
+    first = prepare(of_folder(folder), tmp_path / "cache", recorded=recorded(folder))
+    moved = shutil.copytree(folder, tmp_path / "moved", copy_function=shutil.copyfile)
+    os.utime(moved / "0.png", (1, 1))
+    assert prepare(of_folder(moved), tmp_path / "cache", recorded=recorded(moved)) == first
+    assert prepare(of_folder(moved), tmp_path / "cache") != first, "without a manifest dates count, as they did"
+
+
+def test_a_cache_of_before_contents_were_recorded_serves_while_nothing_was_touched(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "clips")
+    first = prepare(of_folder(folder), tmp_path / "cache")
+    assert "content" not in json.loads((first / INDEX).read_text())
+    assert prepare(of_folder(folder), tmp_path / "cache", recorded=recorded(folder)) == first
+    os.utime(folder / "0.png", (1, 1))
+    assert prepare(of_folder(folder), tmp_path / "cache", recorded=recorded(folder)) != first
+
+
+def test_a_cache_of_other_contents_never_serves_whatever_the_dates(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "clips")
+    first, date = prepare(of_folder(folder), tmp_path / "cache", recorded=recorded(folder)), (folder / "0.png").stat().st_mtime_ns
+    data = bytearray((folder / "0.png").read_bytes())
+    data[-1] ^= 1  # of the last chunk's checksum, which no reader needs
+    (folder / "0.png").write_bytes(data)
+    os.utime(folder / "0.png", ns=(date, date))
+    assert prepare(of_folder(folder), tmp_path / "cache", recorded=recorded(folder)) != first
+
+
+def test_clips_that_changed_since_the_launch_are_refused_row_by_row(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "clips")
+    then = recorded(folder)
+    (folder / "1.png").write_bytes(b"longer or shorter")
+    (folder / "2.png").unlink()
+    with pytest.raises(DataError, match=r"2 rows are not as they were at the launch \(1.png: content was .*, is 17 bytes; 2.png: .*unread"):
+        prepare(of_folder(folder), tmp_path / "cache", recorded=then)

@@ -144,9 +144,11 @@ def test_schemas_are_for_editors(osctl: Osctl) -> None:
 def test_every_command_shows_an_example(osctl: Osctl) -> None:
     listing = osctl("--help").stdout.split("Commands:")[1]
     names = [line.split()[0] for line in listing.splitlines() if line.startswith("  ") and not line.startswith("   ")]
-    assert len(names) == 22
-    for name in names:
-        assert "Example" in osctl(name, "--help").stdout, name
+    assert len(names) == 24
+    groups = {"data": ("register", "list", "show"), "weights": ("add", "list")}
+    commands = [(name, *rest) for name in names for rest in ([(each,) for each in groups[name]] if name in groups else [()])]
+    for command in commands:
+        assert "Example" in osctl(*command, "--help").stdout, command
 
 
 def test_completion_knows_the_stages(osctl: Osctl) -> None:

@@ -302,3 +302,61 @@ def test_what_moves_in_the_cluster_is_shown_before_the_ledger_is_read_again(site
             moved = pod(phase)
             assert seen([phase]) - moved < 2.0, "0.2 s on a quiet machine; the ledger is read again after 60"
     assert name in site.jobs
+
+
+# --- Data that pods alone see -------------------------------------------------------------------------------------------------------------
+
+AWAY = ("--set", "stage1.data.source={kind: folder, path: /volume/of/pods/clips}")
+
+
+def test_a_launch_of_data_that_nobody_sees_is_refused_before_anything(site: Site) -> None:
+    refused = site.launch("stage1", *AWAY, expect=4)
+    assert f"osctl data register clips /volume/of/pods/clips --store {site.store} --cluster lab" in refused
+    assert not site.jobs and site.ledger.latest_revision() is None
+
+
+def test_data_of_a_volume_is_read_by_a_job_and_then_launched(site: Site, tmp_path: Path) -> None:
+    """The Job's pod is played: it runs the very command, with what lies under another path here."""
+    import threading
+
+    from opensora.config import FolderSource
+    from orchestrator import datasets
+    from orchestrator.adapters.data_files import DataFiles
+
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips/captions.csv").write_text("path,text\na.mp4,one\n")
+    (tmp_path / "clips/a.mp4").write_bytes(b"film")
+    seen = DataFiles(tmp_path).manifest(FolderSource(kind="folder", path=str(tmp_path / "clips")))
+
+    def pod() -> None:
+        while not site.jobs:
+            time.sleep(0.05)
+        [(name, job)] = site.jobs.items()
+        command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+        assert command == ["osctl", "data", "register", "hq", "/volume/of/pods/clips", "--store", site.store]
+        datasets.register(open_store(site.store), "hq", "/volume/of/pods/clips", seen, now=1.0, holder="pod@node")
+        site.finish(name)
+
+    player = threading.Thread(target=pod, daemon=True)
+    player.start()
+    done = site("data", "register", "hq", "/volume/of/pods/clips", "--cluster", "lab.yaml", "-o", "json")
+    player.join(10)
+    assert json.loads(done.out)["digest"] == seen.digest
+    launched = site.launch("stage1", *AWAY)
+    revision = site.ledger.revision(launched["revision"])
+    assert revision is not None and revision.pipeline["stages"][0]["contents"]["data"] == seen.digest
+
+
+def test_a_job_that_failed_is_said_with_where_to_look(site: Site) -> None:
+    import threading
+
+    def pod() -> None:
+        while not site.jobs:
+            time.sleep(0.05)
+        site.finish(next(iter(site.jobs)), "Failed")
+
+    player = threading.Thread(target=pod, daemon=True)
+    player.start()
+    refused = site("data", "register", "hq", "/nowhere", "--cluster", "lab.yaml", expect=4).err
+    player.join(10)
+    assert "failed" in refused and "logs job/data-hq-" in refused

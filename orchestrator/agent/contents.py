@@ -1,0 +1,67 @@
+"""What an attempt is made of besides its checkpoints, brought into the run directory: the manifest of its data set, imported weights and
+encoders.
+
+Owns the way from an attempt's terms to `RUN_DIR/data.jsonl.gz` and `RUN_DIR/imports/` (docs/contracts.md §1). Refuses to bring in clips:
+the trainer reads them where they lie, and compares them with the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from opensora import imports as places
+from opensora.errors import ConfigError
+from opensora.identity import Contents
+from orchestrator import datasets, imports
+from orchestrator.contents import imports_of
+from orchestrator.errors import NotFound, Refused
+from orchestrator.ports import Store
+from orchestrator.records import Intent
+
+DATA = "data.jsonl.gz"
+PLACES = "imports.json"
+
+
+def bring_in(store: Store, intent: Intent, contents: Contents, run_dir: Path) -> None:
+    """Idempotent. Raises Refused, Unreachable, OSError."""
+    if contents.data is not None:
+        _write(run_dir / DATA, _manifest(store, contents.data))
+    try:
+        known = {name: place for name, place in places.places().items() if Path(place).exists()}
+    except ConfigError as error:
+        raise Refused(str(error)) from error
+    here = {}
+    for role, name in imports_of(intent.config):
+        digest = getattr(contents, role)
+        if digest is not None and name not in known and imports.is_stored(store, digest):
+            here[name] = str(imports.fetch(store, digest, run_dir / "imports" / digest))
+        # else it lies here: the launcher said where, or a release that recorded nothing took it as it was named
+    if here:
+        _write(run_dir / PLACES, json.dumps({"schema": 1, "places": known | here}, indent=1).encode() + b"\n")
+
+
+def with_places(variables: Mapping[str, str], run_dir: Path) -> dict[str, str]:
+    """A trainer's environment: with the places of what was brought in, and the object store's endpoint under the name that its libraries
+    read, since clips at s3:// lie where the ledger does."""
+    found = dict(variables)
+    if (run_dir / PLACES).is_file():
+        found[places.VARIABLE] = str(run_dir / PLACES)
+    endpoint = found.get("OSCTL_S3_ENDPOINT")
+    if endpoint and not found.get("AWS_ENDPOINT_URL"):
+        found.setdefault("AWS_ENDPOINT_URL_S3", endpoint)
+    return found
+
+
+def _manifest(store: Store, digest: str) -> bytes:
+    try:
+        return datasets.read_manifest(store, digest)[1]
+    except NotFound as error:
+        raise Refused(f"{datasets.manifest_key(digest)}: is not in {store.url}, though a launch recorded it; launch again") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)

@@ -1,0 +1,335 @@
+"""What the stages of a pipeline are made of, by content: digests of the clips, weights and encoders that their configurations only name.
+
+Owns the order in which contents are looked for: with local attempts on this machine, since they read the same files; for a cluster what was
+registered in the store, since pods may see another folder under the same path, then this machine. Owns also what is said where
+nobody can see them. Refuses to read files itself, and to write anything before a launch goes ahead (`Resolved.commit`).
+
+An import (weights, an autoencoder, a text encoder) is a path of this machine, or what the store has under its name or source, or else is
+brought to this disk from where it says, once.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from opensora.config import FolderSource, ManifestSource, StageConfig
+from opensora.data.manifest import UNKNOWN, DataManifest, RowDifference, changed_since, rows_that_differ, told
+from orchestrator import datasets, imports
+from orchestrator.config import Pipeline, Stage
+from orchestrator.errors import NotFound, OsctlError, Refused, Unreachable
+from orchestrator.ports import Store
+
+Answer = TypeVar("Answer")
+FilesSource = FolderSource | ManifestSource
+READ_AT_MOST = 10 * 2**30
+"""Bytes that a launch reads of clips at an address to hash them. More is registered first, by a command that says what it does."""
+
+
+class Imported(Protocol):
+    """Weights or an encoder on this disk (`adapters.import_sources.Found`)."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def imported(self) -> imports.Import: ...
+    @property
+    def files(self) -> Mapping[str, Path]: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def licence(self) -> str | None: ...
+    @property
+    def digest(self) -> str: ...
+
+
+class Sources(Protocol):
+    """How imports are brought to this disk (`adapters.import_sources.ImportSources`)."""
+
+    def look(self, source: str, role: imports.Role | None, *, far: bool = True) -> Imported:
+        """Raises NotFound, UsageError, Refused, Unreachable."""
+
+
+class Files(Protocol):
+    """How clips are read (`adapters.data_files.DataFiles`)."""
+
+    def manifest(self, source: FilesSource, *, at_most: int | None = None) -> DataManifest:
+        """Raises NotFound, UsageError, TooMuch, Refused, Unreachable."""
+
+    def rows(self, source: FilesSource) -> list[tuple[str, str]]:
+        """Raises as `manifest`."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A pipeline with the contents of its stages, as far as they are known."""
+
+    pipeline: Pipeline
+    manifests: Mapping[str, DataManifest]
+    """Data sets that were looked at, by digest."""
+    notes: tuple[str, ...]
+    """What was found, for people."""
+    found: Mapping[tuple[imports.Role, str], Imported] = field(default_factory=dict)
+    """Imports that lie on this disk, by role and as the stage names them."""
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """Imports that the store has: as the stage names them → digest."""
+
+    def rows_between(self, store: Store, old: str, new: str) -> list[RowDifference]:
+        """In which rows two data sets differ, by their digests. Empty where a manifest is not to be had. Raises Unreachable."""
+        try:
+            before = datasets.get_manifest(store, old)
+            after = self.manifests.get(new) or datasets.get_manifest(store, new)
+        except (NotFound, Refused):
+            return []
+        return rows_that_differ(before, after)
+
+    def commit(self, store: Store) -> None:
+        """Write down what was found, before anything of it is used. Idempotent. Raises Unreachable, Refused.
+
+        For a cluster the files of imports, too: its pods see nothing of this disk. Attempts of this machine use them where they lie.
+        """
+        for manifest in self.manifests.values():
+            datasets.put_manifest(store, manifest)
+        for (role, _), one in self.found.items():
+            digest = imports.put(store, one.imported, one.files if self.pipeline.backend == "kubernetes" else None)
+            source = imports.Source(
+                manifest=digest, role=role, source=one.source, licence=one.licence, time=time.time(), holder=imports.holder()
+            )
+            imports.add_source(store, source)
+
+    def places(self, store: Store, cache: Path) -> dict[str, str]:
+        """Where each import lies on this machine, as the stages name them; what only the store has is brought here first.
+
+        Raises Refused, CorruptCheckpoint, Unreachable.
+        """
+        here = {name: str(one.folder) for (_, name), one in self.found.items()}
+        return here | {name: str(imports.fetch(store, digest, cache / digest)) for name, digest in self.stored.items()}
+
+
+def resolve_contents(
+    pipeline: Pipeline,
+    store: Callable[[], Store] | None,
+    files: Files,
+    sources: Sources | None = None,
+    *,
+    needed: bool,
+    far: bool = True,
+) -> Resolved:
+    """The pipeline with `Stage.contents` filled in.
+
+    Args:
+        store: where contents may be registered; None: it is not asked.
+        sources: None: imports are not looked for.
+        far: whether addresses are read, too: that asks a network, and may take long.
+        needed: whether contents that cannot be found are a reason to refuse. Otherwise they stay unknown, and that is a note.
+
+    Raises:
+        UsageError: a CSV is no list of clips.
+        Refused: contents were needed, and nobody can see them.
+        Unreachable: the store or the data did not answer.
+    """
+    return _Search(pipeline, store, files, sources, needed=needed, far=far).resolved()
+
+
+class _Search:
+    """One look at everything that a pipeline names."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        store: Callable[[], Store] | None,
+        files: Files,
+        sources: Sources | None,
+        *,
+        needed: bool,
+        far: bool,
+    ) -> None:
+        self.pipeline, self.store, self.files, self.sources, self.needed, self.far = pipeline, store, files, sources, needed, far
+        self.imported: dict[tuple[imports.Role, str], Imported] = {}
+        self.stored: dict[str, str] = {}
+        self.manifests: dict[str, DataManifest] = {}
+        self.notes: list[str] = []
+        self._away: Unreachable | None = None
+        self._found: dict[str, str | None] = {}
+        """By place."""
+
+    def resolved(self) -> Resolved:
+        stages = tuple(self._stage(stage) for stage in self.pipeline.stages)
+        pipeline = self.pipeline.model_copy(update={"stages": stages})
+        return Resolved(pipeline, self.manifests, tuple(self.notes), self.imported, self.stored)
+
+    def _stage(self, stage: Stage) -> Stage:
+        known: dict[str, str | None] = {}
+        source = stage.config.data.source
+        if isinstance(source, FolderSource | ManifestSource):
+            if source.path not in self._found:
+                self._found[source.path] = self._data(source)
+            known["data"] = self._found[source.path]
+        for role, name in imports_of(stage.config):
+            key = f"{role} {name}"
+            if key not in self._found:
+                self._found[key] = self._import(role, name)
+            known[role] = self._found[key]
+        if not known:
+            return stage
+        return stage.model_copy(update={"contents": stage.contents.model_copy(update=known)})
+
+    def _ask(self, store: Callable[[], Store], question: Callable[[Store], Answer]) -> Answer:
+        """One that does not answer is asked once: each time takes its whole patience. Raises Unreachable."""
+        if self._away is not None:
+            raise self._away
+        try:
+            return question(store())
+        except Unreachable as error:
+            self._away = error
+            raise
+
+    def _data(self, source: FilesSource) -> str | None:
+        """The digest of a data set; None: nobody knows it."""
+        try:
+            return self._registered(source) or self._looked_at(source)
+        except datasets.TooMuch as error:
+            if self.needed:
+                raise Refused(f"data {source.path}: {error}. {_register(self.pipeline, source.path)}") from None
+            reason = f"{error}; a launch or osctl data register reads them"
+        except NotFound:
+            if self.needed:
+                raise Refused(unseen(self.pipeline, source.path)) from None
+            reason = "this machine does not see it, and nobody has registered it"
+        except OsctlError as error:
+            if self.needed:
+                raise
+            reason = str(error)
+        self.notes.append(f"data {source.path}: its content is not known here ({reason})")
+        return None
+
+    def _registered(self, source: FilesSource) -> str | None:
+        """What pods see may be another folder than this machine's: what was registered where it lies counts."""
+        if self.store is None or self.pipeline.backend == "local":
+            return None
+        found = self._ask(self.store, lambda store: datasets.of_source(store, source.path))
+        if found is None:
+            return None
+        if self.far and "://" in source.path:
+            self._check_rows(found, source, datasets.get_manifest(self.store(), found.manifest))
+        self.notes.append(f"data {source.path}: registered as {found.name}, {found.rows:,} rows, digest {found.manifest[:12]}")
+        return found.manifest
+
+    def _check_rows(self, registered: datasets.DataSet, source: FilesSource, recorded: DataManifest) -> None:
+        """Where this machine reaches the CSV, its rows must be those that were registered: that is cheap. Raises Refused."""
+        try:
+            rows = self.files.rows(source)
+        except (NotFound, OsctlError):
+            return
+        differences = changed_since(recorded, rows, [UNKNOWN] * len(rows))
+        if differences:
+            raise Refused(
+                f"data {source.path}: {len(differences):,} rows are not as they were registered as {registered.name} "
+                f"({told(differences)}). Register what is there now: osctl data register {registered.name} {shlex.quote(source.path)}"
+            )
+
+    def _looked_at(self, source: FilesSource) -> str:
+        remote = "://" in source.path
+        if remote and not self.far:
+            raise NotFound(source.path)
+        manifest = self.files.manifest(source, at_most=READ_AT_MOST if remote or not self.needed else None)
+        self.manifests[manifest.digest] = manifest
+        missing = f"; {manifest.unreadable:,} files cannot be read" if manifest.unreadable else ""
+        size = f"{len(manifest.rows):,} rows, {_size(manifest.size)}"
+        self.notes.append(f"data {source.path}: {size}, digest {manifest.digest[:12]}{missing}")
+        return manifest.digest
+
+    # Imports
+
+    def _import(self, role: imports.Role, name: str) -> str | None:
+        """The digest of weights or an encoder; None: nobody knows it."""
+        if self.sources is None:
+            return None
+        try:
+            return self._brought_in(role, name) or self._brought(role, name, self.sources)
+        except NotFound:
+            if self.needed:
+                raise Refused(unreachable(self.pipeline, role, name)) from None
+            reason = "this machine does not have it, and the store does not know it"
+        except OsctlError as error:
+            if self.needed:
+                raise
+            reason = str(error)
+        self.notes.append(f"{role} {name}: its content is not known here ({reason})")
+        return None
+
+    def _brought_in(self, role: imports.Role, name: str) -> str | None:
+        """What the store has of this name or source. A path of this machine is looked at instead: its files may have changed."""
+        if self.store is None or Path(name).expanduser().exists():
+            return None
+        found = self._ask(self.store, lambda store: imports.find(store, name, role))
+        if found is None or not imports.is_stored(self.store(), found.manifest):
+            return None
+        self.stored[name] = found.manifest
+        self.notes.append(f"{role} {name}: in the store, digest {found.manifest[:12]}, from {found.source}{_under(found.licence)}")
+        return found.manifest
+
+    def _brought(self, role: imports.Role, name: str, sources: Sources) -> str:
+        one = sources.look(name, role, far=self.far and self.needed)
+        self.imported[role, name] = one
+        size = f"{len(one.files)} files, {_size(one.imported.size)}"
+        self.notes.append(f"{role} {name}: {size}, digest {one.digest[:12]}, from {one.source}{_under(one.licence)}")
+        return one.digest
+
+
+def imports_of(config: StageConfig) -> Iterator[tuple[imports.Role, str]]:
+    """What a stage imports, as it names it."""
+    if config.weights is not None:
+        yield "weights", config.weights
+    if config.autoencoder.kind == "kl":
+        yield "autoencoder", config.autoencoder.path
+    if config.text.kind == "t5":
+        yield "text", config.text.path
+
+
+def unreachable(pipeline: Pipeline, role: imports.Role, name: str) -> str:
+    """What to say of an import that nobody can reach, with the command to paste."""
+    store = f" --store {pipeline.store}" if "://" in pipeline.store else ""
+    again = f"osctl weights add {suggested(name.partition('@')[0])} SOURCE --as {role}{store}"
+    return (
+        f"{role} {name}: is no file or folder of this machine, no model of the hub that it reaches, and not in the store, so no device is "
+        f"held for it. Bring it in from a path, s3://, https:// or owner/name@revision, then name it in the stage: {again}"
+    )
+
+
+def _under(licence: str | None) -> str:
+    return f" ({licence})" if licence else ""
+
+
+def unseen(pipeline: Pipeline, place: str) -> str:
+    """What to say of data that nobody can see, with the command to paste."""
+    if pipeline.backend == "local":
+        return (
+            f"data {place}: is not on this machine, where the attempts of {pipeline.name} run. Correct data.source.path, or bring it here"
+        )
+    return (
+        f"data {place}: this machine does not see it, and nobody has registered it in {pipeline.store}, so a result could not say what it "
+        f"was trained on. {_register(pipeline, place)}"
+    )
+
+
+def _register(pipeline: Pipeline, place: str) -> str:
+    cluster = f" --cluster {pipeline.cluster.name}" if pipeline.cluster is not None else ""
+    store = f" --store {pipeline.store}" if "://" in pipeline.store else ""
+    return f"Register it where it lies: osctl data register {suggested(place)} {shlex.quote(place)}{store}{cluster}"
+
+
+def suggested(place: str) -> str:
+    """A name for what lies at a place."""
+    last = place.rstrip("/").rpartition("/")[2].removesuffix(".csv").lower()
+    slug = re.sub(r"[^a-z0-9.-]+", "-", last).strip("-.")[:40].strip("-.")
+    return slug if datasets.NAME.fullmatch(slug) else f"data-{slug}"[:40].strip("-.")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
