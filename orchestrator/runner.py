@@ -300,7 +300,9 @@ class Runner:
                 self._draining.add(key)
                 ask(key)
         if not living and self._alive:
-            raise Unreachable(f"stopped, and how it ended could not be written: {error}. `osctl launch` finds it once the store answers")
+            troubles = [life.trouble for key in self._alive if (life := self.backend.observe(key)).trouble]
+            why = "; ".join([str(error), *troubles])
+            raise Unreachable(f"stopped, and how it ended could not be written: {why}. `osctl launch` finds it once the store answers")
 
     def _wait(self, observed: Observed, wait: Wait) -> None:
         """Until an attempt's life changes, the time has come, or somebody wants a stop."""

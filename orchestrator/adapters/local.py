@@ -145,8 +145,8 @@ class LocalBackend:
         if (child is not None and child.ended is None) or is_locked(run_dir):
             return Life("running", bound, trouble=read_trouble(run_dir))
         if child is not None:
-            return Life("ended", bound, child.ended, child.exit_code)
-        return Life("ended", bound, last_alive(run_dir))
+            return Life("ended", bound, child.ended, child.exit_code, trouble=read_trouble(run_dir))
+        return Life("ended", bound, last_alive(run_dir), trouble=read_trouble(run_dir))
 
     def drain(self, run_key: str) -> None:
         write_asked(self.run_dir(run_key))

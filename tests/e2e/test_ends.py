@@ -164,10 +164,15 @@ def test_a_store_that_is_full_is_said_at_once_and_the_steps_at_risk_too(tmp_path
     for folder in small_disk.glob("tiny/stages/*/checkpoints/*"):
         assert (folder / "MANIFEST.json").exists() or time.time() - folder.stat().st_mtime < 2, f"{folder.name} is half a checkpoint"
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(PATIENCE_S) in (130, 5), terminal(osctl)
+    code = launcher.wait(PATIENCE_S)
     said = terminal(osctl)
     saved = max(int(path.parent.name[5:13]) for path in small_disk.glob("tiny/stages/*/checkpoints/*/MANIFEST.json"))
-    assert log and "ended with disk" in said and f"from step {saved}" in said and "lost" in said.rpartition("ended with disk")[2], said
+    if code == 5:  # not even a word fits
+        assert log and f"how it ended could not be written: store {small_disk}" in said and f"no checkpoint after step {saved}" in said, (
+            said
+        )
+        return
+    assert code == 130 and f"from step {saved}" in said and "lost" in said.rpartition("ended with disk")[2], said
     assert not list(osctl.folder.glob(".osctl/runs/*/outgoing/*"))
     osctl("cost")
 
