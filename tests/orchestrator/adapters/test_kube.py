@@ -321,7 +321,7 @@ def test_a_server_that_was_never_there_is_unknown_and_costs_the_first_look_alone
         assert rig.backend.observe(rig.intend().run_key).state == "unknown"
         began = time.monotonic()
         assert rig.backend.observe(rig.intend().run_key).state == "unknown"
-        assert time.monotonic() - began < 0.1
+        assert time.monotonic() - began < 0.4
     finally:
         rig.close()
         api.close()

@@ -232,7 +232,7 @@ def test_no_fault_ends_a_watch_in_silence(
     assert alive() == 3, f"{place}: a thread has ended"
     server.put(f"{PODS}/later", pod("later"))
     until(lambda: {one.name for one in watcher.picture.pods("r")} == {"again", "later"}, "what came later is seen")
-    assert watcher.wait_until_fresh(5)
+    until(lambda: watcher._was_fresh and watcher.fresh(), "freshness")
     said = lines(caplog)
     for name in (
         "no answer",
