@@ -387,7 +387,7 @@ class History:
     def _cluster(self, intent: Intent) -> ClusterProfile | None:
         """Of the revision under which the attempt was launched."""
         if self._revisions is None or (self._revisions and self._revisions[-1].created < intent.created):
-            self._revisions = [revision for _, revision in self.ledger.revisions()]
+            self._revisions = [revision for _, revision in self.ledger.lenient().revisions()]  # what cannot be read is said elsewhere
         before = [revision for revision in self._revisions if revision.created <= intent.created] or self._revisions[:1]
         try:
             return ClusterProfile.model_validate(before[-1].pipeline["cluster"]) if before and before[-1].pipeline.get("cluster") else None
