@@ -370,7 +370,8 @@ def farewell(workspace: Workspace, current: Any, result: Any) -> None:
     name = workspace.pipeline.name
     if result.exit_code:
         output.note(f"{name}: {result.status}: {result.reason}")
-        output.note("next: osctl logs, osctl status, then osctl launch to go on")
+        if "osctl " not in result.reason:  # an end has one next step, and most say their own
+            output.note("next: osctl logs, osctl status, then osctl launch to go on")
         return
     for path in pictures(workspace, current):
         output.note(f"drew {path}")

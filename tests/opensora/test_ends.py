@@ -66,7 +66,7 @@ def assert_goes_on(run: RunDirectory, stage: StageConfig, make_run: Runs, *, wor
     reader = checkpoint.open_(last)
     assert reader.record.world_size == world
     assert all(tensor.isfinite().all() for part in checkpoint.TENSORS for tensor in reader.part(part).values())
-    again = make_run(stage, resume=last)
+    again = make_run(stage.model_copy(update={"accumulate": world}), resume=last)  # one rank, the same global batch
     (again.path / "drain").touch()
     ended = in_process(again)
     assert (ended["status"], ended["step"]) == ("drained" if reader.record.step + 1 < stage.steps else "completed", reader.record.step + 1)

@@ -280,7 +280,7 @@ def test_the_copy_is_made_into_the_same_memory_each_time(tiny_stage: Stages, tmp
 def test_without_room_for_a_copy_the_way_out_is_named(tiny_stage: Stages, tmp_path: Path, encoders: Path) -> None:
     (one,) = savers(tmp_path / "checkpoints", background(tiny_stage), 1)
     huge = torch.zeros(1).expand(1 << 46)  # takes no memory by itself
-    with pytest.raises(OutOfMemory, match=r"copy of model \(281474976710\d{3} bytes\); set checkpoint.background to false"):
+    with pytest.raises(OutOfMemory, match=r"copy of model \(281474976710\d{3} bytes\); checkpoint.background false makes none"):
         begin(one, alike({"w": Piece(huge)}), encoders, 1)
 
 
