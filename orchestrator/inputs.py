@@ -8,7 +8,7 @@ Refuses to write anything, and to guess: what an older release did not record co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,13 +171,14 @@ def _short(value: Any) -> str:
     return text[:12] if is_digest else text if len(text) <= 60 else f"{text[:59]}…"
 
 
-def to_decide(standing: Standing, again: str = "") -> str:
+def to_decide(standing: Standing, again: str = "", rows: Callable[[Difference], str] = lambda _: "") -> str:
     """Why a launch of a stage is refused until a person has decided; empty where it is not.
 
     Work is at stake where a stage was trained with another batch, which a person who takes other devices seldom means, or on other data.
 
     Args:
         again: options with which a person named the pipeline, for the commands.
+        rows: of data that changed, which rows, for people; empty: nobody knows.
     """
     earlier, name = standing.earlier, standing.stage.name
     if standing.begun or standing.decided or earlier is None or not earlier.step:
@@ -193,7 +194,7 @@ def to_decide(standing: Standing, again: str = "") -> str:
             f"Keep its result as it is: osctl launch{again} --keep {name}. Or train" if earlier.committed else "Put the data back, or train"
         )
         fact = f"{name}: its data set is {_short(data.new)}, its {earlier.step} steps were trained on {_short(data.old)}"
-        return f"{fact} (osctl diff{again} shows the rows). {kept} anew: {anew}"
+        return f"{fact}{rows(data)}. {kept} anew: {anew}"
     return ""
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from orchestrator.cli import output
 from orchestrator.errors import Refused, UsageError
 
 if TYPE_CHECKING:
+    from opensora.identity import Difference
     from orchestrator.cli.workspace import Workspace
     from orchestrator.inputs import Standing
     from orchestrator.snapshot import Snapshot
@@ -50,8 +52,8 @@ def settle(workspace: Workspace, targets: Collection[str], *, keep: Collection[s
             _decide(workspace, standing, "keep")
         elif name in anew:
             _decide(workspace, standing, "anew")
-        elif why := to_decide(standing, again):
-            raise Refused(f"{why}{rows_of(workspace, standing)}")
+        elif why := to_decide(standing, again, partial(rows_of, workspace)):
+            raise Refused(why)
         say(workspace, standing)
 
 
@@ -60,16 +62,15 @@ def foretell(workspace: Workspace, targets: Collection[str], again: str) -> None
     from orchestrator.inputs import to_decide
 
     for standing in standings(workspace, targets):
-        if why := to_decide(standing, again):
-            output.note(f"launch would refuse: {why}{rows_of(workspace, standing)}")
+        if why := to_decide(standing, again, partial(rows_of, workspace)):
+            output.note(f"launch would refuse: {why}")
         else:
             say(workspace, standing)
 
 
-def rows_of(workspace: Workspace, standing: Standing) -> str:
-    """Of a stage whose data changed: which rows, for the end of a message."""
-    data = standing.earlier.changed("data") if standing.earlier is not None else None
-    rows = workspace.rows_between(data.old, data.new) if data is not None else []
+def rows_of(workspace: Workspace, data: Difference) -> str:
+    """Of data that changed: which rows, within a message."""
+    rows = workspace.rows_between(data.old, data.new)
     if not rows:
         return ""
     from opensora.data.manifest import told
