@@ -102,8 +102,8 @@ class FileClips:
         differences = changed_since(recorded, list(zip(self._paths, self.captions, strict=True)), sizes)
         if differences:
             raise DataError(
-                f"data.source {place}: {len(differences):,} rows are not as they were at the launch ({told(differences)}). "
-                "Put them back as they were, or launch again: osctl launch says what goes on"
+                f"data.source {place}: other clips than at the launch, {len(differences):,} rows changed ({told(differences)}). "
+                "Put them back as they were, or see what goes on with: osctl launch --dry-run"
             )
 
     def _size(self, path: str, stamp: list[Any] | None) -> int | Unknown | None:

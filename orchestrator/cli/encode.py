@@ -45,7 +45,7 @@ def encode(
     names = [each.name for each in workspace.pipeline.stages]
     if stage is not None and stage not in names:
         raise UsageError(f"encode {stage}: {workspace.pipeline.name} has no such stage; it has {', '.join(names)}")
-    workspace = workspace.with_contents(needed=False, say=output.note)
+    workspace = workspace.with_contents(needed=False, say=lambda _: None)  # what cannot be had, the encoder itself says
     workspace.lend_places()
     cache, rows = into or latents(), []
     for each in workspace.pipeline.stages:

@@ -433,5 +433,5 @@ def test_clips_that_changed_since_the_launch_are_refused_row_by_row(tmp_path: Pa
     then = recorded(folder)
     (folder / "1.png").write_bytes(b"longer or shorter")
     (folder / "2.png").unlink()
-    with pytest.raises(DataError, match=r"2 rows are not as they were at the launch \(1.png: content was .*, is 17 bytes; 2.png: .*unread"):
+    with pytest.raises(DataError, match=r"other clips than at the launch, 2 rows changed \(1.png: .*, is 17 bytes; 2.png: .*unread"):
         prepare(of_folder(folder), tmp_path / "cache", recorded=then)

@@ -100,3 +100,23 @@ def test_changed_data_is_kept_or_trained_anew_as_a_person_decides(changed: Osctl
     film_clips.captions(clips, film_clips.CAPTIONS | {"one.mp4": "a third one"})
     changed("launch", "stage1", *data, "--anew", "stage1")
     assert len(list(stages.glob("stage1@*"))) == 2
+
+
+@pytest.mark.long
+def test_clips_that_change_between_two_attempts_are_said_and_not_tried_again(tmp_path: Path, clips: Path) -> None:
+    """By the real trainer: what a launch recorded is what every attempt of it trains on."""
+    source = {"source": {"kind": "folder", "path": str(clips)}, "frames": 1, "height": 16, "width": 16}
+    changes = {"steps": 4, "batch_size": 1, "data": source, "prompts": ["a grey square"], "checkpoint": {"every_steps": 2}}
+    osctl = Osctl(write(tmp_path / "real", devices=1, stages=1, changes=changes))
+    osctl("launch", "--quiet")
+    film_clips.film(clips / "one.mp4", 60, frames=30)
+    film_clips.captions(clips, film_clips.CAPTIONS | {"two.mp4": "another"})
+    inputs = osctl.json("lineage")[0]["inputs"]
+    stage = osctl.folder / f".osctl/store/tiny/stages/stage1@{inputs}"
+    (stage / "COMMITTED.json").unlink()
+    for place in (*stage.glob("checkpoints/*"), *stage.glob("attempts/*")):
+        shutil.rmtree(place)
+    shutil.rmtree(osctl.folder / ".osctl/runs")
+    refused = osctl("resume", "--quiet", expect=3).stderr
+    assert "other clips than at the launch" in refused and "two.mp4: caption was 'a dark square', is 'another'" in refused
+    assert len(list(stage.glob("attempts/*"))) == 1, "another attempt would find the same clips"
