@@ -89,6 +89,7 @@ UNITS = {
     ("StageConfig", "ema_decay"): "fraction a step",
     ("StageConfig", "steps"): "optimizer steps",
     ("StageConfig", "batch_size"): "clips a data-parallel rank",
+    ("StageConfig", "accumulate"): "parts of a step",
     ("StageConfig", "seed"): "seed",
     ("MfuRange", "low"): "fraction of the peak",
     ("MfuRange", "expected"): "fraction of the peak",

@@ -29,9 +29,12 @@ class Launched:
 
 
 def last(ledger: Ledger) -> Launched:
-    """Raises Unreachable."""
+    """Raises Unreachable, and Refused where nobody may see what there is: an empty answer would look like a pipeline that never ran."""
     looked = ledger.lenient()
     readable = dict(looked.revisions())
+    for key, remark in looked.remarks.items():
+        if remark.kind == "forbidden" and key.endswith("/revisions/"):
+            raise Refused(str(remark))
     faults = {remark.key: remark for remark in looked.remarks.values()}
     numbers = {number_of(key) for key in faults if REVISION.fullmatch(key.rpartition("/")[2])} | set(readable)
     for number in sorted(readable, reverse=True):

@@ -86,6 +86,15 @@ class S3Server:
         return f"s3://{self.bucket}/{prefix}"
 
 
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """What a command of this process lends to its children (`osctl launch` does) is not there in the next test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def versitygw() -> Path:
     """Path of the server's binary; built on first use."""

@@ -76,12 +76,14 @@ class Attempts:
         resume: ResumeRef | None = None,
         hang_timeout_s: float = 30.0,
         flush_s: float = 0.2,
+        contents: identity.Contents | None = None,
         trainer: tuple[str, ...] = (sys.executable, STAND_IN, "{run_dir}", "{devices}"),
     ) -> Intent:
         """`options`: of the stand-in trainer."""
         config = config or stage_config()
-        inputs = identity.name(config, nodes * devices, parent.committed_digest if parent else None)
-        self.ledger.write_terms(stage, inputs, attempt, Terms(identity=identity.VERSION, contents=identity.Contents(), price=None))
+        contents = contents or identity.Contents()
+        inputs = identity.name(config, nodes * devices, parent.committed_digest if parent else None, contents)
+        self.ledger.write_terms(stage, inputs, attempt, Terms(identity=identity.VERSION, contents=contents, price=None))
         return self.ledger.create_intent(
             Intent(
                 run_key=run_key("demo", stage, inputs, attempt),

@@ -293,7 +293,8 @@ def backend_of(pipeline: Pipeline, store: Store, store_url: str) -> Backend:
 def on_interrupt(runner: Any) -> Iterator[None]:
     """SIGINT, SIGTERM or SIGHUP once: save and stop. Again, `TOGETHER_S` later or more: end now.
 
-    A machine that shuts down, or a terminal that closes, sends several at once.
+    A machine that shuts down, or a terminal that closes, sends several at once. A SIGHUP that was ignored at the start stays so (nohup);
+    SIGINT does not, since a shell ignores it in what it starts with `&`, and a person may send it all the same.
     """
     last: float | None = None
 
@@ -307,7 +308,9 @@ def on_interrupt(runner: Any) -> Iterator[None]:
         elif last - before >= TOGETHER_S:
             runner.kill()
 
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield

@@ -18,7 +18,7 @@ from opensora.data.manifest import DataManifest, Row
 from opensora.identity import Contents
 from orchestrator import datasets, imports
 from orchestrator.agent.contents import with_places
-from orchestrator.records import FileRef, Intent, Terms
+from orchestrator.records import FileRef, Intent
 
 
 @pytest.fixture
@@ -30,9 +30,7 @@ DATA = DataManifest((Row("a.mp4", "one", 1, hashlib.sha256(b"a").hexdigest()),))
 
 
 def recorded(attempts: Attempts, contents: Contents, config: StageConfig | None = None) -> Intent:
-    intent = attempts.intend(config=config)
-    attempts.ledger.write_terms(intent.stage, intent.inputs, intent.attempt, Terms(identity=2, contents=contents, price=None))
-    return intent
+    return attempts.intend(config=config, contents=contents)
 
 
 def brought_in(attempts: Attempts, path: Path) -> str:
