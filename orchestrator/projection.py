@@ -113,6 +113,8 @@ class StageFacts:
     attempts: tuple[AttemptFacts, ...]
     """Ascending, at least one."""
     committed: Committed | None
+    data: str | None = None
+    """Digest of the data set; none: not recorded."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,9 @@ class Reader:
                 attempts = tuple(self._attempt(one) for one in self.history.attempts(name, inputs, now))
                 if attempts:
                     committed = self.ledger.committed(name, inputs)
-                    yield StageFacts(name, reference, inputs, current.get(name) == inputs, attempts, committed)
+                    terms = self.ledger.terms(name, inputs, attempts[-1].intent.attempt)
+                    data = terms.contents.data if terms is not None else None
+                    yield StageFacts(name, reference, inputs, current.get(name) == inputs, attempts, committed, data)
 
     def _attempt(self, one: AttemptHistory) -> AttemptFacts:
         intent = one.intent
@@ -322,7 +326,7 @@ def _stage_picture(facts: Facts, stage: StageFacts, bill: Bill, categories: Sequ
         as_of=_as_of(facts),
         params=flatten(config) | {"devices": str(intent.nodes * intent.devices_per_node)},
         curve=lambda cursor: stage_curve(stage.attempts, cursor),
-        dataset=_dataset(config),
+        dataset=_dataset(config, stage.data),
         samples={_file(key): key for attempt in stage.attempts for key in attempt.samples if key.endswith(PICTURES)},
     )
 
@@ -488,9 +492,10 @@ def flatten(config: StageConfig) -> dict[str, str]:
     return flat
 
 
-def _dataset(config: StageConfig) -> tuple[str, str, str]:
+def _dataset(config: StageConfig, digest: str | None) -> tuple[str, str, str]:
+    """(name, digest, source): by the data set's own digest, where that was recorded, else by the configuration."""
     content = config.data.model_dump_json()
-    return config.data.source.kind, sha256(content.encode())[:32], content
+    return config.data.source.kind, (digest or sha256(content.encode()))[:32], content
 
 
 def stage_key(facts: Facts, stage: StageFacts) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, NoReturn, Protocol
 
 from opensora import identity
-from orchestrator import inputs as inputs_module
+from orchestrator import inputs as stage_inputs
 from orchestrator import launched
 from orchestrator.checkpoints import Place
 from orchestrator.clock import boottime
@@ -407,7 +407,7 @@ class Runner:
             return None
         if stage.name not in self._named:
             try:
-                self._named[stage.name] = inputs_module.find(self.ledger, stage, parent)
+                self._named[stage.name] = stage_inputs.find(self.ledger, stage, parent)
             except Refused as error:  # which result is meant cannot be told; other stages go on
                 self._refused[stage.name] = str(error)
                 return None
@@ -631,7 +631,7 @@ class Runner:
         resume = action.resume
         resources = stage.spec.resources
         self._lease.check()
-        named_by = identity.VERSION if action.inputs == inputs_module.name_of(stage, self._parent_of(stage)) else 1
+        named_by = identity.VERSION if action.inputs == stage_inputs.name_of(stage, self._parent_of(stage)) else 1
         terms = Terms(identity=named_by, contents=stage.contents, price=price_of(self.prices, resources.device))
         self.ledger.write_terms(stage.name, action.inputs, action.number, terms)
         intent = self.ledger.create_intent(

@@ -96,7 +96,7 @@ class Writer:
     def inputs(self, name: str) -> str:
         stage = self.pipeline.stage(name)
         parent = stage.spec.parent
-        return identity.name(stage.config, stage.devices, self.results[parent].digest() if parent else None)
+        return identity.name(stage.config, stage.devices, self.results[parent].digest() if parent else None, stage.contents)
 
     def begin(self, name: str, *, resume: int = 0) -> Intent:
         """The next attempt's intent."""

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from written_ledger import Writer, pipeline
 
+from opensora.identity import Contents
 from orchestrator.adapters import open_store
 from orchestrator.adapters.tracking import MlflowTracker, open_tracker, tracking_url
 from orchestrator.cost import account
@@ -804,3 +805,17 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], time
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_a_stage_is_shown_with_the_data_set_that_it_was_trained_on(story: Writer, tracker: MlflowTracker, home: Path) -> None:
+    digest = "5" * 64
+    first, *others = story.pipeline.stages
+    first = first.model_copy(update={"contents": Contents(data=digest)})
+    story.pipeline = story.pipeline.model_copy(update={"stages": (first, *others)})
+    story.launch()
+    story.finish(story.begin("stage1"))
+    story.finish(story.begin("stage2"))
+    project(story.ledger, tracker)
+    shown = {short(key): run.datasets for key, run in runs_of(tracker).items()}
+    assert shown["stage1"] == ((first.config.data.source.kind, digest[:32]),)
+    assert shown["stage2"] != shown["stage1"], "a stage whose data was not recorded is told by its configuration"
