@@ -293,7 +293,8 @@ def backend_of(pipeline: Pipeline, store: Store, store_url: str) -> Backend:
 def on_interrupt(runner: Any) -> Iterator[None]:
     """SIGINT, SIGTERM or SIGHUP once: save and stop. Again, `TOGETHER_S` later or more: end now.
 
-    A machine that shuts down, or a terminal that closes, sends several at once.
+    A machine that shuts down, or a terminal that closes, sends several at once. SIGHUP stays ignored where nohup left it so; a shell script
+    leaves SIGINT ignored for all that it starts in the background, which says nothing of who sends one.
     """
     last: float | None = None
 
@@ -307,8 +308,8 @@ def on_interrupt(runner: Any) -> Iterator[None]:
         elif last - before >= TOGETHER_S:
             runner.kill()
 
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, handle) for number in numbers}
+    hangup = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
     try:
         yield
     finally:
