@@ -257,8 +257,8 @@ def _decode(file: Any, frames: int, interval: int) -> Iterator[NDArray[np.uint8]
 
 
 @contextmanager
-def _opened(file: Any) -> Iterator[av.container.InputContainer]:
-    """Of a file with a video stream. Raises Unusable, av.FFmpegError."""
+def _opened(file: Any) -> Iterator[Any]:
+    """PyAV's container of a file with a video stream. Raises Unusable, av.FFmpegError."""
     if getattr(file, "size", None) == 0:  # PyAV seeks before the beginning of one: an error of the disk or of the network, by its class
         raise Unusable("the file is empty")
     # A title in another character set than UTF-8 is no reason to do without a clip: nobody reads it here.
