@@ -23,6 +23,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -214,9 +215,7 @@ def probe(file: Any, most: int) -> Size:
         Unusable: for what is no video.
     """
     try:
-        with av.open(file) as container:
-            if not container.streams.video:
-                raise Unusable("no video stream")
+        with _opened(file) as container:
             stream = container.streams.video[0]
             if stream.frames > 0 and stream.height > 0 and stream.width > 0:
                 return Size(stream.frames, stream.height, stream.width)
@@ -244,9 +243,7 @@ def decode_frames(file: Any, frames: int, interval: int) -> NDArray[np.uint8]:
 def _decode(file: Any, frames: int, interval: int) -> Iterator[NDArray[np.uint8]]:
     seen = kept = 0
     try:
-        with av.open(file) as container:
-            if not container.streams.video:
-                raise Unusable("no video stream")
+        with _opened(file) as container:
             for frame in container.decode(video=0):
                 if seen % interval == 0:
                     yield frame.to_ndarray(format="rgb24")
@@ -257,6 +254,18 @@ def _decode(file: Any, frames: int, interval: int) -> Iterator[NDArray[np.uint8]
     except av.FFmpegError as error:
         raise Unusable(f"cannot be decoded after {seen} frames: {error.strerror}") from error
     raise Unusable(too_short(seen, frames, interval))
+
+
+@contextmanager
+def _opened(file: Any) -> Iterator[Any]:
+    """PyAV's container of a file with a video stream. Raises Unusable, av.FFmpegError."""
+    if getattr(file, "size", None) == 0:  # PyAV seeks before the beginning of one: an error of the disk or of the network, by its class
+        raise Unusable("the file is empty")
+    # A title in another character set than UTF-8 is no reason to do without a clip: nobody reads it here.
+    with av.open(file, metadata_errors="replace") as container:
+        if not container.streams.video:
+            raise Unusable("no video stream")
+        yield container
 
 
 def fit_frames(frames: NDArray[np.uint8], height: int, width: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ class Events:
         self._poll.register(self._woken, select.POLLIN)
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
                 signal.signal(number, self._on_signal)
         self._launcher = None if launcher_pid is None else _watch(launcher_pid)
         self.outlives_launcher = launcher_pid is None

@@ -70,7 +70,7 @@ def test_another_global_batch_is_refused_and_the_printed_way_goes_on(stopped: tu
     ways = ("--set", "stage1.accumulate=2", "--set", "stage1.activations.recompute=full", "--set", "stage1.loss_spike=50")
     osctl("launch", "-q", *one, *ways)
     assert stage(osctl)["state"] == "committed" and stage(osctl)["step"] == STEPS
-    assert [attempt["number"] for attempt in stage(osctl)["attempts"]] == [1, 2]
+    assert [attempt["attempt"] for attempt in stage(osctl)["attempts"]] == [1, 2]
     events = osctl("events").stdout
     assert f"from step {saved}, resumed on 1 of 2 devices, not bitwise" in events
     (row,) = osctl.json("lineage", "--verify")

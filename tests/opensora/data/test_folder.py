@@ -113,6 +113,37 @@ def test_broken_files_are_left_out_with_a_reason_and_never_replaced(folder: Path
     assert len(clips.skipped) == 5
 
 
+@pytest.mark.parametrize(
+    "buckets",
+    [(), (Bucket(frames=4, height=32, width=32, batch_size=1), Bucket(frames=2, height=32, width=64, batch_size=1))],
+    ids=["one", "two"],
+)
+def test_an_empty_file_is_left_out_and_the_others_train(folder: Path, buckets: tuple[Bucket, ...]) -> None:
+    (folder / "wheels.mp4").write_bytes(b"")
+    clips = FileClips(data(folder).model_copy(update={"buckets": buckets}))
+    found = [index for bucket in range(len(clips.counts)) for index in clips.read(0, len(clips), bucket)[1]]
+    assert (sorted(found), dict(clips.skipped)) == ([1, 2], {"wheels.mp4": "the file is empty"})
+
+
+def test_a_title_in_another_character_set_costs_no_clip(folder: Path, bikes: np.ndarray) -> None:
+    """Containers are full of tags that are not UTF-8: of cameras, and of editors in other countries."""
+    with av.open(str(folder / "titled.mp4"), "w") as container:
+        container.metadata["title"] = "a road in Koeln"
+        stream = container.add_stream("libx264", rate=Fraction(25))
+        stream.width, stream.height, stream.pix_fmt = 320, 136, "yuv420p"
+        for pixels in bikes[:8]:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+        container.mux(stream.encode())
+    whole = (folder / "titled.mp4").read_bytes()
+    latin = whole.replace(b"a road in Koeln", "a road in K\xf6 ln".encode("latin-1"))
+    assert latin != whole
+    (folder / "titled.mp4").write_bytes(latin)
+    (folder / "captions.csv").write_text("path,text\ntitled.mp4,a road\n")
+    clips = FileClips(data(folder))
+    assert (clips.read(0, 1)[1], dict(clips.skipped)) == ([0], {})
+    assert probe(str(folder / "titled.mp4"), 8) == Size(8, 136, 320)
+
+
 def test_the_frames_needed_are_counted_with_the_interval(cut: Path) -> None:
     assert len(decode_frames(str(cut / "wheels.mp4"), 10, 3)) == 10  # frames 0, 3 … 27 of 30
     with pytest.raises(Unusable, match="30 frames, 31 are needed for 11 frames at interval 3"):

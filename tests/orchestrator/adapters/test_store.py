@@ -351,8 +351,16 @@ def test_symbolic_links_do_not_lead_out_of_the_store(tmp_path: Path) -> None:
             store.create(key, b"mine")
     with pytest.raises(Refused):
         store.create("folder/new", b"mine")
+    (tmp_path / "store" / "deep").mkdir()
+    (tmp_path / "store" / "deep" / "folder").symlink_to(outside)
+    for key in ("deep/folder/new", "deep/folder/more/new"):
+        with pytest.raises(Refused):
+            store.create(key, b"mine")
     assert list(store.list("")) == ["a"]
     assert sorted(path.name for path in outside.iterdir()) == ["secret"]
+    (tmp_path / "store" / "inside").symlink_to(tmp_path / "store" / "deep")
+    store.create("inside/b", b"y")
+    assert store.read("deep/b").data == b"y"
 
 
 def test_names_that_the_folder_store_uses_itself_are_refused(tmp_path: Path) -> None:
