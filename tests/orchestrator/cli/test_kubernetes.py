@@ -309,9 +309,9 @@ def test_what_moves_in_the_cluster_is_shown_before_the_ledger_is_read_again(site
 AWAY = ("--set", "stage1.data.source={kind: folder, path: /volume/of/pods/clips}")
 
 
-def test_a_launch_of_data_that_nobody_sees_is_refused_before_anything(site: Site) -> None:
+def test_a_launch_of_data_that_nobody_sees_is_refused_before_anything(site: Site, tmp_path: Path) -> None:
     refused = site.launch("stage1", *AWAY, expect=4)
-    assert f"osctl data register clips /volume/of/pods/clips --store {site.store} --cluster lab" in refused
+    assert f"osctl data register clips /volume/of/pods/clips --store {site.store} --cluster {tmp_path / 'lab.yaml'}" in refused
     assert not site.jobs and site.ledger.latest_revision() is None
 
 
