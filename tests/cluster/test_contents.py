@@ -28,7 +28,7 @@ def site(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
     assert not Path(SEEN_BY_PODS).exists()
     folder = tmp_path / "disk"
     film_clips.make(folder / "clips")
-    with installed(cluster, tmp_path, mlflow=False, volumes=[{"claim": "clips", "path": SEEN_BY_PODS}]) as site:
+    with installed(cluster, tmp_path, mlflow=False, cpu="1", volumes=[{"claim": "clips", "path": SEEN_BY_PODS}]) as site:
         named = f"clips-{site.namespace}"
         shared = {"accessModes": ["ReadOnlyMany"], "storageClassName": ""}
         claim = {"namespace": site.namespace, "name": "clips"}
@@ -54,7 +54,7 @@ def test_clips_that_pods_alone_see_and_encoders_of_this_machine_make_a_result(si
         "batch_size": 2,
         "prompts": [],
     }
-    osctl = site.osctl(tmp_path / "contents", stages=1, devices=1, changes=changes)
+    osctl = site.osctl(tmp_path / "contents", stages=1, nodes=1, devices=1, changes=changes)
     text = osctl.json("weights", "add", "tiny-t5", str(tmp_path / "t5"), "--as", "text")
 
     refused = osctl("launch", expect=4).stderr
