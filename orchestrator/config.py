@@ -308,6 +308,14 @@ def _cluster_file(named: str, path: Path) -> Path | None:
     return next((candidate for candidate in candidates if candidate is not None and candidate.is_file()), None)
 
 
+def cluster_profile(named: str) -> ClusterProfile:
+    """A shipped profile, or a file. Raises UsageError."""
+    found = _cluster_file(named, Path.cwd() / "pipeline")
+    if found is None:
+        raise usage_error(f"no such file or shipped cluster profile: {named!r}. {closest(named, list(shipped_clusters(shipped_folder())))}")
+    return validate(ClusterProfile, read(found), "cluster")
+
+
 def cluster_argument(path: Path, overrides: Mapping[str, str], env: Mapping[str, str]) -> str:
     """How `--cluster` calls the profile of a pipeline that was loaded from the same, wherever it is typed: a shipped name, or a file."""
     named = overrides.get("cluster") or _with_environment(read(path), env).value.get("cluster") or DEFAULT_CLUSTER

@@ -14,6 +14,7 @@ from orchestrator.errors import UsageError
 if TYPE_CHECKING:
     from opensora.config import StageConfig
     from opensora.data.manifest import RowDifference
+    from orchestrator.cluster import ClusterProfile
     from orchestrator.config import Pipeline
     from orchestrator.contents import Resolved
     from orchestrator.history import History
@@ -55,6 +56,17 @@ def lend_places(places: Mapping[str, str]) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(file)
+
+
+def lend_endpoint(cluster: ClusterProfile) -> None:
+    """Let this process and its children find the object store as the cluster's pods do, where the person's environment is silent."""
+    spoken = {
+        "OSCTL_S3_ENDPOINT": ("OSCTL_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+        "AWS_REGION": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+    }
+    for name, value in cluster.store_env().items():
+        if not any(os.environ.get(other) for other in spoken[name]):
+            os.environ[name] = value
 
 
 def _names_contents(config: StageConfig) -> bool:
@@ -197,13 +209,7 @@ class Workspace:
         """Let this process and its children find the object store as the cluster's pods do, where the person's environment is silent."""
         if self.pipeline.cluster is None or not self.store_url.startswith("s3://"):
             return
-        spoken = {
-            "OSCTL_S3_ENDPOINT": ("OSCTL_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
-            "AWS_REGION": ("AWS_REGION", "AWS_DEFAULT_REGION"),
-        }
-        for name, value in self.pipeline.cluster.store_env().items():
-            if not any(os.environ.get(other) for other in spoken[name]):
-                os.environ[name] = value
+        lend_endpoint(self.pipeline.cluster)
 
     @property
     def store_url(self) -> str:
