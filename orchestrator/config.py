@@ -296,12 +296,31 @@ DEFAULT_CLUSTER = "h800-64"
 def _cluster(file: PipelineFile, document: Document, path: Path) -> ClusterProfile:
     """The profile that a pipeline names: shipped, or a file beside it (`--set cluster=` and OSCTL_CLUSTER: in the working directory)."""
     named = file.cluster or DEFAULT_CLUSTER
-    known = shipped_clusters(shipped_folder())
-    candidates = (known.get(named), path.parent / named, Path(named))
-    found = next((candidate for candidate in candidates if candidate is not None and candidate.is_file()), None)
+    found = _cluster_file(named, path)
     if found is None:
-        raise document.error(("cluster",), f"no such file or shipped cluster profile: {named!r}", closest(named, list(known)))
+        known = list(shipped_clusters(shipped_folder()))
+        raise document.error(("cluster",), f"no such file or shipped cluster profile: {named!r}", closest(named, known))
     return validate(ClusterProfile, read(found), "cluster")
+
+
+def _cluster_file(named: str, path: Path) -> Path | None:
+    candidates = (shipped_clusters(shipped_folder()).get(named), path.parent / named, Path(named))
+    return next((candidate for candidate in candidates if candidate is not None and candidate.is_file()), None)
+
+
+def cluster_profile(named: str) -> ClusterProfile:
+    """A shipped profile, or a file. Raises UsageError."""
+    found = _cluster_file(named, Path.cwd() / "pipeline")
+    if found is None:
+        raise usage_error(f"no such file or shipped cluster profile: {named!r}. {closest(named, list(shipped_clusters(shipped_folder())))}")
+    return validate(ClusterProfile, read(found), "cluster")
+
+
+def cluster_argument(path: Path, overrides: Mapping[str, str], env: Mapping[str, str]) -> str:
+    """How `--cluster` calls the profile of a pipeline that was loaded from the same, wherever it is typed: a shipped name, or a file."""
+    named = overrides.get("cluster") or _with_environment(read(path), env).value.get("cluster") or DEFAULT_CLUSTER
+    found = _cluster_file(named, path)
+    return named if found is None or named in shipped_clusters(shipped_folder()) else str(found.absolute())
 
 
 def with_data(pipeline: Pipeline, folder: str) -> Pipeline:

@@ -119,6 +119,7 @@ def resolve_contents(
     *,
     needed: bool,
     far: bool = True,
+    cluster: str | None = None,
 ) -> Resolved:
     """The pipeline with `Stage.contents` filled in.
 
@@ -127,13 +128,14 @@ def resolve_contents(
         sources: None: imports are not looked for.
         far: whether addresses are read, too: that asks a network, and may take long.
         needed: whether contents that cannot be found are a reason to refuse. Otherwise they stay unknown, and that is a note.
+        cluster: how `--cluster` calls the pipeline's profile, in commands to paste.
 
     Raises:
         UsageError: a CSV is no list of clips.
         Refused: contents were needed, and nobody can see them.
         Unreachable: the store or the data did not answer.
     """
-    return _Search(pipeline, store, files, sources, needed=needed, far=far).resolved()
+    return _Search(pipeline, store, files, sources, needed=needed, far=far, cluster=cluster).resolved()
 
 
 class _Search:
@@ -148,8 +150,10 @@ class _Search:
         *,
         needed: bool,
         far: bool,
+        cluster: str | None,
     ) -> None:
-        self.pipeline, self.store, self.files, self.sources, self.needed, self.far = pipeline, store, files, sources, needed, far
+        self.pipeline, self.store, self.files, self.sources = pipeline, store, files, sources
+        self.needed, self.far, self.cluster = needed, far, cluster
         self.imported: dict[tuple[imports.Role, str], Imported] = {}
         self.stored: dict[str, str] = {}
         self.manifests: dict[str, DataManifest] = {}
@@ -195,11 +199,11 @@ class _Search:
             return self._registered(source) or self._looked_at(source)
         except datasets.TooMuch as error:
             if self.needed:
-                raise Refused(f"data {source.path}: {error}. {_register(self.pipeline, source.path)}") from None
+                raise Refused(f"data {source.path}: {error}. {_register(self.pipeline, source.path, self.cluster)}") from None
             reason = f"{error}; a launch or osctl data register reads them"
         except NotFound:
             if self.needed:
-                raise Refused(unseen(self.pipeline, source.path)) from None
+                raise Refused(unseen(self.pipeline, source.path, self.cluster)) from None
             reason = "this machine does not see it, and nobody has registered it"
         except OsctlError as error:
             if self.needed:
@@ -230,7 +234,7 @@ class _Search:
         if differences:
             raise Refused(
                 f"data {source.path}: {len(differences):,} rows are not as they were registered as {registered.name} "
-                f"({told(differences)}). Register what is there now: osctl data register {registered.name} {shlex.quote(source.path)}"
+                f"({told(differences)}). {_register(self.pipeline, source.path, self.cluster, registered.name)}"
             )
 
     def _looked_at(self, source: FilesSource) -> str:
@@ -306,7 +310,7 @@ def _under(licence: str | None) -> str:
     return f" ({licence})" if licence else ""
 
 
-def unseen(pipeline: Pipeline, place: str) -> str:
+def unseen(pipeline: Pipeline, place: str, cluster: str | None) -> str:
     """What to say of data that nobody can see, with the command to paste."""
     if pipeline.backend == "local":
         return (
@@ -314,14 +318,15 @@ def unseen(pipeline: Pipeline, place: str) -> str:
         )
     return (
         f"data {place}: this machine does not see it, and nobody has registered it in {pipeline.store}, so a result could not say what it "
-        f"was trained on. {_register(pipeline, place)}"
+        f"was trained on. {_register(pipeline, place, cluster)}"
     )
 
 
-def _register(pipeline: Pipeline, place: str) -> str:
-    cluster = f" --cluster {pipeline.cluster.name}" if pipeline.cluster is not None else ""
+def _register(pipeline: Pipeline, place: str, argument: str | None, name: str | None = None) -> str:
+    named = argument or (pipeline.cluster.name if pipeline.cluster is not None else None)
+    cluster = f" --cluster {shlex.quote(named)}" if named is not None else ""
     store = f" --store {pipeline.store}" if "://" in pipeline.store else ""
-    return f"Register it where it lies: osctl data register {suggested(place)} {shlex.quote(place)}{store}{cluster}"
+    return f"Register it where it lies: osctl data register {name or suggested(place)} {shlex.quote(place)}{store}{cluster}"
 
 
 def suggested(place: str) -> str:

@@ -405,14 +405,14 @@ def driver_job(pipeline: Pipeline, store_url: str, revision: int, launch: int, t
         backoff_limit=100,
         ttl_seconds_after_finished=profile.keep_s,
         pod_replacement_policy="Failed",  # a driver that is still leaving holds the lease
-        pod_failure_policy=_last_words(),
+        pod_failure_policy=_last_words("driver", DRIVER_EXITS),
         template=_template(labels, pod),
     )
     return _sealed(_part("V1Job", api_version="batch/v1", kind="Job", metadata=metadata, spec=spec))
 
 
-def _last_words() -> Manifest:
-    done = _part("V1PodFailurePolicyOnExitCodesRequirement", container_name="driver", operator="In", values=list(DRIVER_EXITS))
+def _last_words(container: str, exits: Sequence[int]) -> Manifest:
+    done = _part("V1PodFailurePolicyOnExitCodesRequirement", container_name=container, operator="In", values=list(exits))
     disrupted = _part("V1PodFailurePolicyOnPodConditionsPattern", type="DisruptionTarget", status="True")
     rules = [
         _part("V1PodFailurePolicyRule", action="Ignore", on_pod_conditions=[disrupted]),
@@ -447,59 +447,54 @@ def register_job(profile: ClusterProfile, store_url: str, name: str, source: str
     labels = {MANAGED_BY: MANAGER, RUN: run_hash(store_url, key), ROLE: "driver"}
     command = ["osctl", "data", "register", name, source, "--store", store_url, *(["--by-name"] if by_name else [])]
     env = {**profile.store_env(), "HOME": "/tmp", "USER": "osctl", "OSCTL_HOME": "/tmp/osctl", "PYTHONUNBUFFERED": "1"}
-    container = {
-        "name": "register",
-        "image": profile.image,
-        "imagePullPolicy": "IfNotPresent",
-        "command": list(map(_literal, command)),
-        "env": [*_env(env), *_credentials(profile)],
-        "resources": {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"cpu": "4", "memory": "8Gi"}},
-        "securityContext": _confined(),
-        "volumeMounts": [
-            {"name": "tmp", "mountPath": "/tmp"},
-            *({"name": f"data-{place}", "mountPath": volume.path, "readOnly": True} for place, volume in enumerate(profile.volumes)),
-        ],
-    }
-    pod = {
-        **_pod(profile, profile.driver_service_account, token=False),
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": 5,
-        "tolerations": [*_tolerations(profile), *_lost_node(profile)],
-        "containers": [container],
-        "volumes": [
-            {"name": "tmp", "emptyDir": {"sizeLimit": "2Gi"}},
+    resources = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"cpu": "4", "memory": "8Gi"}}
+    container = _part(
+        "V1Container",
+        name="register",
+        image=profile.image,
+        image_pull_policy="IfNotPresent",
+        command=list(map(_literal, command)),
+        env=[*_env(env), *_credentials(profile)],
+        resources=_part("V1ResourceRequirements", **resources),
+        security_context=_confined(),
+        volume_mounts=[
+            _part("V1VolumeMount", name="tmp", mount_path="/tmp"),
             *(
-                {"name": f"data-{place}", "persistentVolumeClaim": {"claimName": volume.claim, "readOnly": volume.read_only}}
+                _part("V1VolumeMount", name=f"data-{place}", mount_path=volume.path, read_only=True)
                 for place, volume in enumerate(profile.volumes)
             ),
         ],
-    }
-    done = {"containerName": "register", "operator": "In", "values": [1, *DRIVER_EXITS]}
-    return _sealed(
-        {
-            "apiVersion": "batch/v1",
-            "kind": "Job",
-            "metadata": {
-                "name": _name(f"data-{name}", f"{run_hash(store_url, name)[:8]}-{number}"),
-                "namespace": profile.namespace,
-                "labels": labels,
-                "annotations": {RUN_KEY: key, STORE: store_url},
-            },
-            "spec": {
-                "completions": 1,
-                "parallelism": 1,
-                "backoffLimit": 5,
-                "ttlSecondsAfterFinished": profile.keep_s,
-                "podFailurePolicy": {
-                    "rules": [
-                        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                        {"action": "FailJob", "onExitCodes": done},
-                    ]
-                },
-                "template": _template(labels, pod),
-            },
-        }
     )
+    pod = _pod(
+        profile,
+        profile.driver_service_account,
+        token=False,
+        restart_policy="Never",
+        termination_grace_period_seconds=5,
+        tolerations=[*_tolerations(profile), *_lost_node(profile)],
+        containers=[container],
+        volumes=[
+            _part("V1Volume", name="tmp", empty_dir=_part("V1EmptyDirVolumeSource", size_limit="2Gi")),
+            *(_claim(f"data-{place}", volume) for place, volume in enumerate(profile.volumes)),
+        ],
+    )
+    metadata = _part(
+        "V1ObjectMeta",
+        name=_name(f"data-{name}", f"{run_hash(store_url, name)[:8]}-{number}"),
+        namespace=profile.namespace,
+        labels=labels,
+        annotations={RUN_KEY: key, STORE: store_url},
+    )
+    spec = _part(
+        "V1JobSpec",
+        completions=1,
+        parallelism=1,
+        backoff_limit=5,
+        ttl_seconds_after_finished=profile.keep_s,
+        pod_failure_policy=_last_words("register", (1, *DRIVER_EXITS)),
+        template=_template(labels, pod),
+    )
+    return _sealed(_part("V1Job", api_version="batch/v1", kind="Job", metadata=metadata, spec=spec))
 
 
 # --- What every pod has ---------------------------------------------------------------------------------------------------------------

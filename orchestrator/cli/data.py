@@ -160,7 +160,11 @@ def _in_cluster(workspace: Workspace, name: str, source: str, *, by_name: bool) 
                     break
         job_name = job["metadata"]["name"]
         output.note(f"{name}: read by Job {job_name} in namespace {api.namespace}; it goes on if this command is interrupted")
+        said = ""
         while (end := _end(job)) is None:
+            if (waits := _waits_for(api, job_name)) not in ("", said):
+                output.note(f"{name}: Job {job_name} waits: {waits}")
+            said = waits or said
             time.sleep(LOOK_S)
             try:
                 job = api.get("jobs", job_name)
@@ -179,6 +183,23 @@ def _in_cluster(workspace: Workspace, name: str, source: str, *, by_name: bool) 
 def _end(job: dict[str, Any]) -> str | None:
     conditions = job.get("status", {}).get("conditions", ())
     return next((one["type"] for one in conditions if one["status"] == "True" and one["type"] in ("Complete", "Failed")), None)
+
+
+def _waits_for(api: Api, job: str) -> str:
+    """What keeps the Job's pod from a start, in Kubernetes' words; empty: nothing that it knows of."""
+    from orchestrator.errors import NotFound, Refused, Unreachable
+
+    with contextlib.suppress(NotFound, Refused, Unreachable):
+        for pod in api.list("pods", f"batch.kubernetes.io/job-name={job}")[0]:
+            status = pod.get("status", {})
+            unmet = [
+                one.get("message") for one in status.get("conditions", ()) if (one["type"], one["status"]) == ("PodScheduled", "False")
+            ]
+            states = [one.get("state", {}).get("waiting", {}) for one in status.get("containerStatuses", ())]
+            unmet += [one.get("message") for one in states if one.get("reason") != "ContainerCreating"]
+            if told := next(filter(None, unmet), ""):
+                return str(told).splitlines()[0]
+    return ""
 
 
 def _last_words(api: Api, job: str) -> str:

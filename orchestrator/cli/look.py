@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.cli import options, output
-from orchestrator.cli.workspace import Workspace, store_url
+from orchestrator.cli.workspace import Workspace, lend_endpoint, store_url
 
 if TYPE_CHECKING:
     from orchestrator.ports import Store
@@ -130,10 +130,13 @@ def list_(store: options.Store = None, output_: options.Output = output.Format.t
     """
     import os
 
+    from orchestrator import config
     from orchestrator.adapters import open_store
     from orchestrator.ledger import pipelines
 
     url = store_url(store or os.environ.get("OSCTL_STORE", ".osctl/store"))
+    if url.startswith("s3://") and (cluster := os.environ.get("OSCTL_CLUSTER")):
+        lend_endpoint(config.cluster_profile(cluster))
     opened = open_store(url)
     rows = [row for name in pipelines(opened) if (row := list_row(opened, url, name)) is not None]
     if not rows:

@@ -14,6 +14,7 @@ from orchestrator.errors import UsageError
 if TYPE_CHECKING:
     from opensora.config import StageConfig
     from opensora.data.manifest import RowDifference
+    from orchestrator.cluster import ClusterProfile
     from orchestrator.config import Pipeline
     from orchestrator.contents import Resolved
     from orchestrator.history import History
@@ -57,6 +58,17 @@ def lend_places(places: Mapping[str, str]) -> None:
     partial.replace(file)
 
 
+def lend_endpoint(cluster: ClusterProfile) -> None:
+    """Let this process and its children find the object store as the cluster's pods do, where the person's environment is silent."""
+    spoken = {
+        "OSCTL_S3_ENDPOINT": ("OSCTL_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+        "AWS_REGION": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+    }
+    for name, value in cluster.store_env().items():
+        if not any(os.environ.get(other) for other in spoken[name]):
+            os.environ[name] = value
+
+
 def _names_contents(config: StageConfig) -> bool:
     """Whether a stage names clips, weights or encoders that lie outside of its configuration."""
     embedded = config.data.source.kind == "digits" and config.autoencoder.kind == "patch" and config.text.kind == "words"
@@ -72,6 +84,8 @@ class Workspace:
     """What the store holds of its launches and cannot be read (`look.launched`)."""
     found: Resolved | None = None
     """What was found of the pipeline's contents, where they were looked for (`with_contents`)."""
+    cluster_argument: str | None = None
+    """How `--cluster` calls the pipeline's profile, in commands to paste."""
 
     @classmethod
     def open(
@@ -96,7 +110,8 @@ class Workspace:
         for name, value in (("store", store), ("tracking", tracking), ("backend", backend), ("cluster", cluster)):
             if value is not None:
                 overrides[name] = value
-        pipeline = config.load(config.find(file), overrides=overrides, env=os.environ)
+        path = config.find(file)
+        pipeline = config.load(path, overrides=overrides, env=os.environ)
         if data:
             pipeline = config.with_data(pipeline, data)
         if prices is not None:
@@ -105,7 +120,8 @@ class Workspace:
             from orchestrator.prices import with_named_price
 
             pipeline = pipeline.model_copy(update={"cluster": with_named_price(pipeline.cluster)})
-        return cls(config.on_devices(pipeline, cuda_devices()))
+        argument = config.cluster_argument(path, overrides, os.environ) if pipeline.cluster is not None else None
+        return cls(config.on_devices(pipeline, cuda_devices()), cluster_argument=argument)
 
     @classmethod
     def at(cls, file: str | None, *, store: str | None = None, cluster: str | None = None) -> Workspace:
@@ -129,10 +145,11 @@ class Workspace:
         from orchestrator.contents import resolve_contents
 
         ask = (lambda: self.store) if ask_store else None
-        found = resolve_contents(self.pipeline, ask, DataFiles(home()), ImportSources(home()), needed=needed, far=far)
+        files, sources = DataFiles(home()), ImportSources(home())
+        found = resolve_contents(self.pipeline, ask, files, sources, needed=needed, far=far, cluster=self.cluster_argument)
         for note in found.notes:
             say(note)
-        return Workspace(found.pipeline, self.remarks, found)
+        return Workspace(found.pipeline, self.remarks, found, self.cluster_argument)
 
     def keep_contents(self) -> None:
         """Write down what `with_contents` found, before anything of it is used. Raises Unreachable, Refused."""
@@ -192,13 +209,7 @@ class Workspace:
         """Let this process and its children find the object store as the cluster's pods do, where the person's environment is silent."""
         if self.pipeline.cluster is None or not self.store_url.startswith("s3://"):
             return
-        spoken = {
-            "OSCTL_S3_ENDPOINT": ("OSCTL_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
-            "AWS_REGION": ("AWS_REGION", "AWS_DEFAULT_REGION"),
-        }
-        for name, value in self.pipeline.cluster.store_env().items():
-            if not any(os.environ.get(other) for other in spoken[name]):
-                os.environ[name] = value
+        lend_endpoint(self.pipeline.cluster)
 
     @property
     def store_url(self) -> str:

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,23 @@ import pytest
 import yaml
 from cluster.pipelines import Site, ended, installed, kill, processes_of, shim_of, step_of, until
 from conftest import Cluster
+from one_bill import agree
 from tiny_recipe import Osctl, write
+
+from orchestrator.adapters.s3 import S3Store
+from orchestrator.ledger import Ledger
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 LONG: dict[str, Any] = {"steps": 200, "checkpoint": {"every_steps": 40}, "optimizer": {"lr": 1e-4}}
 """One stage that trains for some ten seconds."""
+PRICE = {"usd_per_hour": "360", "source": "our contract", "date": "2026-01-01"}
+"""This cluster's own: ten cents a device-second, so that a cent is a tenth of one. By the shipped list a core costs $0.04 an hour."""
 
 
 @pytest.fixture(scope="module")
 def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with installed(cluster, tmp_path_factory.mktemp("site"), mlflow=True) as site:
+    with installed(cluster, tmp_path_factory.mktemp("site"), mlflow=True, price=PRICE) as site:
         yield site
 
 
@@ -63,7 +70,8 @@ def test_the_demos_three_stages_run_as_gangs_and_outlive_who_launched_them(site:
     os.kill(launching.pid, signal.SIGKILL)
     launching.wait()
 
-    until("two pods train", lambda: len(site.pods("demo")) == 2, 60)
+    pods = until("two pods train", lambda: len(found := site.pods("demo")) == 2 and found, 60)
+    begins_later(pods[1])
     until("it ends", lambda: osctl.json("status")["state"] == "succeeded", 420, 2.0)
     stages = osctl.json("compare")
     assert [stage["state"] for stage in stages] == ["committed"] * 3
@@ -78,13 +86,33 @@ def test_the_demos_three_stages_run_as_gangs_and_outlive_who_launched_them(site:
     jobs = site.json("get", "pytorchjobs", "-l", "osctl/pipeline=demo")["items"]
     assert len(jobs) == 3 and all(job["spec"]["pytorchReplicaSpecs"]["Worker"]["replicas"] == 2 for job in jobs)
     with site.port_forward("osctl-mlflow", 5000) as url:
+        until("MLflow has its end", lambda: all(run["info"]["status"] == "FINISHED" for run in mlflow_runs(url, "demo")), 30, 1.0)
         runs = mlflow_runs(url, "demo")
+        total = agree(osctl, url, "demo")
     assert {run["data"]["tags"]["osctl/stage"] for run in runs if run["data"]["tags"]["osctl/kind"] == "stage"} == {
         "stage1",
         "stage2",
         "stage3",
     }
-    assert all(run["info"]["status"] == "FINISHED" for run in runs)
+    assert float(total) == pytest.approx(sum(0.1 * row["held_s"] for row in osctl.json("cost"))) and total > 1
+    first, *_ = osctl.json("cost", "--by-attempt")
+    ledger = Ledger(S3Store(site.store, env=site.cluster.s3), "demo")
+    intent = ledger.intent("stage1", first["inputs"], first["attempt"])
+    assert intent is not None
+    begins = [claim.bound for node in range(2) if (claim := ledger.agent(intent, node)) is not None]
+    assert begins[1] - begins[0] > 2, "its second node began later"
+    assert abs(first["difference_s"]) <= max(0.001 * first["held_s"], 0.05 * 4), "and its bill balances"
+    assert "remark:" not in osctl("cost", "--verify").stderr
+
+
+def begins_later(pod: Any, seconds: float = 5.0) -> None:
+    """A node whose agent is stopped as soon as its process is there, and goes on after a while."""
+    agent = until("the agent is there", lambda: processes_of(pod, "orchestrator.agent"), 60, 0.02)[0]
+    os.kill(agent, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+    finally:
+        os.kill(agent, signal.SIGCONT)
 
 
 def mlflow_runs(url: str, experiment: str) -> list[Any]:

@@ -309,9 +309,9 @@ def test_what_moves_in_the_cluster_is_shown_before_the_ledger_is_read_again(site
 AWAY = ("--set", "stage1.data.source={kind: folder, path: /volume/of/pods/clips}")
 
 
-def test_a_launch_of_data_that_nobody_sees_is_refused_before_anything(site: Site) -> None:
+def test_a_launch_of_data_that_nobody_sees_is_refused_before_anything(site: Site, tmp_path: Path) -> None:
     refused = site.launch("stage1", *AWAY, expect=4)
-    assert f"osctl data register clips /volume/of/pods/clips --store {site.store} --cluster lab" in refused
+    assert f"osctl data register clips /volume/of/pods/clips --store {site.store} --cluster {tmp_path / 'lab.yaml'}" in refused
     assert not site.jobs and site.ledger.latest_revision() is None
 
 
@@ -360,3 +360,35 @@ def test_a_job_that_failed_is_said_with_where_to_look(site: Site) -> None:
     refused = site("data", "register", "hq", "/nowhere", "--cluster", "lab.yaml", expect=4).err
     player.join(10)
     assert "failed" in refused and "logs job/data-hq-" in refused
+
+
+def test_a_job_that_cannot_start_says_why(site: Site) -> None:
+    import threading
+
+    missing = 'persistentvolumeclaim "clips" not found'
+
+    def pod() -> None:
+        while not site.jobs:
+            time.sleep(0.05)
+        name = next(iter(site.jobs))
+        unmet = {"type": "PodScheduled", "status": "False", "message": missing}
+        labels = {"app.kubernetes.io/managed-by": "osctl", "batch.kubernetes.io/job-name": name}
+        site.fake.put("/api/v1/namespaces/lab/pods/one", {"metadata": {"name": "one", "labels": labels}, "status": {"conditions": [unmet]}})
+        time.sleep(2.5)
+        site.finish(name, "Failed")
+
+    player = threading.Thread(target=pod, daemon=True)
+    player.start()
+    said = site("data", "register", "hq", "/volume", "--cluster", "lab.yaml", expect=4).err
+    player.join(10)
+    assert said.count(f"waits: {missing}") == 1
+
+
+def test_a_list_asks_the_store_of_the_cluster_that_is_named(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.launch("stage1")
+    monkeypatch.delenv("OSCTL_S3_ENDPOINT")
+    monkeypatch.setenv("OSCTL_S3_PATIENCE_S", "1")
+    monkeypatch.setenv("OSCTL_CLUSTER", "lab.yaml")
+    assert [row["name"] for row in json.loads(site("list", "-o", "json").out)] == ["tiny"]
+    monkeypatch.setenv("OSCTL_CLUSTER", "lap.yaml")
+    assert "no such file or shipped cluster profile: 'lap.yaml'" in site("list", expect=2).err
