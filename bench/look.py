@@ -145,6 +145,7 @@ def watch(gang: Gang, store: str, seconds: float) -> tuple[float, float]:
     writer = threading.Thread(target=go_on)
     writer.start()
     process = subprocess.Popen(osctl(store, "watch", "-o", "json"), stdout=subprocess.PIPE, text=True)
+    reader: threading.Thread | None = None
     try:
         assert process.stdout is not None
         first = process.stdout.readline()
@@ -164,6 +165,10 @@ def watch(gang: Gang, store: str, seconds: float) -> tuple[float, float]:
         process.terminate()
         process.wait()
         writer.join()
+        if reader is not None:
+            reader.join()  # the pipe has come to its end
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 @contextlib.contextmanager

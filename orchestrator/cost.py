@@ -230,7 +230,7 @@ def _bill(time: AttemptTime, kept: int | None) -> AttemptBill:
     held, before, silent = _held(time)
     seconds["pull"] += before
     seconds["unaccounted"] += silent
-    lost = 0.0 if kept is None else _steps_after(time, kept)
+    lost = 0.0 if kept is None else min(_steps_after(time, kept), seconds["step"])  # added up in another order: the last bit may differ
     seconds["step"] -= lost
     seconds["lost"] += lost
     unsaved = _steps_after(time, time.last_published) if kept is None else 0.0

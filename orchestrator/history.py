@@ -76,7 +76,9 @@ class NodeFold:
         self.spent: dict[str, float] = {}
         self.last_step: int | None = None
         self.runs: list[tuple[int, int, float, int]] = []
-        """See `records.Totals.runs`."""
+        """Of finished steps; see `records.Totals.runs`."""
+        self.under_way = 0.0
+        """Seconds of `step` since the last finished step."""
         self.recent: deque[Reading] = deque(maxlen=WINDOW)
         self.asked = self.due = 0.0
         """When its next piece was last asked for in vain, and before when it need not be; by the clock of who asks."""
@@ -102,13 +104,13 @@ class NodeFold:
                 self.recent.append(Reading(step, float(loss) if isinstance(loss, int | float) else None, wall_s))
 
     def _steps(self, piece: JournalPiece) -> None:
-        """What a piece without a finished step spent belongs to the step under way."""
-        reached = self.last_step if self.last_step is not None else self.resumed_from
-        first = last = reached + 1
-        if piece.first_step is not None and piece.last_step is not None:
-            first, last = piece.first_step, piece.last_step
-            self.last_step = last
-        seconds = piece.spent.get("step", 0.0)
+        """What a piece without a finished step spent belongs to the step under way, and never to the steps before it."""
+        seconds = self.under_way + piece.spent.get("step", 0.0)
+        if piece.first_step is None or piece.last_step is None:
+            self.under_way = seconds
+            return
+        first, last, self.under_way = piece.first_step, piece.last_step, 0.0
+        self.last_step = last
         if self.runs and (self.runs[-1][0] - 1) // self.every_steps == (last - 1) // self.every_steps:
             before = self.runs[-1]
             self.runs[-1] = (min(before[0], first), max(before[1], last), before[2] + seconds, before[3])
@@ -123,22 +125,30 @@ class NodeFold:
         """Number of a piece that is not behind the first one with this step or a later one."""
         return next((seq for _, last, _, seq in self.runs if last >= step), self.seq + 1)
 
+    def all_runs(self) -> list[tuple[int, int, float, int]]:
+        """Those of finished steps, and the step under way."""
+        reached = self.last_step if self.last_step is not None else self.resumed_from
+        return self.runs + ([(reached + 1, reached + 1, self.under_way, self.seq)] if self.under_way else [])
+
     def time(self) -> NodeTime:
-        runs = tuple((first, last, seconds) for first, last, seconds, _ in self.runs)
+        runs = tuple((first, last, seconds) for first, last, seconds, _ in self.all_runs())
         return NodeTime(self.node, self.devices, self.start, self.end, dict(self.spent), runs)
 
     def totals(self) -> Totals:
         """Of at least one piece."""
         return Totals(
             node=self.node, seq=self.seq, pieces=self.pieces, start=self.start, end=self.end, devices=self.devices, spent=self.spent,
-            last_step=self.last_step, runs=tuple(self.runs), recent=tuple(self.recent),
+            last_step=self.last_step, runs=tuple(self.all_runs()), recent=tuple(self.recent),
         )  # fmt: skip
 
     def begin_at(self, totals: Totals) -> None:
         """As if every piece up to these had been added."""
         self.seq, self.pieces, self.devices = totals.seq, totals.pieces, totals.devices
         self.start, self.end, self.spent = totals.start, totals.end, dict(totals.spent)
-        self.last_step, self.runs = totals.last_step, list(totals.runs)
+        self.last_step, self.runs, self.under_way = totals.last_step, list(totals.runs), 0.0
+        reached = self.last_step if self.last_step is not None else self.resumed_from
+        if self.runs and self.runs[-1][0] > reached:
+            self.under_way = self.runs.pop()[2]
         self.recent = deque((Reading(*reading) for reading in totals.recent), maxlen=WINDOW)
 
 

@@ -256,6 +256,26 @@ def test_an_attempt_of_an_older_release_is_billed_at_the_cluster_of_its_revision
     assert prices == [Decimal("1.00"), Decimal("3.00")]
 
 
+def test_what_follows_the_last_step_takes_nothing_from_the_steps_before_it() -> None:
+    """A drained attempt: its last checkpoint is of its last step, and what it did afterwards is no step that has to be done again."""
+
+    def piece(seq: int, first: int | None, last: int | None, **spent: float) -> JournalPiece:
+        return JournalPiece(node=0, seq=seq, start=float(seq), end=float(seq + 1), devices=2, spent=spent, first_step=first, last_step=last)
+
+    pieces = [piece(0, 1, 30, step=3.0), piece(1, 31, 38, step=0.8), piece(2, None, None, drain=1.0), piece(3, None, None, publish=1.0)]
+    node = NodeFold(0, every_steps=100)
+    for each in pieces:
+        node.add(each)
+    assert node.time().runs == ((1, 38, 3.8),)
+    node.add(piece(4, None, None, step=0.5))
+    assert node.time().runs == ((1, 38, 3.8), (39, 39, 0.5))
+    later = NodeFold(0, every_steps=100)
+    later.begin_at(node.totals())
+    for each in (node, later):
+        each.add(piece(5, 39, 40, step=0.1))
+        assert each.time().runs == ((1, 40, pytest.approx(4.4)),)
+
+
 def profile(usd: str) -> dict[str, Any]:
     from orchestrator.cluster import ClusterProfile
 
