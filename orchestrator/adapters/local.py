@@ -5,7 +5,8 @@ Owns `ROOT/runs/<run>/`, one run directory an attempt, and the launcher's side o
 Invariants:
 - An attempt whose `submitted.json` or `agent.json` is there is never started again. There is no moment at which a killed launcher could
   leave an agent that nobody finds: the agent is born with the run directory's lock in its hands.
-- An attempt has ended when no process of it lives, and its time of death is its agent's.
+- An attempt has ended when no process of it lives. Its time of death is its agent's, or, where that was killed, the moment at which the
+  guard had ended the last of its ranks: they hold their devices until then.
 """
 
 from __future__ import annotations
@@ -145,7 +146,10 @@ class LocalBackend:
         if (child is not None and child.ended is None) or is_locked(run_dir):
             return Life("running", bound, trouble=read_trouble(run_dir))
         if child is not None:
-            return Life("ended", bound, child.ended, child.exit_code, trouble=read_trouble(run_dir))
+            ended = max(
+                child.ended or 0.0, last_alive(run_dir) or 0.0
+            )  # a killed agent's ranks hold their devices until the guard has ended them
+            return Life("ended", bound, ended, child.exit_code, trouble=read_trouble(run_dir))
         return Life("ended", bound, last_alive(run_dir), trouble=read_trouble(run_dir))
 
     def drain(self, run_key: str) -> None:

@@ -180,8 +180,11 @@ def main() -> None:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     with contextlib.suppress(PermissionError):  # as root: on a busy machine a late wake-up is a wrong time of death
         os.setpriority(os.PRIO_PROCESS, 0, -10)
-    Guard(socket.socket(fileno=agent), alive, float(sys.argv[4])).watch()
-    end_children()
+    guard = Guard(socket.socket(fileno=agent), alive, float(sys.argv[4]))
+    guard.watch()
+    if children_of(os.getpid()):  # the agent was killed: its ranks hold their devices until they are gone
+        end_children()
+        os.utime(alive, (guard.now(), guard.now()))
 
 
 if __name__ == "__main__":
