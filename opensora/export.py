@@ -123,7 +123,7 @@ def _begin(target: Path) -> tuple[Path, int]:
             if partial.is_dir():
                 return partial, lock
         except BlockingIOError:
-            pass
+            pass  # another export is about to sweep it away: make another one
         os.close(lock)
 
 

@@ -367,7 +367,7 @@ def driver_job(pipeline: Pipeline, store_url: str, revision: int, launch: int, t
     labels = {MANAGED_BY: MANAGER, PIPELINE: pipeline.name, RUN: run_hash(store_url, key), ROLE: "driver"}
     command = ["osctl", "drive", "--store", store_url, "--pipeline", pipeline.name, "--revision", str(revision)]
     command += [word for target in targets for word in ("--target", target)]
-    env = {**profile.store_env(), "HOME": "/tmp", "USER": "osctl", "OSCTL_HOME": "/tmp/osctl", "PYTHONUNBUFFERED": "1"}
+    env = _without_a_home(profile)
     # Not Guaranteed: it mostly sleeps, and one that is evicted costs nothing, since the next goes on.
     resources = {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"cpu": "1", "memory": "2Gi"}}
     container = _part(
@@ -429,6 +429,11 @@ def register_key(name: str, number: int) -> str:
     return f"data/{name}/{number}"
 
 
+def _without_a_home(profile: ClusterProfile) -> dict[str, str]:
+    """Variables of a container that runs `osctl` and may write below /tmp alone."""
+    return {**profile.store_env(), "HOME": "/tmp", "USER": "osctl", "OSCTL_HOME": "/tmp/osctl", "PYTHONUNBUFFERED": "1"}
+
+
 def register_job(profile: ClusterProfile, store_url: str, name: str, source: str, number: int, *, by_name: bool = False) -> Manifest:
     """The batch/v1 Job that reads a data set where it lies and writes its manifest into the store.
 
@@ -446,7 +451,7 @@ def register_job(profile: ClusterProfile, store_url: str, name: str, source: str
     key = register_key(name, number)
     labels = {MANAGED_BY: MANAGER, RUN: run_hash(store_url, key), ROLE: "driver"}
     command = ["osctl", "data", "register", name, source, "--store", store_url, *(["--by-name"] if by_name else [])]
-    env = {**profile.store_env(), "HOME": "/tmp", "USER": "osctl", "OSCTL_HOME": "/tmp/osctl", "PYTHONUNBUFFERED": "1"}
+    env = _without_a_home(profile)
     resources = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"cpu": "4", "memory": "8Gi"}}
     container = _part(
         "V1Container",
