@@ -2,7 +2,7 @@
 
 The peer is made of the model's own modules: each block has one self-attention over all T·S tokens in the place of the two, and the temporal
 position is added to the tokens before the first block. Same kernels, width, tokens, captions and loss; forward and backward.
-The ratio that arithmetic promises is `opensora.flops`'. Floor: 5x where that is at least 5.5; goal: 95% of it.
+The ratio that arithmetic promises is `opensora.planning.flops`'. Floor: 5x where that is at least 5.5; goal: 95% of it.
 
     OMP_NUM_THREADS=1 .venv/bin/python bench/attention.py
 """
@@ -18,8 +18,8 @@ from harness import Measured, Row
 from torch import Tensor, nn
 
 from opensora.config import ModelConfig
-from opensora.flops import forward_flops, full_attention_flops
-from opensora.model import STDiT, STDiTBlock, modulate
+from opensora.model.stdit import STDiT, STDiTBlock, modulate
+from opensora.planning.flops import forward_flops, full_attention_flops
 
 FLOOR, FROM, GOAL = 5.0, 5.5, 0.95
 

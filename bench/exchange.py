@@ -1,10 +1,10 @@
 """Bytes that sequence parallelism exchanges in a training step, beside Ulysses' all-to-alls, on real gloo ranks.
 
-Ours: two all-to-alls of the residual stream a block (`opensora.sequence`). The peer: DeepSpeed-Ulysses (Jacobs et al., arXiv:2309.14509) on
-the same model with the same frames on each rank: around both attentions q, k and v go from tokens to heads and the output back, eight
-all-to-alls a block. What is counted is what the step hands to `all_to_all_single`, forward and backward, by a wrapper around it; the gather
-of the prediction at the end is the same for both and told apart. Loss and gradients of both are compared with one process's.
-Floor 50% of the peer's bytes, goal 25%; results equal within 1e-5.
+Ours: two all-to-alls of the residual stream a block (`opensora.model.sequence_parallel`). The peer: DeepSpeed-Ulysses (Jacobs et al.,
+arXiv:2309.14509) on the same model with the same frames on each rank: around both attentions q, k and v go from tokens to heads and the
+output back, eight all-to-alls a block. What is counted is what the step hands to `all_to_all_single`, forward and backward, by a wrapper
+around it; the gather of the prediction at the end is the same for both and told apart. Loss and gradients of both are compared with one
+process's. Floor 50% of the peer's bytes, goal 25%; results equal within 1e-5.
 
     OMP_NUM_THREADS=1 .venv/bin/python bench/exchange.py
 """
@@ -26,8 +26,8 @@ from harness import Measured, Row
 from torch import Tensor
 
 from opensora.config import ModelConfig
-from opensora.model import SelfAttention, STDiT, STDiTBlock, modulate
-from opensora.sequence import Cut, Sequence, exchange
+from opensora.model.sequence_parallel import Cut, Sequence, exchange
+from opensora.model.stdit import SelfAttention, STDiT, STDiTBlock, modulate
 
 FRAMES, SIDE = 8, 4  # tokens: along time, along rows and columns
 

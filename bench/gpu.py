@@ -2,13 +2,13 @@
 
 - MFU of a whole training step (the trainer's own strategy: forward, backward, clipping, AdamW, moving average; latents and captions
   cached) at 16x256², 16x512² and 64x512², with the batch and the policy that are fastest of those that fit: 50 steps between CUDA events.
-- Most memory of those steps beside `opensora.memory`'s prediction.
+- Most memory of those steps beside `opensora.planning.memory`'s prediction.
 - The step with full attention (bench/attention.py) at 64x512², one clip, everything recomputed in both.
 - One rank's part of a clip of 1 minute of 1080p on 8 GPUs (180 of 1440 frames, 8,160 tokens each), forward and backward: the exchange with
   the other ranks is a rearrangement of the same size, everything else is what a rank computes. Less than 75 GB.
 
-MFU: model FLOPs (`opensora.flops`, nothing recomputed counted) over 989.5 TFLOP/s. Published: 7.0, 5.5, 6.3%; NeMo's 7B model 48.2%
-(arXiv:2503.12964). Floor 35%, goal 45%. `--device cpu --tiny` runs the same code at sizes that mean nothing; `--calibration FILE
+MFU: model FLOPs (`opensora.planning.flops`, nothing recomputed counted) over 989.5 TFLOP/s. Published: 7.0, 5.5, 6.3%; NeMo's 7B model
+48.2% (arXiv:2503.12964). Floor 35%, goal 45%. `--device cpu --tiny` runs the same code at sizes that mean nothing; `--calibration FILE
 --price-name h100` also writes the points that `osctl plan` reads.
 
     .venv/bin/python bench/gpu.py
@@ -34,11 +34,13 @@ from einops import rearrange
 from harness import Measured, Row
 from torch import Tensor
 
-from opensora import guidance, memory, objective, parallel
 from opensora.config import Activations, StageConfig
-from opensora.flops import BACKWARD, forward_flops, full_attention_flops
-from opensora.model import STDiT
-from opensora.ranks import Ranks
+from opensora.diffusion import guidance, objective
+from opensora.distributed import parallel
+from opensora.distributed.ranks import Ranks
+from opensora.model.stdit import STDiT
+from opensora.planning import memory
+from opensora.planning.flops import BACKWARD, forward_flops, full_attention_flops
 
 PEAK = 989.5e12  # FLOP/s of an H100 or H800, bf16, dense
 WARM = 5  # steps that compile, choose algorithms and fill the allocator
@@ -250,7 +252,8 @@ def flops_of(config: StageConfig, captions: int, *, full: bool = False) -> float
 
 @dataclass(frozen=True)
 class Alone:
-    """Stands in for `opensora.sequence.Sequence`: the first of so many ranks, without the others, whose parts it takes from its own."""
+    """Stands in for `opensora.model.sequence_parallel.Sequence`: the first of so many ranks, without the others, whose parts it takes from
+    its own."""
 
     ranks: int
 
@@ -350,7 +353,7 @@ def measure(device: torch.device, scale: Scale, points: list[dict[str, Any]], _q
 
 
 def point(config: StageConfig, scale: Scale, step: float, speed: float, most: int | None, device: torch.device) -> dict[str, Any]:
-    """As `opensora.calibration` has it."""
+    """As `opensora.planning.calibration` has it."""
     frames, tokens = config.tokens
     return {
         "model": config.model.model_dump(mode="json"),

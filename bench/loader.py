@@ -1,6 +1,6 @@
 """Clips a second and core from cached latents: our loader, WebDataset on the same latents, and decoding the videos in the training loop.
 
-Real mp4 files (16 frames, 480x272, h264) with captions of 12 to 40 words go through `opensora.data.latents.prepare` with the embedded
+Real mp4 files (16 frames, 480x272, h264) with captions of 12 to 40 words go through `opensora.latents.cache.prepare` with the embedded
 encoders: latents 4 x 16 x 32 x 32 and token vectors of 4096 channels at their true length, the sizes of 16x256x256 with T5 (in fp32, which
 the embedded encoders compute in). WebDataset reads the same arrays from tar shards, as `.npy` and in its own tensor format, shuffles and
 batches them; the faster of the two is the peer. Decoding online is PyAV, frames scaled to 256x256, captions looked up. All give the same
@@ -27,9 +27,10 @@ from harness import Measured, Row
 from torch import Tensor
 
 from opensora.config import StageConfig
-from opensora.data.latents import Prepared, prepare
-from opensora.data.loader import Loader
-from opensora.pictures import write_mp4
+from opensora.evaluation.video_files import write_mp4
+from opensora.latents.cache import prepare
+from opensora.latents.loader import Loader
+from opensora.latents.prepared import Prepared
 
 BATCH = 8
 WORDS = (

@@ -35,11 +35,11 @@ from conftest import _start as start_s3
 from harness import Measured, Row
 from written_ledger import Writer, pipeline
 
-from orchestrator.adapters import open_store
-from orchestrator.config import Pipeline, Resources
-from orchestrator.history import TOTALS_EVERY, NodeFold
-from orchestrator.ledger import Ledger
-from orchestrator.records import Intent, JournalPiece
+from orchestrator.accounting.node_fold import TOTALS_EVERY, NodeFold
+from orchestrator.ledger.records import Intent, JournalPiece
+from orchestrator.ledger.store import Ledger
+from orchestrator.recipe.pipeline import Pipeline, Resources
+from orchestrator.stores import open_store
 
 ROOT = Path(__file__).resolve().parent.parent
 NODES, HOURS, FLUSH_S, STEP_S = 8, 48.0, 5.0, 2.5
@@ -112,7 +112,7 @@ def written(store: str, hours: float, *, sums: bool, newest: int | None = None) 
         gang.write(seq)
     for step in range(CHECKPOINT_STEPS, 2 * pieces, CHECKPOINT_STEPS):
         story.publish(intent, step)
-        prefix = ledger.keys.checkpoint("stage1", intent.inputs, step, 1)
+        prefix = ledger.keys.checkpoint("stage1", intent.inputs_digest, step, 1)
         for part in range(3 * NODES):  # as many files as a checkpoint of 8 nodes has
             ledger.store.create(f"{prefix}/part-{part:05d}.safetensors", b"")
     ledger.acquire(time.time(), ttl_s=3600.0)
@@ -153,7 +153,7 @@ def watch(gang: Gang, store: str, seconds: float) -> tuple[float, float]:
         reader = threading.Thread(target=process.stdout.read, daemon=True)
         reader.start()
         seen = psutil.Process(process.pid)
-        time.sleep(3.0)
+        time.sleep(min(3.0, seconds))
         cpu, began = sum(seen.cpu_times()[:2]), time.monotonic()
         most = 0
         while time.monotonic() < began + seconds:
@@ -191,7 +191,7 @@ def on_folder(folder: Path, hours: float, quick: bool) -> tuple[list[tuple[float
     store = str(folder / "store")
     gang = written(store, hours, sums=True)
     looks = [status_cpu_s(store) for _ in range(1 if quick else 3)]
-    seen = watch(gang, store, 5.0 if quick else WATCH_S)
+    seen = watch(gang, store, 2.0 if quick else WATCH_S)
     shutil.rmtree(store)
     return looks, seen
 
@@ -203,7 +203,7 @@ def on_s3(folder: Path, hours: float, quick: bool) -> tuple[list[tuple[float, fl
             return None
         gang = written(store, hours, sums=True, newest=100)
         looks = [status_cpu_s(store) for _ in range(1 if quick else 3)]
-        return looks, watch(gang, store, 5.0 if quick else WATCH_S)
+        return looks, watch(gang, store, 2.0 if quick else WATCH_S)
 
 
 def measure(quick: bool) -> Measured:

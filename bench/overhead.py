@@ -38,13 +38,15 @@ from shared_cluster import CLUSTER, KUBECTL, environment
 from tiny_recipe import OSCTL, Osctl
 
 from opensora import identity
-from orchestrator import config
-from orchestrator.adapters import open_store
-from orchestrator.adapters.kube.api import Api
 from orchestrator.errors import NotFound, Unreachable
-from orchestrator.ledger import Ledger
-from orchestrator.manifest import STAGE
-from orchestrator.records import Intent, run_key
+from orchestrator.kube.client import Api
+from orchestrator.labels import Label
+from orchestrator.ledger.keys import run_key
+from orchestrator.ledger.records import Intent
+from orchestrator.ledger.store import Ledger
+from orchestrator.recipe import resolve
+from orchestrator.recipe.pipeline import Pipeline
+from orchestrator.stores import open_store
 
 LAUNCHES = 3
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -76,7 +78,7 @@ class Arrivals:
                     for change in api.watch(kind, "", version):
                         labels = change.object["metadata"].get("labels", {})
                         if change.type == "ADDED":
-                            self.seen[kind, labels["osctl/pipeline"], labels.get(STAGE, "")] = time.time()
+                            self.seen[kind, labels[Label.PIPELINE], labels.get(Label.STAGE, "")] = time.time()
                 except (Unreachable, NotFound):
                     self._over.wait(1)
 
@@ -92,7 +94,7 @@ def processes(site: Site, pipeline: str, stage: str) -> tuple[float, float]:
 
     def look() -> tuple[float, float] | None:
         for pod in site.pods(pipeline):
-            if pod["metadata"]["labels"][STAGE] == stage and (found := processes_of(pod, TORCHRUN)):
+            if pod["metadata"]["labels"][Label.STAGE] == stage and (found := processes_of(pod, TORCHRUN)):
                 return born(min(processes_of(pod, AGENT))), born(min(found))
         return None
 
@@ -100,8 +102,8 @@ def processes(site: Site, pipeline: str, stage: str) -> tuple[float, float]:
     return agent, torchrun
 
 
-def ledger_of(osctl: Osctl, env: dict[str, str]) -> tuple[config.Pipeline, Ledger]:
-    pipeline = config.load(osctl.folder / "osctl.yaml", env=env)
+def ledger_of(osctl: Osctl, env: dict[str, str]) -> tuple[Pipeline, Ledger]:
+    pipeline = resolve.load(osctl.folder / "osctl.yaml", env=env)
     return pipeline, Ledger(open_store(pipeline.store), pipeline.name)
 
 
@@ -124,8 +126,8 @@ def launched(site: Site, arrivals: Arrivals, folder: Path, env: dict[str, str]) 
     _, ledger = ledger_of(osctl, env)
     for number, (stage, (agent, torchrun)) in enumerate(agents.items(), 1):
         made = arrivals.of("pytorchjobs", name, stage)
-        [(_, inputs)] = [pair for pair in ledger.stages() if pair[0] == stage]
-        staged = sum(piece.spent.get("stage_in", 0.0) for piece in ledger.journal(stage, inputs, 1))
+        [(_, inputs_digest)] = [pair for pair in ledger.stages() if pair[0] == stage]
+        staged = sum(piece.spent.get("stage_in", 0.0) for piece in ledger.journal(stage, inputs_digest, 1))
         parts = {"kubernetes: job to agent": agent - made, "agent": torchrun - agent - staged, "stage in": staged}
         if number == 1:
             cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -146,10 +148,11 @@ def applied(site: Site, arrivals: Arrivals, folder: Path, env: dict[str, str]) -
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     pipeline, ledger = ledger_of(osctl, env)
     [stage] = pipeline.stages
-    inputs, resources = identity.name(stage.config, stage.devices, None), stage.spec.resources
+    inputs_digest, resources = identity.name(stage.config, stage.devices, None), stage.spec.resources
     ledger.create_intent(
         Intent(
-            run_key=run_key(pipeline.name, stage.spec.name, inputs, 1), pipeline=pipeline.name, stage=stage.spec.name, inputs=inputs,
+            run_key=run_key(pipeline.name, stage.spec.name, inputs_digest, 1), pipeline=pipeline.name, stage=stage.spec.name,
+            inputs_digest=inputs_digest,
             attempt=1, epoch=1, created=time.time(), config=stage.config, config_digest=stage.config.digest(), nodes=resources.nodes,
             devices_per_node=resources.devices_per_node, device="cpu-core", trainer=(), hang_timeout_s=stage.spec.hang_timeout_s,
             flush_s=pipeline.flush_s, parent=None, resume=None, code="",

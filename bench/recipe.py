@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from opensora.config import Activations, ModelConfig, OptimizerConfig
-from opensora.flops import BACKWARD, forward_flops
-from opensora.model import STDiT
-from opensora.optimizer import AdamW
+from opensora.model.stdit import STDiT
+from opensora.optim.adamw import AdamW
+from opensora.planning.flops import BACKWARD, forward_flops
 
 PADDED = 120
 SHARES = {"vae": 16 * 0.2727 / 17.1, "t5": 1.14 / 17.1}

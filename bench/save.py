@@ -1,4 +1,5 @@
-"""How long a step stands still for a save: `opensora.saver` beside `torch.save`, `dcp.async_save` and a bare copy of the same bytes.
+"""How long a step stands still for a save: `opensora.checkpoint.writer` beside `torch.save`, `dcp.async_save` and a bare copy of the same
+bytes.
 
 An fp32 dictionary of 0.85 GB, in tensors of the sizes of XL/2's layers. The stall is what a step waits: the call, then half a second of
 matrix products in place of a step's forward and backward passes, then (ours) what is left until the tensors may change. What the background
@@ -30,11 +31,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from opensora.checkpoint import TENSORS, Piece
+from opensora.checkpoint.reader import TENSORS, TensorShard
+from opensora.checkpoint.writer import Saver
 from opensora.config import StageConfig
-from opensora.saver import Saver
 
-OURS = "opensora.saver"
+OURS = "opensora.checkpoint.writer"
 WORK_S = 0.5
 MEGABYTES, QUICK_MEGABYTES = 850, 24
 ROUNDS = 5
@@ -79,10 +80,10 @@ class Ways:
         for name in ("autoencoder", "text"):
             (encoders / f"{name}.safetensors").write_bytes(b"-")
         names = list(tensors)
-        self.pieces = {part: {name: Piece(tensors[name]) for name in names[number::3]} for number, part in enumerate(TENSORS)}
-        self.saver = Saver(folder / "ours", StageConfig.model_validate(STAGE), shard=0, shards=1, here=(0,), device=torch.device("cpu"))
+        self.shards = {part: {name: TensorShard(tensors[name]) for name in names[number::3]} for number, part in enumerate(TENSORS)}
+        self.saver = Saver(folder / "ours", StageConfig.model_validate(STAGE), writer=0, writers=1, here=(0,), device=torch.device("cpu"))
         began = time.process_time()
-        self.saver.reserve(self.pieces)
+        self.saver.reserve(self.shards)
         self.reserved_s = time.process_time() - began
         self.encoders = encoders
         self.stager = DefaultStager(StagingOptions(False, False, False, False))
@@ -98,7 +99,7 @@ class Ways:
 
     def ours(self) -> Callable[[], object]:
         self.step += 1
-        self.saver.save(self.pieces, self.encoders, step=self.step, world_size=1, seen=(self.step,), clips="", carried=(), reset=())
+        self.saver.save(self.shards, self.encoders, step=self.step, world_size=1, seen=(self.step,), clips="", carried=(), reset=())
         return self.saver.wait
 
     def work(self) -> None:

@@ -1,7 +1,7 @@
 """A training step on one thread of a CPU, fp32: forward, backward and AdamW. As a share of sgemm, and beside diffusers' Latte.
 
-sgemm is torch.mm of 2048 x 2048 matrices in the same process; our own layers use a faster one on some CPUs (`opensora.linear`), so a step
-can be above it: the share of that product is told beside it. Latte (LatteTransformer3DModel: spatial and temporal blocks in turn, each
+sgemm is torch.mm of 2048 x 2048 matrices in the same process; our own layers use a faster one on some CPUs (`opensora.model.linear`), so a
+step can be above it: the share of that product is told beside it. Latte (LatteTransformer3DModel: spatial and temporal blocks in turn, each
 with an MLP of its own) has the same width, heads, tokens and captions, and as many blocks as make the same FLOPs; torch's FlopCounterMode
 counts both, and a difference above 2% is refused. Both are updated by the same AdamW and see the same latents, times and captions.
 Floors 80% of sgemm and 1.05x Latte, goals 90% and 1.2x. `--calibration FILE` also writes the points that `osctl plan` reads.
@@ -27,11 +27,11 @@ from harness import Measured, Row
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from opensora import linear
 from opensora.config import ModelConfig, OptimizerConfig, StageConfig, read_stage
-from opensora.flops import BACKWARD, forward_flops
-from opensora.model import STDiT
-from opensora.optimizer import AdamW
+from opensora.model import linear
+from opensora.model.stdit import STDiT
+from opensora.optim.adamw import AdamW
+from opensora.planning.flops import BACKWARD, forward_flops
 
 PEAK_TFLOPS = 0.1  # of `cpu-core` in configs/prices.yaml: what `mfu` of a calibration point is a share of
 
@@ -75,7 +75,7 @@ class Inputs:
     target: Tensor  # (B, 2C, T, H, W)
 
 
-def inputs(size: Size) -> Inputs:
+def inputs_digest(size: Size) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     shape = (size.frames, 2 * size.side, 2 * size.side)
     return Inputs(
@@ -103,7 +103,7 @@ def training_step(network: nn.Module, call: Callable[[], Tensor], target: Tensor
 
 
 def ours(size: Size) -> Callable[[], None]:
-    model, given = STDiT(size.model, (size.frames, 2 * size.side, 2 * size.side), 8), inputs(size)
+    model, given = STDiT(size.model, (size.frames, 2 * size.side, 2 * size.side), 8), inputs_digest(size)
     return training_step(model, lambda: model(given.noisy, given.time, given.captions), given.target)
 
 
@@ -128,7 +128,7 @@ def latte(size: Size) -> Callable[[], None]:
         caption_channels=size.width,
         video_length=size.frames,
     ).train()
-    given = inputs(size)
+    given = inputs_digest(size)
 
     def call() -> Tensor:
         out: Tensor = model(given.noisy, timestep=given.time, encoder_hidden_states=given.captions, return_dict=False)[0]
@@ -138,7 +138,7 @@ def latte(size: Size) -> Callable[[], None]:
 
 
 def counted(step: Callable[[], None]) -> int:
-    """FLOPs of one call, as torch counts them, who has no formula for the product of `opensora.linear`."""
+    """FLOPs of one call, as torch counts them, who has no formula for the product of `opensora.model.linear`."""
 
     def product(x: Sequence[int], weight: Sequence[int], *_: object, out_shape: object = None, **__: object) -> int:
         return 2 * math.prod(x) * weight[0]

@@ -1,7 +1,7 @@
 """Runs the benches that need no cluster, compares what they measured with their floors, and writes the table. Called by `scripts/bench`.
 
 Each bench is a process of one thread. A reading goes into docs/benchmarks/<date>-trainer.json, raw, with machine and date; a bench that is
-run again the same day replaces its own part. The tables are made from that file.
+run again the same day replaces its own part. The table is made from that file.
 """
 
 from __future__ import annotations
@@ -19,11 +19,25 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "benchmarks"
-BENCHES = ("step", "attention", "recipe", "exchange", "save", "resume", "loader", "gpu", "cli", "render", "look")
+BENCHES = (
+    "step",
+    "attention",
+    "recipe",
+    "exchange",
+    "save",
+    "resume",
+    "loader",
+    "prepare",
+    "loader_store",
+    "captions",
+    "ray_overhead",
+    "cuts",
+    "gpu",
+    "cli",
+    "render",
+    "look",
+)
 """submit, watch, overhead and shared_cluster need the test cluster; their readings are in docs/benchmarks too."""
-
-CONTROL_PLANE = ("cli", "render", "look")
-"""Of these; the README has a table of their own."""
 
 Reading = dict[str, Any]
 """What a bench prints: bench, quick, rows, raw, about; `skipped` where it cannot run here."""
@@ -87,13 +101,8 @@ def table(readings: Mapping[str, Reading]) -> str:
     return "\n".join(lines + (["", *skipped] if skipped else [])) + "\n"
 
 
-def summary(readings: Mapping[str, Reading]) -> dict[str, Reading]:
-    """What the README shows of the trainer."""
-    return {name: reading for name, reading in readings.items() if name not in CONTROL_PLANE}
-
-
 def write(readings: Mapping[str, Reading], date: str) -> dict[str, Reading]:
-    """Put the readings into the day's file and make the tables from it; all of the day's readings."""
+    """Put the readings into the day's file and make the table from it; all of the day's readings."""
     raw = FOLDER / f"{date}-trainer.json"
     known: dict[str, Reading] = json.loads(raw.read_text()) if raw.exists() else {}
     known |= readings
@@ -108,8 +117,6 @@ def write(readings: Mapping[str, Reading], date: str) -> dict[str, Reading]:
         f"head of each script of `bench/`; raw numbers, date and load of the machine at each bench: [{raw.name}]({raw.name}).\n\n"
     )
     (FOLDER / f"{date}-trainer.md").write_text(head + table(known))
-    told = f"{about['machine']}, {date}; raw numbers: [docs/benchmarks](docs/benchmarks/{date}-trainer.md)."
-    (FOLDER / "trainer-table.md").write_text(f"{told}\n\n{table(summary(known))}")
     return known
 
 

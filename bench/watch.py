@@ -5,10 +5,10 @@ what this program writes.
 
 - Late: from before a pod's status is sent to the API server, until the new phase is read from the watcher's output: from a pipe, and from a
   terminal. Goal: 0.2 s.
-- Cost: JOBS suspended PyTorchJobs and as many pods, RATE of each changing every second: share of one core of a process that holds a picture
-  of them all. Goal: 5%.
+- Cost: JOBS suspended jobs of one kind and as many pods, RATE of each changing every second: share of one core of a process that holds a
+  picture of them all. Goal: 5%.
 
-    PYTHONPATH=tests .venv/bin/python bench/watch.py [jobs]
+    PYTHONPATH=tests .venv/bin/python bench/watch.py [jobs] [pytorchjob|trainjob]
 """
 
 from __future__ import annotations
@@ -42,39 +42,50 @@ from shared_cluster import CLUSTER, S3, environment, namespace, peer
 from tiny_attempts import CONFIG, PROFILE
 
 from opensora import identity
-from orchestrator import config, manifest
-from orchestrator.adapters import open_store
-from orchestrator.adapters.kube.api import Api
-from orchestrator.adapters.kube.watch import Watcher, selector
-from orchestrator.cluster import ClusterProfile
-from orchestrator.ledger import Ledger
-from orchestrator.records import Intent, run_key
+from orchestrator.errors import Unreachable
+from orchestrator.kube import names, operator
+from orchestrator.kube.attempt_objects import AttemptObjects
+from orchestrator.kube.client import Api
+from orchestrator.kube.names import selector
+from orchestrator.kube.operator import Operator
+from orchestrator.kube.parts import Manifest
+from orchestrator.kube.watch import Watcher
+from orchestrator.labels import Label
+from orchestrator.ledger.keys import run_key
+from orchestrator.ledger.records import Intent
+from orchestrator.ledger.store import Ledger
+from orchestrator.recipe import resolve
+from orchestrator.recipe.cluster_profile import ClusterProfile
+from orchestrator.stores import open_store
 
 CHANGES, GAP_S = 20, (0.5, 1.5)
 JOBS, RATE, SECONDS = 1000, 5, 30
 PATIENCE_S = 20.0
 
 
-def intended(pipeline: str, stage: str, inputs: str, number: int, **changes: Any) -> Intent:
+def intended(pipeline: str, stage: str, inputs_digest: str, number: int, **changes: Any) -> Intent:
     content = {
-        "run_key": run_key(pipeline, stage, inputs, number), "pipeline": pipeline, "stage": stage, "inputs": inputs, "attempt": number,
+        "run_key": run_key(pipeline, stage, inputs_digest, number), "pipeline": pipeline, "stage": stage, "inputs": inputs_digest,
+        "attempt": number,
         "epoch": 1, "created": time.time(), "config": CONFIG, "config_digest": CONFIG.digest(), "nodes": 1, "devices_per_node": 2,
         "device": "cpu-core", "trainer": (), "hang_timeout_s": 60, "flush_s": 1, "parent": None, "resume": None, "code": "",
     }  # fmt: skip
     return Intent.model_validate(content | changes)
 
 
-def suspended(job: manifest.Manifest) -> manifest.Manifest:
+def suspended(job: Manifest) -> Manifest:
+    if job["kind"] == "TrainJob":
+        return {**job, "spec": {**job["spec"], "suspend": True}}
     return {**job, "spec": {**job["spec"], "runPolicy": {**job["spec"]["runPolicy"], "suspend": True}}}
 
 
-def pod_of(job: manifest.Manifest) -> manifest.Manifest:
-    """Its first pod, for a scheduler that does not exist."""
-    template = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]
-    labels = {**template["metadata"]["labels"], manifest.NODE_LABEL: "0"}
-    spec = {key: value for key, value in template["spec"].items() if key != "priorityClassName"} | {"schedulerName": "nobody"}
-    metadata = {"name": f"{job['metadata']['name']}-worker-0", "labels": labels, "annotations": template["metadata"].get("annotations", {})}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+def pod_of(kind: Operator, objects: list[Manifest]) -> Manifest:
+    """The first pod of an attempt, for a scheduler that does not exist."""
+    pod = kind.pods(objects)[0]
+    about = {**pod["metadata"], "name": f"{objects[-1]['metadata']['name']}-worker-0"}
+    about["labels"] = {**about["labels"], Label.REPLICA_INDEX: "0"}
+    spec = {key: value for key, value in pod["spec"].items() if key != "priorityClassName"} | {"schedulerName": "nobody"}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": about, "spec": spec}
 
 
 def set_phase(api: Api, pod: str, phase: str) -> None:
@@ -119,7 +130,7 @@ def watchers(folder: Path, ns: str, run: str, env: dict[str, str]) -> Iterator[d
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
     shown = subprocess.Popen(command, cwd=folder, env=env | {"TERM": "xterm"}, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
-    theirs = peer(ns, "get", "pods", "-w", "--no-headers", "-l", f"{manifest.RUN}={run}", env=env)
+    theirs = peer(ns, "get", "pods", "-w", "--no-headers", "-l", f"{Label.RUN}={run}", env=env)
     assert piped.stderr is not None and theirs.stdout is not None
     lines, rows = piped.stderr, theirs.stdout
     try:
@@ -134,25 +145,25 @@ def watchers(folder: Path, ns: str, run: str, env: dict[str, str]) -> Iterator[d
             process.wait()
 
 
-def late(ns: str, folder: Path, env: dict[str, str]) -> dict[str, list[float]]:
+def late(ns: str, folder: Path, env: dict[str, str], kind: Operator) -> dict[str, list[float]]:
     """Seconds, by watcher."""
     profile = PROFILE.model_copy(update={"namespace": ns, "s3_endpoint": S3["OSCTL_S3_ENDPOINT"]})
     (folder / "cluster.yaml").write_text(json.dumps(profile.model_dump(mode="json")))
     where: dict[str, Any] = {"backend": "kubernetes", "cluster": "cluster.yaml", "store": f"s3://{CLUSTER.bucket}/{ns}", "name": "late"}
     tiny_recipe.write(folder, stages=1, **where)
-    pipeline = config.load(folder / "osctl.yaml", env=env)
+    pipeline = resolve.load(folder / "osctl.yaml", env=env)
     stage, ledger = pipeline.stages[0], Ledger(open_store(pipeline.store), pipeline.name)
     ledger.add_revision(pipeline.model_dump(mode="json"), time.time())
     held = ledger.acquire(time.time(), ttl_s=600)
     ledger.append_event(held, "launched", now=time.time())
-    inputs = identity.name(stage.config, stage.devices, None)
+    inputs_digest = identity.name(stage.config, stage.devices, None)
     intent = ledger.create_intent(
-        intended("late", stage.spec.name, inputs, 1, config=stage.config, config_digest=stage.config.digest(), epoch=held.epoch)
+        intended("late", stage.spec.name, inputs_digest, 1, config=stage.config, config_digest=stage.config.digest(), epoch=held.epoch)
     )
-    pod = pod_of(manifest.pytorch_job(intent, profile, pipeline.store))
+    pod = pod_of(kind, kind.objects(intent, profile, pipeline.store))
     api = Api.connect(None, ns)
     api.create("pods", pod)
-    name, run = pod["metadata"]["name"], manifest.run_hash(pipeline.store, intent.run_key)
+    name, run = pod["metadata"]["name"], names.run_hash(pipeline.store, intent.run_key)
     found: dict[str, list[float]] = {}
     with contextlib.closing(api), watchers(folder, ns, run, env) as seen:
         for one in seen.values():
@@ -173,7 +184,7 @@ def late(ns: str, folder: Path, env: dict[str, str]) -> dict[str, list[float]]:
 # --- Cost ------------------------------------------------------------------------------------------------------------------------------
 
 
-def hold(pipe: Connection, ns: str) -> None:
+def hold(pipe: Connection, ns: str, kind: Operator) -> None:
     """The process that is measured: nothing but a picture."""
     api = Api.connect(None, ns)
     seen = 0
@@ -192,52 +203,60 @@ def hold(pipe: Connection, ns: str) -> None:
     began, before, started = time.process_time(), seen, time.monotonic()
     pipe.recv()
     share = (time.process_time() - began) / (time.monotonic() - started)
-    pipe.send((share, seen - before, len(watcher.picture.names("pytorchjobs")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))
+    pipe.send((share, seen - before, len(watcher.cache.names(kind.plural)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024))
     watcher.close()
     api.close()
 
 
-def fill(api: Api, ns: str, number: int) -> list[tuple[str, str, str]]:
+def fill(api: Api, ns: str, number: int, kind: Operator) -> list[tuple[str, str, str]]:
     """(name and uid of a job, name of its pod), each."""
     profile: ClusterProfile = PROFILE.model_copy(update={"namespace": ns})
+    store = f"s3://{CLUSTER.bucket}/{ns}"
 
     def make(count: int) -> tuple[str, str, str]:
-        job = manifest.pytorch_job(intended("many", "one", "0a1b2c3d4e5f", count), profile, f"s3://{CLUSTER.bucket}/{ns}")
-        made = api.create("pytorchjobs", suspended(job))["metadata"]
-        return made["name"], made["uid"], api.create("pods", pod_of(job))["metadata"]["name"]
+        intent = intended("many", "one", "0a1b2c3d4e5f", count)
+        *beside, job = objects = kind.objects(intent, profile, store)
+        while True:
+            try:
+                _, there = AttemptObjects(api, store, lambda: operator.OPERATORS).create(kind, [*beside, suspended(job)], intent.run_key)
+                break
+            except Unreachable:  # Trainer's webhook has not seen the runtime yet; a driver submits again too
+                time.sleep(0.5)
+        made = there["metadata"]
+        return made["name"], made["uid"], api.create("pods", pod_of(kind, objects))["metadata"]["name"]
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(make, range(1, number + 1)))
 
 
-def change(api: Api, made: list[tuple[str, str, str]], over: threading.Event) -> None:
+def change(api: Api, made: list[tuple[str, str, str]], over: threading.Event, plural: str) -> None:
     """RATE jobs and RATE pods every second."""
     began = time.monotonic()
     for count in itertools.count():
         if over.wait(max(0.0, began + count / RATE - time.monotonic())):
             return
         name, uid, pod = made[count % len(made)]
-        api.patch("pytorchjobs", name, {"metadata": {"annotations": {"bench": str(count)}}}, uid=uid)
+        api.patch(plural, name, {"metadata": {"annotations": {"bench": str(count)}}}, uid=uid)
         set_phase(api, pod, ("Running", "Pending")[count // len(made) % 2])
 
 
-def cost(ns: str, env: dict[str, str], jobs: int) -> dict[str, Any]:
+def cost(ns: str, env: dict[str, str], jobs: int, kind: Operator) -> dict[str, Any]:
     api = Api.connect(None, ns)
     began = time.monotonic()
-    made = fill(api, ns, jobs)
+    made = fill(api, ns, jobs, kind)
     filled = time.monotonic() - began
     time.sleep(5)  # the operator has its say
     ours, child = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=hold, args=(child, ns))
+    process = multiprocessing.get_context("spawn").Process(target=hold, args=(child, ns, kind))
     process.start()
     listed = ours.recv()
-    theirs = {kind: peer(ns, "get", kind, "-w", env=env) for kind in ("pytorchjobs", "pods")}
+    theirs = {plural: peer(ns, "get", plural, "-w", env=env) for plural in (kind.plural, "pods")}
     for one in theirs.values():
         threading.Thread(target=lambda out=one.stdout: [None for _ in out], daemon=True).start()
     time.sleep(5)
     over = threading.Event()
-    changer = threading.Thread(target=change, args=(api, made, over))
-    before = {kind: sum(psutil.Process(one.pid).cpu_times()[:2]) for kind, one in theirs.items()}
+    changer = threading.Thread(target=change, args=(api, made, over, kind.plural))
+    before = {plural: sum(psutil.Process(one.pid).cpu_times()[:2]) for plural, one in theirs.items()}
     ours.send("begin")
     began = time.monotonic()
     changer.start()
@@ -245,7 +264,7 @@ def cost(ns: str, env: dict[str, str], jobs: int) -> dict[str, Any]:
     ours.send("end")
     share, seen, known, memory = ours.recv()
     wall = time.monotonic() - began
-    shares = {kind: (sum(psutil.Process(one.pid).cpu_times()[:2]) - before[kind]) / wall for kind, one in theirs.items()}
+    shares = {plural: (sum(psutil.Process(one.pid).cpu_times()[:2]) - before[plural]) / wall for plural, one in theirs.items()}
     over.set()
     changer.join()
     for one in theirs.values():
@@ -254,25 +273,27 @@ def cost(ns: str, env: dict[str, str], jobs: int) -> dict[str, Any]:
     process.join()
     api.close()
     return {
-        "jobs": known, "pods": len(made), "created_in_s": round(filled, 1), "changes_a_second": 2 * RATE, "seconds": SECONDS,
+        "kind": kind.name, "jobs": known, "pods": len(made), "created_in_s": round(filled, 1),
+        "changes_a_second": 2 * RATE, "seconds": SECONDS,
         "osctl_core_share": round(share, 4), "osctl_changes_seen": seen, "osctl_list_cpu_s": round(listed, 3), "osctl_max_rss_mb": memory,
-        "kubectl_core_share": {kind: round(one, 4) for kind, one in shares.items()},
+        "kubectl_core_share": {plural: round(one, 4) for plural, one in shares.items()},
     }  # fmt: skip
 
 
 def main() -> None:
     jobs = int(sys.argv[1]) if len(sys.argv) > 1 else JOBS
+    kind = operator.BY_NAME[sys.argv[2] if len(sys.argv) > 2 else "pytorchjob"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         env = environment(folder / "compiled")
         os.environ.clear()
         os.environ.update(env)
         with namespace() as ns:
-            for watcher, seconds in late(ns, folder, env).items():
+            for watcher, seconds in late(ns, folder, env, kind).items():
                 ms = [1000 * one for one in seconds]
                 print(f"{watcher:28s} median {statistics.median(ms):6.1f} ms  max {max(ms):6.1f} ms  of {len(ms)}", flush=True)
         with namespace() as ns:
-            print(json.dumps(cost(ns, env, jobs)))
+            print(json.dumps(cost(ns, env, jobs, kind)))
 
 
 if __name__ == "__main__":

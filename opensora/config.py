@@ -1,7 +1,7 @@
 """What a stage is: one frozen, validated object, read from one complete YAML file.
 
 Owns the schema that travels from a recipe to a run directory (`stage.yaml`), its defaults, units and cross-field rules.
-Refuses to know where a stage runs (nodes, devices, stores, prices: `orchestrator.config`) and never imports torch, so that
+Refuses to know where a stage runs (nodes, devices, stores, prices: `orchestrator.recipe.pipeline`) and never imports torch, so that
 the control plane can plan a stage without it.
 
 Letters: T frames · H, W pixels · C latent channels.
@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -27,8 +31,24 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
+_HALF = re.compile("[\ud800-\udfff]")
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a number of a configuration counts, for `osctl explain` and for editors: `Annotated[PositiveInt, Unit("pixels")]`.
+
+    Every number has one; of a number without a unit it says what the number is (`ratio`, `seed`).
+    """
+
+    name: str
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The field's schema with the key `unit`."""
+        return {**handler(core_schema), "unit": self.name}
 
 
 class Frozen(BaseModel):
@@ -36,33 +56,56 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
+    @model_validator(mode="after")
+    def _is_text(self) -> Self:
+        """Half of a surrogate pair, which is how Python has the bytes of a name that is no UTF-8, is in no JSON: what is written with
+        one could never be read again."""
+        for name, value in self:
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, str) and not part.isascii() and _HALF.search(part):
+                    raise ValueError(f"{name} {part!r} is no UTF-8; rename what it names, or write it anew")
+        return self
+
+
+ADDED, ADDED_TO_DATA, ADDED_TO_SAMPLING = ("accumulate",), ("fps", "max_left_out"), ("guidance_interval", "guidance_rescale")
+"""Fields of `StageConfig`, of `DataConfig` and of `SamplingConfig` that 0.1.0 did not have."""
+
+
+def without_added(part: Frozen, content: dict[str, Any], added: tuple[str, ...]) -> dict[str, Any]:
+    """Fields that a later release than 0.1.0 added are left out while they have their default: what is written then has the digest that it
+    always had, and an older release can read it."""
+    for name in added:
+        if name in content and getattr(part, name) == type(part).model_fields[name].default:
+            del content[name]
+    return content
+
 
 class ModelConfig(Frozen):
     """STDiT (Open-Sora 1.0 report, section "Model"). The defaults are XL/2: 760M parameters, the 724M (in units of 2^20) of the report."""
 
-    depth: PositiveInt = 28
+    depth: Annotated[PositiveInt, Unit("blocks")] = 28
     """Blocks; each is spatial attention, temporal attention, cross-attention and an MLP."""
-    width: PositiveInt = 1152
+    width: Annotated[PositiveInt, Unit("channels")] = 1152
     """Channels of the residual stream."""
-    heads: PositiveInt = 16
+    heads: Annotated[PositiveInt, Unit("heads")] = 16
     """Attention heads; must divide `width`."""
-    mlp_ratio: PositiveFloat = 4.0
+    mlp_ratio: Annotated[PositiveFloat, Unit("ratio")] = 4.0
     """Hidden width of the MLP over `width`."""
-    patch: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 2, 2)
+    patch: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], Unit("latent frames, rows, columns")] = (1, 2, 2)
     """Latent frames, rows and columns that make one token."""
-    latent_channels: PositiveInt = 4
+    latent_channels: Annotated[PositiveInt, Unit("channels")] = 4
     """C: channels of the autoencoder's latents."""
-    caption_width: PositiveInt = 4096
+    caption_width: Annotated[PositiveInt, Unit("channels")] = 4096
     """Channels of the text encoder's token vectors."""
-    caption_tokens: PositiveInt = 120
+    caption_tokens: Annotated[PositiveInt, Unit("tokens")] = 120
     """Longest caption, in tokens; longer ones are cut."""
-    caption_dropout: Fraction = 0.1
+    caption_dropout: Annotated[Fraction, Unit("fraction")] = 0.1
     """Share of training captions replaced by the null caption, for classifier-free guidance."""
     temporal_position: Literal["attention", "residual"] = "attention"
     """Where the temporal position enters: input of block 0's temporal attention (upstream), or the residual stream before block 0."""
-    space_scale: PositiveFloat = 1.0
+    space_scale: Annotated[PositiveFloat, Unit("ratio")] = 1.0
     """Spatial positions are divided by this: 0.5 for 256 pixels under a model made for 512."""
-    time_scale: PositiveFloat = 1.0
+    time_scale: Annotated[PositiveFloat, Unit("ratio")] = 1.0
     """Temporal positions are divided by this: new frame interval over the old one."""
 
     @model_validator(mode="after")
@@ -76,7 +119,7 @@ class IDDPM(Frozen):
     """Noise prediction over discrete steps with learned-range variance (Nichol & Dhariwal 2021), as Open-Sora 1.0 trained."""
 
     kind: Literal["iddpm"]
-    steps: PositiveInt = 1000
+    steps: Annotated[PositiveInt, Unit("diffusion steps")] = 1000
     """Steps of the linear noise schedule."""
 
 
@@ -86,7 +129,7 @@ class Flow(Frozen):
     kind: Literal["flow"]
     time: Literal["uniform", "logit-normal"] = "logit-normal"
     """Distribution of training times in (0, 1); logit-normal as in Esser et al. 2024."""
-    shift: PositiveFloat = 1.0
+    shift: Annotated[PositiveFloat, Unit("factor")] = 1.0
     """Above 1, times of training and sampling move towards noise: shift t / (1 + (shift - 1) t), Esser et al. 2024, section 5.3.2."""
 
 
@@ -97,14 +140,15 @@ class DigitsSource(Frozen):
     """Captioned moving digits, made on the machine from the handwritten digits inside scikit-learn."""
 
     kind: Literal["digits"]
-    clips: PositiveInt
+    clips: Annotated[PositiveInt, Unit("clips")]
     """How many different clips; clip i is a function of (seed, i)."""
     quality: Literal["plain", "high"] = "plain"
     """plain: noisy background and jittered motion; high: clean ones, for the last stage."""
 
 
 class FolderSource(Frozen):
-    """A folder of video files with a `captions.csv` (columns `path,text`; paths relative to the folder)."""
+    """A folder of video files with a `captions.csv` (columns `path,text`; paths relative to the folder), or in another layout that people
+    have: `metadata.csv`, lines of captions and videos, `a.mp4` with `a.txt`."""
 
     kind: Literal["folder"]
     path: str
@@ -112,12 +156,12 @@ class FolderSource(Frozen):
 
 
 class ManifestSource(Frozen):
-    """A CSV of clips at scale (path, text), as the published stages used. Paths may lie anywhere; a plan needs its size alone."""
+    """A table of clips at scale (path, text), as the published stages used. Paths may lie anywhere; a plan needs its size alone."""
 
     kind: Literal["manifest"]
     path: str
-    """CSV file or fsspec URI."""
-    clips: PositiveInt
+    """CSV, JSON or JSON lines: a file or fsspec URI."""
+    clips: Annotated[PositiveInt, Unit("clips")]
     """Rows."""
 
 
@@ -127,13 +171,13 @@ Source = Annotated[DigitsSource | FolderSource | ManifestSource, Field(discrimin
 class Bucket(Frozen):
     """One size of clips, and how many of them make a batch."""
 
-    frames: PositiveInt
+    frames: Annotated[PositiveInt, Unit("frames")]
     """T: 1 is an image."""
-    height: PositiveInt
+    height: Annotated[PositiveInt, Unit("pixels")]
     """Pixels."""
-    width: PositiveInt
+    width: Annotated[PositiveInt, Unit("pixels")]
     """Pixels."""
-    batch_size: PositiveInt
+    batch_size: Annotated[PositiveInt, Unit("clips a data-parallel rank")]
     """Clips of this size per data-parallel rank and step."""
 
 
@@ -142,26 +186,42 @@ class DataConfig(Frozen):
 
     source: Source
     """Where the clips come from."""
-    frames: PositiveInt
+    frames: Annotated[PositiveInt, Unit("frames")]
     """T: frames of a clip. 1 trains on images."""
-    frame_interval: PositiveInt = 1
-    """Every how many source frames one is taken."""
-    height: PositiveInt
+    frame_interval: Annotated[PositiveInt, Unit("frames")] = 1
+    """Every how many source frames one is taken, whatever the rate of the file."""
+    fps: Annotated[PositiveFloat | None, Unit("frames a second")] = None
+    """Take frames by time, so many a second, whatever the rates of the files; none: count them, by frame_interval."""
+    height: Annotated[PositiveInt, Unit("pixels")]
     """Pixels."""
-    width: PositiveInt
+    width: Annotated[PositiveInt, Unit("pixels")]
     """Pixels."""
     buckets: tuple[Bucket, ...] = ()
     """Sizes to train on where there are several: each clip goes to the one that fits it best. frames x height x width above is then
     what is drawn from the model, and what `space_scale` is meant for. None: that size alone, with the stage's batch_size."""
     horizontal_flip: bool = False
     """Mirror clips at random, once an epoch. Clips whose caption names a side or a turn (left, clockwise) never are."""
+    max_left_out: Annotated[Fraction, Unit("fraction")] = 0.5
+    """Share of the clips that may be left out (missing, broken, too short). With more the stage ends before its first step; 1: never."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """See `without_added`."""
+        return without_added(self, write(self), ADDED_TO_DATA)
+
+    @model_validator(mode="after")
+    def _by_time_or_by_counting(self) -> DataConfig:
+        if self.fps is not None and self.frame_interval != 1:
+            counted = f"frame_interval {self.frame_interval} by counting"
+            raise ValueError(f"fps {self.fps:g} takes frames by time, {counted}. Keep one of the two")
+        return self
 
 
 class PatchAutoencoder(Frozen):
     """Embedded: patches onto their principal components, made from the first stage's own frames. Deterministic."""
 
     kind: Literal["patch"]
-    factor: PositiveInt = 4
+    factor: Annotated[PositiveInt, Unit("pixels")] = 4
     """Pixels per latent row and column."""
 
 
@@ -171,13 +231,13 @@ class KLAutoencoder(Frozen):
     kind: Literal["kl"]
     path: str
     """Folder, s3://…, hub id (owner/name, owner/name@revision), or a name given by osctl weights add."""
-    factor: PositiveInt = 8
+    factor: Annotated[PositiveInt, Unit("pixels")] = 8
     """Pixels per latent row and column."""
-    scale: PositiveFloat | None = None
+    scale: Annotated[PositiveFloat | None, Unit("ratio")] = None
     """Latents are multiplied by this; none: `scaling_factor` of its own config.json (0.18215 for Stable Diffusion's)."""
     posterior: Literal["sample", "mode"] = "sample"
     """Which point of the encoder's distribution is a clip's latent. Drawn once, from the clip's index, when the clip is cached."""
-    micro_batch: PositiveInt | None = 16
+    micro_batch: Annotated[PositiveInt | None, Unit("frames")] = 16
     """Frames encoded or decoded at once; none: all."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type that it computes in."""
@@ -208,30 +268,30 @@ TextEncoder = Annotated[WordEncoder | T5Encoder, Field(discriminator="kind")]
 class OptimizerConfig(Frozen):
     """AdamW."""
 
-    lr: PositiveFloat = 2e-5
+    lr: Annotated[PositiveFloat, Unit("per step")] = 2e-5
     """Learning rate, after the warm-up."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: Annotated[tuple[Fraction, Fraction], Unit("fraction")] = (0.9, 0.999)
     """Decay of the averages of the gradient and of its square."""
-    eps: PositiveFloat = 1e-8
+    eps: Annotated[PositiveFloat, Unit("absolute")] = 1e-8
     """Added to the root of the squares' average."""
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: Annotated[NonNegativeFloat, Unit("per step, times lr")] = 0.0
     """Share of a weight taken off at each step, times the learning rate."""
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: Annotated[NonNegativeInt, Unit("optimizer steps")] = 0
     """Steps over which the learning rate rises linearly from 0."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate ends: `linear` and `cosine` reach 0 at the last step."""
-    grad_clip: PositiveFloat | None = 1.0
+    grad_clip: Annotated[PositiveFloat | None, Unit("norm")] = 1.0
     """Largest norm of the whole gradient; none: no clipping."""
 
 
 class CheckpointConfig(Frozen):
     """When the trainer saves, and what it keeps."""
 
-    every_steps: PositiveInt
+    every_steps: Annotated[PositiveInt, Unit("optimizer steps")]
     """A checkpoint each so many steps, and one at the end."""
-    keep_last: PositiveInt = 2
+    keep_last: Annotated[PositiveInt, Unit("checkpoints")] = 2
     """Checkpoints kept in the run directory, on several nodes three at least; published ones are kept by the store's own rules."""
-    keep_every: PositiveInt | None = None
+    keep_every: Annotated[PositiveInt | None, Unit("optimizer steps")] = None
     """Of the older ones, those whose step is a multiple of this are kept too; none: none of them."""
     background: bool = True
     """Copy to memory, then write while training goes on. Off: training stands still, and the copy's memory is saved."""
@@ -243,11 +303,11 @@ class Activations(Frozen):
     recompute: Literal["none", "selective", "full", "auto"] = "none"
     """none: keep all. selective: keep the results of matrix products and attention, recompute what is cheap. full: keep what lies between
     groups of blocks. auto: the fastest that fits the device, on CUDA."""
-    every: PositiveInt = 1
+    every: Annotated[PositiveInt, Unit("blocks")] = 1
     """full: blocks of a group. More keep fewer boundaries and need more memory while a group is recomputed."""
     offload: bool = False
     """full: boundaries wait in host memory."""
-    mlp_chunks: PositiveInt = 1
+    mlp_chunks: Annotated[PositiveInt, Unit("parts")] = 1
     """Parts of the tokens that the MLP goes through one after the other, each recomputed in the backward pass; 1: all at once."""
 
     @model_validator(mode="after")
@@ -262,16 +322,16 @@ class Parallel(Frozen):
 
     strategy: Literal["ddp", "fsdp", "colossalai"] = "ddp"
     """ddp: every rank holds everything. fsdp: weights, gradients and optimizer are divided (torch's FSDP2). colossalai: its Booster."""
-    sequence: PositiveInt = 1
+    sequence: Annotated[PositiveInt, Unit("ranks")] = 1
     """Ranks that share each clip: a rank holds a part of the frames, or of the spatial tokens, and they exchange twice a block (DSP,
     Zhao et al., arXiv:2403.10266). Must divide the number of ranks."""
-    shard: PositiveInt | None = None
+    shard: Annotated[PositiveInt | None, Unit("ranks")] = None
     """fsdp: ranks that divide one copy of the weights; the others hold further copies (HSDP). Must divide their number; none: all."""
     plugin: Literal["torch_ddp", "low_level_zero", "gemini", "hybrid_parallel"] = "torch_ddp"
     """colossalai: the Booster plugin. All but torch_ddp need CUDA."""
 
     @property
-    def ranks_a_clip(self) -> int:
+    def ranks_per_clip(self) -> int:
         """Neighbouring ranks that see the same clips: they share each, or the layers that it goes through (hybrid_parallel: two)."""
         return self.sequence * (2 if self.plugin == "hybrid_parallel" else 1)
 
@@ -295,33 +355,52 @@ class ParentConfig(Frozen):
     """Whether the optimizer's moments come along. The step count always starts at 0."""
 
 
+SamplingMethod = Literal["ancestral", "ddim", "dpm-solver++", "unipc", "euler", "heun"]
+SAMPLING_METHODS: Mapping[str, tuple[SamplingMethod, ...]] = {
+    "iddpm": ("ancestral", "ddim", "dpm-solver++", "unipc"),
+    "flow": ("euler", "heun"),
+}
+"""By kind of the objective that they belong to."""
+
+
 class SamplingConfig(Frozen):
     """How clips are drawn from the stage's model, where nothing else is asked for."""
 
-    steps: PositiveInt = 100
+    steps: Annotated[PositiveInt, Unit("sampling steps")] = 100
     """Network evaluations along the way from noise to clip (twice that under guidance)."""
-    method: Literal["ancestral", "ddim", "euler"] = "ancestral"
-    """euler belongs to objective flow; the other two to iddpm."""
-    guidance: NonNegativeFloat = 7.0
+    method: SamplingMethod = "ancestral"
+    """euler and heun belong to objective flow; the others to iddpm. heun evaluates the network twice a step."""
+    guidance: Annotated[NonNegativeFloat, Unit("scale")] = 7.0
     """Classifier-free guidance scale; 1 turns it off."""
     guidance_channels: Literal["all", "first3"] = "all"
     """Which latent channels are guided. first3 is what Open-Sora 1.0 did, inherited from GLIDE."""
+    guidance_interval: Annotated[tuple[Fraction, Fraction], Unit("noise level, 0 clean to 1 noise")] = (0.0, 1.0)
+    """Guide only at these times; elsewhere the network is evaluated once and not twice (Kynkäänniemi et al., arXiv:2404.07724)."""
+    guidance_rescale: Annotated[Fraction, Unit("fraction")] = 0.0
+    """How far a guided prediction gets the standard deviation of the unguided one back (Lin et al., arXiv:2305.08891 §3.4)."""
+
+    @model_serializer(mode="wrap")
+    def _without_added(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_added(self, write(self), ADDED_TO_SAMPLING)
+
+    @model_validator(mode="after")
+    def _interval_rises(self) -> SamplingConfig:
+        low, high = self.guidance_interval
+        if low >= high:
+            raise ValueError(f"guidance_interval {low:g} to {high:g}: it is empty. Give the lower noise level first, as [0.1, 0.8]")
+        return self
 
 
 class EvaluateConfig(Frozen):
     """Judge the finished stage on generated clips. Costs time of the stage, and is booked as such."""
 
     kind: Literal["digits"]
-    clips: PositiveInt = 200
+    clips: Annotated[PositiveInt, Unit("clips")] = 200
     """Generated clips that are judged."""
-    frames: PositiveInt
+    frames: Annotated[PositiveInt, Unit("frames")]
     """Frames of the clips asked for; a stage of images is asked for images and for video of so many frames."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[NonNegativeInt, Unit("seed")] = 0
     """Noise of clip i is a function of (seed, i), whatever the number of ranks."""
-
-
-ADDED = ("accumulate",)
-"""Fields of `StageConfig` that 0.1.0 did not have."""
 
 
 class StageConfig(Frozen):
@@ -339,13 +418,13 @@ class StageConfig(Frozen):
     """What makes vectors of captions; never trained."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How the weights move."""
-    ema_decay: Fraction = 0.9999
+    ema_decay: Annotated[Fraction, Unit("fraction a step")] = 0.9999
     """Decay of the moving average of the weights, in fp32; it is warmed up by (1 + step) / (10 + step) where that is smaller."""
-    steps: NonNegativeInt
+    steps: Annotated[NonNegativeInt, Unit("optimizer steps")]
     """Optimizer steps. 0: an import, nothing is trained."""
-    batch_size: PositiveInt
+    batch_size: Annotated[PositiveInt, Unit("clips a data-parallel rank")]
     """Clips per data-parallel rank and part of a step; with `data.buckets` each bucket has its own, and this one is not used."""
-    accumulate: PositiveInt = 1
+    accumulate: Annotated[PositiveInt, Unit("parts of a step")] = 1
     """Parts of a step, one after the other, whose gradients are added up: half the devices with twice the parts have the same global
     batch, and the stage goes on where it was."""
     freeze: Literal["none", "temporal"] = "none"
@@ -358,9 +437,9 @@ class StageConfig(Frozen):
     """How the ranks share the work."""
     compile: bool = True
     """Compile each block on CUDA (torch.compile). A CPU gains nothing from it and never compiles."""
-    loss_spike: Annotated[float, Field(gt=1)] | None = 10.0
+    loss_spike: Annotated[Annotated[float, Field(gt=1)] | None, Unit("factor")] = 10.0
     """The stage ends (class spike) when the loss stays above so many times the median of 100 steps for 3 steps in a row; none: never."""
-    seed: NonNegativeInt = 42
+    seed: Annotated[NonNegativeInt, Unit("seed")] = 42
     """Base seed. Noise and times are drawn from (seed, data-parallel rank, step), so ranks differ and a resume repeats nothing."""
     checkpoint: CheckpointConfig
     """When to save."""
@@ -374,23 +453,19 @@ class StageConfig(Frozen):
     prompts: tuple[str, ...] = ()
     """Clips drawn at the end of the stage, with the EMA weights."""
     evaluate: EvaluateConfig | None = None
-    """The judge at the end of the stage; none: nobody judges."""
+    """How the finished stage is evaluated; none: not at all."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Fields that a later release than 0.1.0 added are left out while they have their default: what is written then has the digest
-        that it always had, and an older release can read it."""
-        content: dict[str, Any] = write(self)
-        for name in ADDED:
-            if content.get(name) == StageConfig.model_fields[name].default:
-                content.pop(name, None)
-        return content
+        """See `without_added`."""
+        return without_added(self, write(self), ADDED)
 
     @model_validator(mode="after")
     def _fits_together(self) -> StageConfig:
-        flow = self.objective.kind == "flow"
-        if flow != (self.sampling.method == "euler"):
-            raise ValueError(f"sampling method {self.sampling.method} does not belong to objective {self.objective.kind}")
+        fit = SAMPLING_METHODS[self.objective.kind]
+        if self.sampling.method not in fit:
+            fact = f"sampling method {self.sampling.method} does not belong to objective {self.objective.kind}"
+            raise ValueError(f"{fact}. Use {' or '.join(fit)}")
         frames, rows, columns = self.model.patch
         places: list[tuple[str, DataConfig | Bucket]] = [("data", self.data)]
         places += [(f"data.buckets.{number}", bucket) for number, bucket in enumerate(self.data.buckets)]
@@ -451,7 +526,7 @@ def read_stage(path: Path) -> StageConfig:
     """The resolved stage of a run directory.
 
     Raises:
-        pydantic.ValidationError, yaml.YAMLError: for what a person wrote wrong; `orchestrator.config` turns these into one line.
+        pydantic.ValidationError, yaml.YAMLError: for what a person wrote wrong; `orchestrator.recipe.resolve` turns these into one line.
     """
     return StageConfig.model_validate(yaml.safe_load(path.read_text()))
 

@@ -1,7 +1,7 @@
 """A stage's clips encoded ahead of its training: `python -m opensora.encode STAGE_YAML CACHE_DIR`.
 
-Owns the command; `opensora.data.latents` owns the cache. Progress goes to stderr, the result to stdout: one line of JSON with directory,
-bytes, clips, skipped, built (false: it was there already) and seconds.
+Owns the command; `opensora.latents.cache` owns the cache. Progress goes to stderr, the result to stdout: one line of JSON with directory,
+bytes, clips, skipped, remarks (what of the data is not used, in sentences), built (false: it was there already) and seconds.
 """
 
 from __future__ import annotations
@@ -14,9 +14,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from opensora.data.latents import Prepared, prepare
+from opensora import last_resort
+from opensora.dataset.usage import LEFT_OUT
 from opensora.errors import TrainerError
-from opensora.run_directory import recorded_data, stage_of
+from opensora.latents.cache import prepare
+from opensora.latents.prepared import Prepared
+from opensora.printable import log_to, printable
+from opensora.training.run_directory import recorded_data, stage_of
 
 SPOKEN_S = 5.0
 """Seconds between two lines of progress; on a terminal one line is written again and again, each so many."""
@@ -58,7 +62,7 @@ def clock(seconds: float) -> str:
 
 
 def encode(stage_yaml: Path, cache: Path, parent: Path | None, progress: Progress, data: Path | None = None) -> dict[str, object]:
-    """The result as `main` prints it. Raises TrainerError, as `opensora.data.latents.prepare`."""
+    """The result as `main` prints it. Raises TrainerError, as `opensora.latents.cache.prepare`."""
     began = time.monotonic()
     stage = stage_of(Path("/dev/stdin") if str(stage_yaml) == "-" else stage_yaml)
     try:
@@ -66,11 +70,13 @@ def encode(stage_yaml: Path, cache: Path, parent: Path | None, progress: Progres
     finally:
         progress.end()
     prepared = Prepared.open(directory, stage)
+    prepared.refuse_if_too_few(stage)
     return {
         "directory": str(directory.absolute()),
         "bytes": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
         "clips": len(prepared),
-        "skipped": len(prepared.skipped),
+        "skipped": prepared.usage.left_out,
+        "remarks": prepared.usage.sentences(),
         "built": progress.clips > 0,
         "seconds": round(time.monotonic() - began, 2),
     }
@@ -89,15 +95,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--name", help="what progress calls it [STAGE_YAML's name]")
     args = parser.parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    log_to(sys.stderr, logging.WARNING, "%(message)s")
     try:
         result = encode(args.stage, args.cache, args.parent, Progress(args.name or args.stage.name), args.data)
     except TrainerError as error:
-        sys.stderr.write(f"error: {error}\n")
+        advice = ". Mend these clips, or raise data.max_left_out to train on the others" if LEFT_OUT in str(error) else ""
+        sys.stderr.write(f"error: {printable(str(error))}{advice}\n")
         return 2 if error.kind == "config" else 1
+    except OSError as error:
+        sys.stderr.write(f"error: {error.filename or args.cache}: {error.strerror or error}; make room, or name another folder\n")
+        return 1
     sys.stdout.write(json.dumps(result) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(last_resort.run("encode", main))

@@ -1,16 +1,15 @@
-"""What a stage's result is a result of: which fields of a configuration change its numbers, and the digest over those.
+"""A stage's identity: which fields of a configuration change the numbers of its result, and the digest over these fields.
 
-Owns the one list that says of every field whether it is identity (it changes the numbers: another value is another result) or execution
-(it changes how they are computed, shown or judged: another value resumes, draws or evaluates again). Trainer, ledger, plan and
-`osctl diff` ask here. Owns also what must fit a parent, since weights are carried over. Pure, and free of torch.
+Owns the one list that says of every field whether it is identity (another value gives another result) or execution (it changes how a
+result is computed, shown or judged: with another value a stage resumes, samples or evaluates again). Trainer, ledger, plan and
+`osctl diff` use it. Owns also which fields must fit a parent, since weights are carried over. Pure, and free of torch.
 
-The digest counts a field only where it differs from its default, so that a field that a later release adds changes no digest of before;
-content that lies outside of the configuration (clips, imported weights, encoders) is counted by the digests of `Contents`, and then its
-place is not. The batch is counted as a whole, since that is what the numbers depend on: clips of all devices and of all accumulated
-parts of a step.
+The digest counts a field only where it differs from its default, so that a field that a later release adds changes no earlier digest.
+Content outside of the configuration (clips, imported weights, encoders) is counted by the digests in `Contents`; its path is then not
+counted. The batch is counted as a whole, since the numbers depend on it: the clips of all devices and of all accumulated parts of a step.
 
-Two lists and a test (`test_every_field_is_in_one_list`), instead of a mark on each field: the division is a decision about the recipe as
-a whole, and wants to be read as one.
+There are two lists and a test (`test_every_field_is_in_one_list`) instead of a mark on each field, because the division is one decision
+about the whole recipe and should be read as one.
 """
 
 from __future__ import annotations
@@ -24,46 +23,46 @@ from typing import Any, Literal, get_args, get_origin
 from opensora.config import Frozen, StageConfig
 
 VERSION = 2
-"""Of the digest. 1, of the releases up to 0.1.0, was over all fields, the number of devices, and no content."""
+"""Version of the digest. Version 1, of the releases up to 0.1.0, was over all fields and the number of devices, and over no content."""
 
 IDENTITY = (
     "model", "objective",
-    "data.source", "data.frames", "data.frame_interval", "data.height", "data.width", "data.buckets", "data.horizontal_flip",
+    "data.source", "data.frames", "data.frame_interval", "data.fps", "data.height", "data.width", "data.buckets", "data.horizontal_flip",
     "autoencoder.kind", "autoencoder.path", "autoencoder.factor", "autoencoder.scale", "autoencoder.posterior", "autoencoder.dtype",
     "text", "optimizer", "ema_decay", "steps", "batch_size", "freeze", "dtype", "seed", "parent", "weights",
 )  # fmt: skip
-"""Fields of `StageConfig`, or beginnings of them, that change a stage's numbers."""
+"""Fields of `StageConfig`, or prefixes of their paths, that change a stage's numbers."""
 
 EXECUTION = (
     "autoencoder.micro_batch", "activations", "parallel", "accumulate", "compile", "loss_spike", "checkpoint", "sampling", "prompts",
-    "evaluate",
+    "evaluate", "data.max_left_out",
 )  # fmt: skip
-"""Fields that do not: how a stage is computed, saved, drawn from and judged."""
+"""Fields that do not change a stage's numbers: how it is computed, saved, sampled and judged."""
 
 FITS_PARENT = (
     "model.depth", "model.width", "model.heads", "model.mlp_ratio", "model.patch", "model.latent_channels", "model.caption_width",
     "model.caption_tokens", "model.temporal_position", "objective.kind",
     "autoencoder.kind", "autoencoder.factor", "autoencoder.path", "autoencoder.scale", "text.kind", "text.path",
 )  # fmt: skip
-"""What the meaning of carried weights depends on: a stage and its parent must agree in these. Position tables are made anew, and the
-other fields (scales of positions, caption dropout, how an encoder computes) a stage may choose."""
+"""Fields that the meaning of carried weights depends on: a stage and its parent must agree in these. Position tables are made anew, and a
+stage may choose the other fields (scales of positions, caption dropout, how an encoder computes)."""
 
 _BATCHES = ("batch_size", "data.buckets")
 _CONTENT = {"data": "data.source", "weights": "weights", "autoencoder": "autoencoder.path", "text": "text.path"}
-"""Of each kind of content, the fields that name its place: with its digest known, these are not counted."""
+"""For each kind of content, the fields that say where it lies. They are not counted if the content's digest is known."""
 
 
 class Contents(Frozen):
-    """Digests of what a stage is made of and its configuration only names. None: not recorded, and then the name counts."""
+    """Digests of content that a stage is made of and that its configuration only names. None means not recorded: then the name counts."""
 
     data: str | None = None
-    """Of the data set's manifest: which clips, with which captions."""
+    """Digest of the data set's manifest: which clips, with which captions."""
     weights: str | None = None
-    """Of imported weights."""
+    """Digest of imported weights."""
     autoencoder: str | None = None
-    """Of the autoencoder's files."""
+    """Digest of the autoencoder's files."""
     text: str | None = None
-    """Of the text encoder's files."""
+    """Digest of the text encoder's files."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Difference:
 
 
 def is_identity(path: str) -> bool:
-    """Of a field of `StageConfig` by its path. Raises KeyError for one that is in neither list."""
+    """Whether a field of `StageConfig`, named by its path, is identity. Raises KeyError for a field that is in neither list."""
     for kind, names in ((True, IDENTITY), (False, EXECUTION)):
         if any(path == name or path.startswith(f"{name}.") for name in names):
             return kind
@@ -89,16 +88,16 @@ def global_batches(stage: StageConfig, devices: int) -> tuple[int, ...]:
     """Clips of one optimizer step over all devices, for each of the stage's sizes (`StageConfig.buckets`).
 
     Args:
-        devices: ranks of the whole job.
+        devices: number of ranks of the whole job.
     """
-    readers = devices // stage.parallel.ranks_a_clip
+    readers = devices // stage.parallel.ranks_per_clip
     return tuple(bucket.batch_size * readers * stage.accumulate for bucket in stage.buckets)
 
 
 def identity(stage: StageConfig, devices: int, contents: Contents | None = None) -> dict[str, Any]:
-    """Everything that the numbers of a stage depend on but its parent, as flat JSON: `{"optimizer.lr": 0.001, "global batch": [64], …}`.
+    """Everything except the parent that a stage's numbers depend on, as flat JSON: `{"optimizer.lr": 0.001, "global batch": [64], …}`.
 
-    Fields at their defaults are left out. What two stages differ in here makes them different results.
+    Fields at their defaults are left out. If two stages differ in any of these, their results are different results.
     """
     contents = contents or Contents()
     found = dict(contents.model_dump(exclude_none=True))
@@ -113,25 +112,25 @@ def identity(stage: StageConfig, devices: int, contents: Contents | None = None)
 
 
 def digest(of: Mapping[str, Any], parent: str | None) -> str:
-    """12 hex digits that name a result: of `identity`, and of the digest of the parent's COMMITTED.json."""
+    """12 hex digits that name a result, over its `identity` and the digest of the parent's COMMITTED.json."""
     content = {"version": VERSION, "stage": dict(of), "parent": parent}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
 
 
 def name(stage: StageConfig, devices: int, parent: str | None, contents: Contents | None = None) -> str:
-    """`<inputs>` of a stage: `digest` of its `identity`."""
+    """The `<inputs>` of a stage: the `digest` of its `identity`."""
     return digest(identity(stage, devices, contents), parent)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Difference]:
-    """In what two `identity` values differ, by the order of the new one. `defaults`: see `default_of`."""
+    """The fields in which two `identity` values differ, in the order of the new one. `defaults` are those of `flat_defaults`."""
     paths = [*new, *(path for path in old if path not in new)]
     pairs = [(path, old.get(path, defaults.get(path)), new.get(path, defaults.get(path))) for path in paths]
     return [Difference(path, was, now, "identity") for path, was, now in pairs if was != now]
 
 
 def differences(old: StageConfig, new: StageConfig, old_devices: int, new_devices: int) -> list[Difference]:
-    """In what two configurations differ, identity first. Batch sizes are identity where the global batch differs, else execution."""
+    """Fields in which two configurations differ, identity first. Batch sizes are identity if the global batch differs, else execution."""
     defaults = flat_defaults()
     identical = changes(identity(old, old_devices), identity(new, new_devices), defaults)
     before, after = flat(old), flat(new)
@@ -145,7 +144,7 @@ def differences(old: StageConfig, new: StageConfig, old_devices: int, new_device
 
 
 def misfits(stage: StageConfig, parent: StageConfig) -> Iterator[Difference]:
-    """What a parent's weights do not fit, of FITS_PARENT."""
+    """The fields of FITS_PARENT in which a stage and its parent differ, so that the parent's weights do not fit."""
     for path in FITS_PARENT:
         own, inherited = field(stage, path), field(parent, path)
         if own != inherited:
@@ -153,7 +152,7 @@ def misfits(stage: StageConfig, parent: StageConfig) -> Iterator[Difference]:
 
 
 def field(stage: Frozen, path: str) -> Any:
-    """A field by its path, as JSON; None where this kind of encoder or source has no such field."""
+    """The value of a field by its path, as JSON. None means that this kind of encoder or source has no such field."""
     value: Any = stage
     for name in path.split("."):
         value = getattr(value, name, None)
@@ -176,7 +175,7 @@ def flat(stage: StageConfig) -> dict[str, Any]:
 
 
 def flat_defaults() -> dict[str, Any]:
-    """Of the fields that have one, by path, as JSON; of a union's members (kinds of encoders), those of all together."""
+    """The default of each field that has one, by path, as JSON. For a union (kinds of encoders) the fields of all members are included."""
     return dict(_defaults(StageConfig, ""))
 
 
@@ -191,7 +190,7 @@ def _defaults(kind: type[Frozen], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _stated(part: Frozen, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Leaves of a configuration that differ from their defaults, as JSON."""
+    """The leaves of a configuration that differ from their defaults, as JSON."""
     dumped = part.model_dump(mode="json")
     for name, info in type(part).model_fields.items():
         value = getattr(part, name)
@@ -202,7 +201,7 @@ def _stated(part: Frozen, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def models_of(annotation: Any) -> list[type[Frozen]]:
-    """The configurations among a field's types; a list of them (`data.buckets`) is a leaf, and none."""
+    """The configuration classes among a field's types. A list of configurations (`data.buckets`) is a leaf and gives none."""
     if isinstance(annotation, type) and issubclass(annotation, Frozen):
         return [annotation]
     if get_origin(annotation) is tuple:

@@ -1,14 +1,15 @@
 """Where imported weights and encoders lie on this machine.
 
-A stage names them as a person did: a path, an address, a name in a store, an id of the hub. Who brings them here (the agent, `osctl`)
-writes a file of JSON, `{"schema": 1, "places": {"<name in the stage>": "<file or folder>"}}`, and names it in the variable OSCTL_PLACES.
-What is not in it lies where its name says. Free of torch. Refuses to look at what lies there.
+A stage names them as its author wrote them: a path, an address, a name in a store, an id of the hub. Whoever copies them here (the agent
+or `osctl`) writes a JSON file, `{"schema": 1, "places": {"<name in the stage>": "<file or folder>"}}`, and names that file in the variable
+OSCTL_PLACES. A name that is not in the file is itself the path. Free of torch. Refuses to open what lies there.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from opensora.errors import ConfigError
@@ -16,14 +17,14 @@ from opensora.errors import ConfigError
 VARIABLE = "OSCTL_PLACES"
 
 
-def local(name: str) -> str:
-    """The place of what a stage names so. Raises ConfigError, for a file of places that cannot be read."""
-    return places().get(name, name)
+def local(name: str, env: Mapping[str, str] = os.environ) -> str:
+    """Where the import with this name in the stage lies. Raises ConfigError if the file of places cannot be read."""
+    return places(env).get(name, name)
 
 
-def places() -> dict[str, str]:
-    """Raises ConfigError."""
-    file = os.environ.get(VARIABLE)
+def places(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Where each import lies, by its name in the stage. Raises ConfigError."""
+    file = env.get(VARIABLE)
     if not file:
         return {}
     try:

@@ -1,131 +1,177 @@
 """Clips from prompts: `python -m opensora.sample CHECKPOINT --prompt "a digit 3 moving left" --out three.mp4`.
 
-Owns the way from a checkpoint's moving average to pixels, for the command, for the samples that a stage leaves and for its evaluation.
-A clip is a function of (checkpoint, prompt, seed, frames, sampling): not of the clips beside it, the ranks or the device.
+Owns the command: its arguments, which file each clip goes to, the progress bar. `opensora.api` draws.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from opensora import checkpoint, guidance, objective
-from opensora.config import SamplingConfig, StageConfig
-from opensora.encoders import Autoencoder, TextEncoder, decode_clips, load, padded
+from opensora import api, last_resort
+from opensora.config import SAMPLING_METHODS
 from opensora.errors import ConfigError, TrainerError
-from opensora.model import STDiT
-from opensora.pictures import write_mp4, write_sheet, written
+from opensora.evaluation.video_files import written
+from opensora.printable import printable
 
-
-class Sampler:
-    """Weights, text encoder and autoencoder put together. The weights serve any number of frames: position tables are made for each."""
-
-    def __init__(
-        self,
-        stage: StageConfig,
-        weights: Mapping[str, Tensor],
-        autoencoder: Autoencoder,
-        text: TextEncoder,
-        *,
-        device: torch.device,
-        sampling: SamplingConfig | None = None,
-    ) -> None:
-        self.stage, self.autoencoder, self.text, self.device = stage, autoencoder, text, device
-        self.sampling = sampling or stage.sampling
-        self._weights = weights
-        self._models: dict[int, STDiT] = {}
-
-    @classmethod
-    def open(cls, path: Path, *, device: torch.device, sampling: SamplingConfig | None = None) -> Sampler:
-        """From a checkpoint directory alone. Raises ParentError where it is not whole."""
-        _, stage = checkpoint.read(path)
-        autoencoder, text = load(path, stage)
-        return cls(stage, checkpoint.load(path, "ema"), autoencoder, text, device=device, sampling=sampling)
-
-    @torch.no_grad()
-    def generate(self, captions: Sequence[str], frames: int, seeds: Sequence[int]) -> Tensor:
-        """uint8 (n, frames, H, W, 3), clip i from caption i and the noise of seed i.
-
-        Raises:
-            ConfigError: a caption has unknown words, or the frames do not divide into patches.
-        """
-        vectors, mask = padded(self.text.encode(captions))
-        model, sampling = self._model(frames), self.sampling
-        network = guidance.guided(model, vectors.to(self.device), mask.to(self.device), sampling.guidance, sampling.guidance_channels)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
-        channels, _, rows, columns = self.stage.latent_shape
-        noise = objective.draw_noise(generators, (channels, frames, rows, columns)).to(self.device)
-        latents = objective.build(self.stage.objective).sample(network, noise, sampling, generators)
-        return decode_clips(self.autoencoder, latents.cpu())
-
-    def _model(self, frames: int) -> STDiT:
-        if frames not in self._models:
-            if frames % self.stage.model.patch[0]:
-                raise ConfigError(
-                    f"frames {frames}: not a multiple of the model's patch of {self.stage.model.patch[0]} frames; ask for one"
-                )
-            model = STDiT(self.stage.model, (frames, *self.stage.latent_shape[2:]), self.stage.out_channels, initial=False)
-            checkpoint.compare(model.state_dict(), self._weights, "weights to sample from")
-            model.load_state_dict(self._weights)
-            model.freeze_temporal()  # an image model asked for video: what has no effect is not computed
-            self._models[frames] = model.to(self.device).eval()
-        return self._models[frames]
-
-
-def draw(
-    sampler: Sampler, prompts: Sequence[str], frames: int, seeds: Sequence[int], batch: int = 16, beat: Callable[[], None] = lambda: None
-) -> Tensor:
-    """`generate` in batches of so many clips; `beat` is called before each."""
-    parts = []
-    for first in range(0, len(prompts), batch):
-        beat()
-        parts.append(sampler.generate(prompts[first : first + batch], frames, seeds[first : first + batch]))
-    return torch.cat(parts)
+MOST_PROMPTS = 100_000
+NAME_CHARACTERS = 60
+"""Of a prompt in a file's name."""
+_PASSED_ON = ("frames", "height", "width", "fps", "steps", "guidance", "sampler", "negative", "guidance_rescale")
+"""Arguments that are fields of `api.Drawing` under the same name."""
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m opensora.sample", description="Draw a clip for each prompt from a checkpoint's moving average."
+        prog="python -m opensora.sample", description="Draw a clip for each prompt from a checkpoint's moving average, or from an export."
     )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint directory, for example run/checkpoints/step-00000100")
-    parser.add_argument(
-        "--prompt", action="append", required=True, help='what to show, for example "a digit 3 moving left"; may be repeated'
-    )
-    parser.add_argument("--out", type=Path, required=True, help=".mp4 (one prompt) or .png (a sheet, a row per prompt)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise; prompt i uses seed + i [0]")
-    parser.add_argument("--frames", type=int, help="of a clip [the stage's]")
-    parser.add_argument("--steps", type=int, help="network evaluations on the way from noise to clip [the stage's]")
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1: off [the stage's]")
+    methods = ", ".join(method for some in SAMPLING_METHODS.values() for method in some)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a checkpoint directory, for example run/checkpoints/step-00000100, or an export")
+    add("--prompt", action="append", default=[], help='what to show, for example "a digit 3 moving left"; may be repeated')
+    add("--prompts", type=Path, metavar="FILE", help="a text file with a prompt on each line, beside those of --prompt")
+    add("--out", required=True, help=".mp4 or .gif (one prompt), .png (a sheet, a row per prompt), or a folder (an .mp4 each)")
+    add("--seed", type=int, default=0, help="of the noise; prompt i uses seed + i [0]")
+    add("--frames", type=int, help="of a clip [the stage's]")
+    add("--height", type=int, help="pixels, with --width [the stage's]")
+    add("--width", type=int, help="pixels, with --height [the stage's]")
+    add("--fps", type=float, help="frames a second when it is played [the rate of the training's clips]")
+    add("--steps", type=int, help="sampling steps on the way from noise to clip [the stage's]")
+    add("--sampler", help=f"one of {methods} [the stage's]")
+    add("--guidance", type=float, help="classifier-free guidance scale; 1: off [the stage's]")
+    add("--guidance-interval", metavar="LOW,HIGH", help="guide between these times only, 0 clean to 1 noise [0,1]")
+    add("--guidance-rescale", type=float, help="share of the unguided standard deviation that is given back, 0 to 1 [0]")
+    add("--negative", help="what no clip should show [the null caption]")
+    add("--about", type=json.loads, default={}, metavar="JSON", help="what each file says of its model besides")
     return parser.parse_args(argv)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """Raises ConfigError."""
+    prompts = list(args.prompt)
+    if args.prompts is not None:
+        try:
+            lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            fact = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+            raise ConfigError(f"--prompts {args.prompts}: {fact}; give a text file with a prompt on each line") from None
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        where = f"--prompts {args.prompts}: there is no prompt in it" if args.prompts is not None else "no prompt is given"
+        raise ConfigError(f"{where}; write one on each line")
+    if len(prompts) > MOST_PROMPTS:
+        raise ConfigError(f"{len(prompts):,} prompts: more than {MOST_PROMPTS:,}; draw them in several parts")
+    return prompts
+
+
+def _files(name: str, prompts: Sequence[str]) -> list[Path]:
+    """Where clips go: one file, or one for each prompt. Raises ConfigError for what would be noticed only after the drawing."""
+    out = Path(name)
+    if out.is_dir() or not out.suffix or name.endswith("/"):
+        if out.exists() and not out.is_dir():
+            raise ConfigError(
+                f"--out {out}: a file of this name is there, and it says neither .mp4, .gif nor .png; name a folder, or one of these"
+            )
+        digits = len(str(len(prompts) - 1))
+        return [out / f"{number:0{digits}}-{_as_name(prompt)}.mp4" for number, prompt in enumerate(prompts)]
+    if out.suffix not in api.SUFFIXES:
+        raise ConfigError(f"--out {out}: its name ends in none of {', '.join(api.SUFFIXES)}; name one of them, or a folder: {out}/")
+    if out.suffix != ".png" and len(prompts) > 1:
+        one = f"an .mp4 or .gif holds one prompt ({len(prompts)} given), a .png or a folder any number"
+        raise ConfigError(f"--out {out}: {one}; name one of them")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    return [out]
+
+
+def _as_name(prompt: str) -> str:
+    return re.sub(r"[^\w]+", "-", prompt.lower())[:NAME_CHARACTERS].strip("-") or "clip"
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """What `api.generate_many` tells how far it is; on a terminal it is a bar on stderr."""
+    if not shown:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("drawing", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _draw(args: argparse.Namespace) -> None:
+    prompts = _prompts(args)
+    files = _files(args.out, prompts)
+    model = api.load(args.checkpoint)
+    how: dict[str, Any] = {name: getattr(args, name) for name in _PASSED_ON}
+    if args.guidance_interval is not None:
+        how["guidance_interval"] = _interval(args.guidance_interval)
+    seeds = [args.seed + number for number in range(len(prompts))]
+    with _progress(sys.stderr.isatty()) as on_step:
+        if files[0].suffix == ".png":
+            clips = api.generate_many(prompts, model, seeds=seeds, on_step=on_step, **how)
+            api.save_sheet(files[0], clips, args.about)
+            _write_beside(files[0], {"clips": [clip.facts() for clip in clips], **args.about})
+            _say_notes(clips)
+            return
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        batches = -(-len(prompts) // api.AT_ONCE)
+        for batch in range(batches):  # written as they are drawn: whoever is killed keeps them, and memory holds one batch
+
+            def on_own_step(done: int, total: int, batch: int = batch) -> None:
+                on_step(batch * total + done, batches * total)
+
+            some = slice(batch * api.AT_ONCE, (batch + 1) * api.AT_ONCE)
+            clips = api.generate_many(prompts[some], model, seeds=seeds[some], on_step=on_own_step, **how)
+            for path, clip in zip(files[some], clips, strict=True):
+                clip.save(path, args.about)
+                _write_beside(path, {**clip.facts(), **args.about})
+            _say_notes(clips)
+
+
+def _say_notes(clips: Sequence[api.Clip]) -> None:
+    for clip in clips:
+        if clip.note:
+            sys.stderr.write(f"{clip.note}\n")
+
+
+def _interval(text: str) -> tuple[float, ...]:
+    """Raises ConfigError."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--guidance-interval {text}: not two numbers from 0 to 1; write them as 0.1,0.8") from None
+    return low, high
+
+
+def _write_beside(path: Path, content: Mapping[str, Any]) -> None:
+    """`three.mp4.json` beside `three.mp4`: whoever has the folder need not open the video to know what it shows."""
+    with written(path.with_name(f"{path.name}.json")) as partial:
+        partial.write_text(json.dumps({"schema": 1, **content}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _as_typed(reason: str) -> str:
+    """`opensora.api` names its arguments; here they are flags of the same names."""
+    names = "frames|height|width|fps|guidance_interval|guidance_rescale|guidance|sampler|seed|steps"
+    return re.sub(rf"^({names})(?= )", lambda found: f"--{found[1].replace('_', '-')}", reason)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done · 1 it failed · 2 the command is wrong."""
     args = _arguments(argv)
     try:
-        if args.out.suffix not in (".mp4", ".png") or (args.out.suffix == ".mp4" and len(args.prompt) > 1):
-            raise ConfigError(f"--out {args.out}: an .mp4 holds one prompt ({len(args.prompt)} given), a .png any number; name one of them")
-        if not args.out.parent.is_dir():
-            raise ConfigError(f"--out {args.out}: the folder {args.out.parent} does not exist; make it first")
-        for name in ("frames", "steps"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ConfigError(f"--{name} {getattr(args, name)}: at least 1")
-        sampler = Sampler.open(args.checkpoint, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        changed = {name: getattr(args, name) for name in ("steps", "guidance") if getattr(args, name) is not None}
-        sampler.sampling = sampler.sampling.model_copy(update=changed)
-        clips = draw(sampler, args.prompt, args.frames or sampler.stage.data.frames, [args.seed + i for i in range(len(args.prompt))])
-        with written(args.out) as path:
-            if args.out.suffix == ".mp4":
-                write_mp4(path, clips[0])
-            else:
-                write_sheet(path, clips, args.prompt)
+        _draw(args)
     except TrainerError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {printable(_as_typed(str(error)))}\n")
         return 2 if error.kind == "config" else 1
     except OSError as error:
         sys.stderr.write(f"error: --out {args.out}: {error.strerror or error}; make room, or name a file that can be written\n")
@@ -135,4 +181,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(last_resort.run("sample", main))

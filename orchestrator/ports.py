@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal, Protocol
 
 from orchestrator.errors import Refused, TooLarge
 
+NUMBERED = re.compile(r"(\d{6,})\.json")
 READ_AT_MOST = 64 << 20
 """Bytes of an object that `Store.read` takes into memory. A manifest of 512 ranks has 0.4 MB; files are fetched with `download`."""
 
@@ -59,7 +61,10 @@ class Store(Protocol):
         """Put if the object still has this etag; the new etag. Raises StoreConflict, NotFound."""
 
     def list(self, prefix: str, after: str = "") -> Iterator[str]:
-        """Keys that start with `prefix` (a plain string prefix) and sort behind `after`, in lexical order."""
+        """Keys that start with `prefix` (a plain string prefix) and sort behind `after`, in lexical order.
+
+        This and `children` pass over what other tools leave in a store (`orchestrator.litter`).
+        """
 
     def children(self, prefix: str) -> Sequence[str]:
         """Names of the folders right below `prefix`, which is empty or ends in `/`; in lexical order, in one request."""
@@ -80,11 +85,27 @@ class Store(Protocol):
     def size(self, key: str) -> int:
         """Bytes. Raises NotFound."""
 
+    def age(self, key: str) -> float:
+        """Seconds since the object was written, by the store's own clock alone: no other clock is in it. Raises NotFound, Unreachable."""
+
     def discard(self, key: str) -> None:
         """Remove an object that its own writer has never finished with: nothing names it. Absent is well. Raises Unreachable, Refused."""
 
     def probe(self) -> None:
         """Try that the store is there and holds its conditional writes. Raises Unreachable, Refused."""
+
+
+def numbered(store: Store, folder: str) -> dict[int, str]:
+    """Keys `<folder>/<6 digits>.json` of records that follow each other, by number, whether they can be read or not."""
+    names = ((key, NUMBERED.fullmatch(key.removeprefix(f"{folder}/"))) for key in store.list(f"{folder}/"))
+    return {int(name[1]): key for key, name in names if name}
+
+
+WaitCause = Literal[
+    "webhook", "operator", "refused", "queue", "queue_stopped", "deactivated", "checks", "priority", "quota",
+    "secret", "image", "container", "gang", "volume", "no_fit", "taint", "selector", "scheduler", "starting",
+]  # fmt: skip
+"""Why an attempt waits, in one word: a row of docs/waiting.md, which says what each means and what a person can do about it."""
 
 
 @dataclass(frozen=True)
@@ -109,14 +130,23 @@ class Life:
     """capacity: others hold the devices, and waiting is the right thing; fault: nothing will happen until somebody mends something."""
     since: float | None = None
     """Unix time since which it waits for that."""
+    waits_on: WaitCause | None = None
+    """The same reason in one word."""
     where: str = ""
     """Where it lives or lived, for people, if not below this driver: no signal of ours reaches it, and the ledger alone tells of it."""
     trouble: str = ""
     """Why its checkpoints do not reach the store, as far as that can be seen from here."""
+    taken: str = ""
+    """Of an end that is `preempted`: who took its devices away and why, where that is known."""
+    last_words: str = ""
+    """Of an end: the end of what the agent itself printed. Where it left without a report, nothing else says why."""
 
 
 class Backend(Protocol):
     """Where attempts live: local processes, or a cluster."""
+
+    def check(self, run_key: str, nodes: int) -> None:
+        """Raise Refused if an attempt on so many nodes could never be submitted. It is asked before anything is written of the attempt."""
 
     def submit(self, intent_key: str, run_key: str) -> None:
         """Start the attempt. Idempotent: an attempt that lives or has lived is not started again. Raises Unreachable, Refused."""
@@ -131,6 +161,16 @@ class Backend(Protocol):
 
     def forget(self, run_key: str) -> None:
         """Its outcome is written: what still lies around of it may go. Idempotent."""
+
+
+class NodeCounter(Protocol):
+    """How many nodes a cluster has, whoever holds them now."""
+
+    def count(self, pool: str | None, devices_per_node: int) -> int:
+        """Nodes of a pool that could each hold so many devices of an attempt. `pool` None: of a cluster without pools.
+
+        Raises Refused where this account may not see nodes; Unreachable.
+        """
 
 
 RunStatus = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
@@ -167,6 +207,19 @@ class TrackedRun:
 class ModelVersion:
     number: int
     tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class LoggedCheckpoint:
+    """A checkpoint as a model of the run that made it."""
+
+    name: str
+    tags: Mapping[str, str]
+    step: int
+    points: Sequence[Point]
+    """What was read of it."""
+    dataset: tuple[str, str] | None
+    """(name, digest) of what it was trained on; the run names it too."""
 
 
 class Tracker(Protocol):
@@ -211,3 +264,7 @@ class Tracker(Protocol):
     def alias(self, model: str, alias: str, version: int) -> None: ...
 
     def unregister(self, model: str, version: int) -> None: ...
+
+    def log_checkpoint(self, experiment: str, run: str, checkpoint: LoggedCheckpoint, unique: Mapping[str, str]) -> str | None:
+        """The id of the run's model with the tags `unique`, made where it is missing and completed where it is not whole. Idempotent; of
+        two that were made at once the older stays. None: the tracker has no such models."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.cluster import PINNED, ClusterProfile
+from orchestrator.recipe.cluster_profile import PINNED, ClusterProfile
 
 CHART = Path(__file__).parent.parent / "helm/osctl"
 OURS = ("namespace", "service_account", "driver_service_account")
@@ -103,7 +103,7 @@ def _described(name: str) -> str:
     source = Path(sys.modules[ClusterProfile.__module__].__file__ or "").read_text().partition("class ClusterProfile")[2]
     found = re.search(rf'^    {name}: .*\n    """(.*?)"""', source, re.MULTILINE | re.DOTALL)
     if found is None:
-        raise SystemExit(f"orchestrator/cluster.py: {name} has no docstring that could be shown")
+        raise SystemExit(f"orchestrator/recipe/cluster_profile.py: {name} has no docstring that could be shown")
     return " ".join(found[1].split())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from opensora import colossal
+from opensora.distributed import colossal_plugins
 
 
 class EmptyStream:
@@ -74,4 +74,4 @@ def install() -> None:
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
     Chunk.__init__ = on_a_device(Chunk.__init__)
     Chunk.shard_move = lambda *_, **__: None
-    colossal.ON_CPU.update(("low_level_zero", "gemini", "hybrid_parallel"))
+    colossal_plugins.ON_CPU.update(("low_level_zero", "gemini", "hybrid_parallel"))

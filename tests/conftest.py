@@ -7,11 +7,14 @@ With `OSCTL_REQUIRE=s3,browser,cluster` such a skip is a failure.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import re
 import secrets
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +24,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from processes import open_files
+
+pytest_plugins = ["durations", "proofs"]
 
 REPOSITORY = Path(__file__).parent.parent
 Require = Callable[[str, str], NoReturn]
@@ -40,21 +46,24 @@ def require() -> Require:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the cluster first: they take longest, and one worker has all of them (see below)."""
+    """Tests of the cluster first: they take longest, and wait more than they work (see below)."""
     items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist loadfile` each file has one worker, and all files of the cluster one and the same: they share its GPUs and servers."""
+    """With `--dist loadfile` each file has one worker, and files of one lane of the cluster one and the same: they share its fake GPUs, or
+    the two cores that its pods run on.
+    """
     from xdist.scheduler import LoadFileScheduling
 
-    class OneWorkerForTheCluster(LoadFileScheduling):  # type: ignore[misc]
+    class OneWorkerForALane(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = str(super()._split_scope(nodeid))
-            return "cluster" if "mark.cluster" in (REPOSITORY / file).read_text() else file
+            lane = re.search(r'mark\.cluster\("(\w+)"', (REPOSITORY / file).read_text())
+            return f"cluster: {lane[1]}" if lane else file
 
-    return OneWorkerForTheCluster(config, log) if config.getvalue("dist") == "loadfile" else None
+    return OneWorkerForALane(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -88,11 +97,30 @@ class S3Server:
 
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
-    """What a command of this process lends to its children (`osctl launch` does) is not there in the next test."""
+    """What a command of this process lends to its children (`osctl launch` does) is not there in the next test, and s3fs, which keeps its
+    clients, does not ask the servers of this one.
+    """
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
+    if "s3fs" in sys.modules:
+        sys.modules["s3fs"].S3FileSystem.clear_instance_cache()
+
+
+LEFT_OPEN = 64
+"""Files that a test may leave open: servers and clients that the next tests of its process use as well."""
+
+
+@pytest.fixture(autouse=True)
+def few_files_stay_open() -> Iterator[None]:
+    """One test once left 684 open; the tests after it in that process failed, and not it."""
+    with os.scandir("/proc/self/fd") as before:
+        already = len(list(before))
+    yield
+    with os.scandir("/proc/self/fd") as after:
+        left = len(list(after)) - already
+    assert left <= LEFT_OPEN, f"{left} files stay open: {Counter(open_files()).most_common(10)}"
 
 
 @pytest.fixture(scope="session")
@@ -202,8 +230,8 @@ class Cluster:
         return self._run(self.bin / "helm", arguments, stdin, check, timeout_s)
 
     def stop(self, *servers: str) -> None:
-        """Takes servers such as kube-apiserver or training-operator away from everybody, until `start`."""
-        self._run(REPOSITORY / "tests/cluster/down", servers, None, True, 90)
+        """Takes servers such as kube-apiserver or training-operator away from everybody, until `start`: for `cluster(LANE, alone=True)`."""
+        self._run(REPOSITORY / "tests/cluster/down", servers, None, True, 170)
 
     def start(self) -> None:
         """Brings back what was stopped, and fake nodes that were deleted."""
@@ -241,10 +269,31 @@ def cluster() -> Cluster:
         _require("cluster", "tests/cluster/up takes longer than 280 s; run scripts/setup-test-servers once by itself")
     if up.returncode:
         _require("cluster", (up.stderr.strip().splitlines() or ["tests/cluster/up failed"])[-1])
-    cache = Path(os.environ.get("OSCTL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "osctl")
-    home = cache / "cluster"
+    home = _cluster_home()
     s3 = dict(line.split("=", 1) for line in (home / "conf/s3.env").read_text().splitlines())
     return Cluster(kubeconfig=home / "conf/admin.kubeconfig", bin=home / "bin", bucket="osctl", s3=s3)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Tests of the cluster run beside one another, in lanes; of `cluster(LANE, alone=True)` each waits until no other runs, and none begins
+    before it has ended. Fixtures of whole files are made and left inside of this; the wait counts for no test's timeout.
+    """
+    mark = item.get_closest_marker("cluster")
+    if mark is None:
+        return (yield)
+    folder = _cluster_home()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lease").open("w") as lease, (folder / ".lease-next").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # who waits to be alone is the next: those who come later wait behind it
+        fcntl.flock(lease, fcntl.LOCK_EX if mark.kwargs.get("alone") else fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        return (yield)
+
+
+def _cluster_home() -> Path:
+    cache = Path(os.environ.get("OSCTL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "osctl")
+    return cache / "cluster"
 
 
 @pytest.fixture
@@ -253,6 +302,8 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     name = f"test-{secrets.token_hex(4)}"
     cluster.kubectl("create", "namespace", name)
     cluster.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=restricted")
+    # A pod is refused until a controller has made the namespace's account.
+    cluster.kubectl("-n", name, "wait", "--for=create", "serviceaccount/default", "--timeout=60s", timeout_s=90)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
     cluster.kubectl("-n", name, "delete", "pods", "--all", "--grace-period=1", timeout_s=90)

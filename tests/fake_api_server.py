@@ -39,6 +39,10 @@ class Fault:
     """Of a watch: opened, and then nothing, not even its end."""
 
 
+KINDS = {"pytorchjobs": "/apis/kubeflow.org/v1", "trainjobs": "/apis/trainer.kubeflow.org/v1alpha1"}
+"""Kinds of jobs that a cluster may serve or not."""
+
+
 @dataclass
 class FakeApiServer:
     url: str = ""
@@ -59,6 +63,8 @@ class FakeApiServer:
     """Authorization of each request."""
     proxy_logins: list[str | None] = field(default_factory=list)
     """Of each request that came as to a proxy."""
+    serves: set[str] = field(default_factory=lambda: {"pytorchjobs"})
+    """Kinds of jobs, of those in `KINDS`, that discovery names; the others are answered with 404."""
     page: int = 1000
     lock: threading.Condition = field(default_factory=threading.Condition)
     down: bool = False
@@ -171,7 +177,14 @@ class _Handler(BaseHTTPRequestHandler):
                 if target in fake.objects:
                     return 409, self._status(409, f"{target} already exists", "AlreadyExists")
                 return 201, body if "dryRun" in query else fake.put(target, body)
-            if method == "GET" and path.rpartition("/")[2] in ("pytorchjobs", "jobs", "pods", "events"):
+            if method == "GET" and path in KINDS.values() and path not in fake.objects:
+                found = [{"name": kind} for kind in fake.serves if KINDS[kind] == path]
+                return (
+                    (200, {"resources": found}) if found else (404, self._status(404, "the server could not find the requested resource"))
+                )
+            if any(path.startswith(f"{KINDS[kind]}/") for kind in KINDS.keys() - fake.serves):
+                return 404, self._status(404, "the server could not find the requested resource")
+            if method == "GET" and path.rpartition("/")[2] in (*KINDS, "jobs", "pods", "events"):
                 return 200, self._list(fake, path, query)
             if there is None:
                 return 404, self._status(404, f"{path} not found", "NotFound")

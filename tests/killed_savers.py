@@ -1,4 +1,4 @@
-"""Ranks that do nothing but save in the background, as fast as they can, and are killed: for tests/opensora/test_saver.py.
+"""Ranks that do nothing but save in the background, as fast as they can, and are killed: for tests/opensora/checkpoint/test_writer.py.
 
     python tests/killed_savers.py STAGE_YAML FOLDER ROUNDS RANKS [WHO]
     python tests/killed_savers.py STAGE_YAML FOLDER
@@ -21,25 +21,25 @@ from pathlib import Path
 
 import torch
 
-from opensora import checkpoint
+from opensora.checkpoint import reader as checkpoint
+from opensora.checkpoint.writer import PeerFailed, Saver
 from opensora.config import StageConfig, read_stage
-from opensora.saver import PeerFailed, Saver
 
 PEER_FAILED = 75
 PATIENCE_S = 10
 
 
-def pieces_of(step: int, rank: int, ranks: int) -> dict[str, dict[str, checkpoint.Piece]]:
+def shards_of(step: int, rank: int, ranks: int) -> dict[str, dict[str, checkpoint.TensorShard]]:
     tensors = {"w": torch.full((5, 3000), float(step)), "b": torch.full((), float(step))}
-    return {part: checkpoint.share(tensors, rank, ranks) for part in checkpoint.TENSORS}
+    return {part: checkpoint.divide(tensors, rank, ranks) for part in checkpoint.TENSORS}
 
 
 def save_for_ever(stage: StageConfig, folder: Path, encoders: Path, rank: int, ranks: int, step: int, made: int, go: int) -> None:
-    saver = Saver(folder, stage, shard=rank, shards=ranks, here=tuple(range(ranks)), device=torch.device("cpu"))
+    saver = Saver(folder, stage, writer=rank, writers=ranks, here=tuple(range(ranks)), device=torch.device("cpu"))
     os.write(made, b".")
     os.read(go, 1)
     while True:
-        saver.save(pieces_of(step, rank, ranks), encoders, step=step, world_size=ranks, seen=(step,), clips="", carried=(), reset=())
+        saver.save(shards_of(step, rank, ranks), encoders, step=step, world_size=ranks, seen=(step,), clips="", carried=(), reset=())
         step += 1
 
 
@@ -90,7 +90,7 @@ def one_call(stage: StageConfig, folder: Path, encoders: Path, last: int) -> boo
     step = 1 if before is None else checkpoint.step_of(before) + 1
     pid = os.fork()
     if pid == 0:
-        saver = Saver(folder, stage, shard=0, shards=1, here=(0,), device=torch.device("cpu"))
+        saver = Saver(folder, stage, writer=0, writers=1, here=(0,), device=torch.device("cpu"))
         counted = -1
 
         def count(event: str, _arguments: object) -> None:
@@ -104,7 +104,7 @@ def one_call(stage: StageConfig, folder: Path, encoders: Path, last: int) -> boo
         for number in (step, step + 1):
             saver.wait()
             counted = 0 if number > step else -1
-            saver.save(pieces_of(number, 0, 1), encoders, step=number, world_size=1, seen=(number,), clips="", carried=(), reset=())
+            saver.save(shards_of(number, 0, 1), encoders, step=number, world_size=1, seen=(number,), clips="", carried=(), reset=())
         saver.wait()
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -116,7 +116,7 @@ def one_call(stage: StageConfig, folder: Path, encoders: Path, last: int) -> boo
 def look(folder: Path, before: Path | None) -> int:
     found = [path for path in folder.iterdir() if path.name.startswith("step-")]
     for path in found:
-        reader = checkpoint.open_(path)
+        reader = checkpoint.Reader(path)
         for part in checkpoint.TENSORS:
             for name, shape in {"w": (5, 3000), "b": ()}.items():
                 assert torch.equal(reader.tensor(part, name), torch.full(shape, float(reader.record.step))), path

@@ -14,13 +14,15 @@ from typing import Any
 
 from opensora import identity
 from opensora.config import StageConfig
-from orchestrator.adapters.folder import FolderStore
-from orchestrator.adapters.local import LocalBackend
-from orchestrator.claim import Claim, is_locked
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import lineage
+from orchestrator.ledger.keys import run_key
+from orchestrator.ledger.records import Committed, Intent, JournalPiece, ParentRef, Report, ResumeRef, Terms
+from orchestrator.ledger.store import Ledger
+from orchestrator.local.attempt_lock import AgentRecord, is_locked
+from orchestrator.local.backend import LocalBackend
+from orchestrator.local.processes import Process
 from orchestrator.ports import Life
-from orchestrator.processes import Process
-from orchestrator.records import Committed, Intent, JournalPiece, ParentRef, Report, ResumeRef, Terms, run_key
+from orchestrator.stores.folder import FolderStore
 
 STAND_IN = str(Path(__file__).parent / "stand_in_trainer.py")
 PATIENCE_S = 60.0
@@ -82,14 +84,14 @@ class Attempts:
         """`options`: of the stand-in trainer."""
         config = config or stage_config()
         contents = contents or identity.Contents()
-        inputs = identity.name(config, nodes * devices, parent.committed_digest if parent else None, contents)
-        self.ledger.write_terms(stage, inputs, attempt, Terms(identity=identity.VERSION, contents=contents, price=None))
+        inputs_digest = identity.name(config, nodes * devices, parent.committed_digest if parent else None, contents)
+        self.ledger.write_terms(stage, inputs_digest, attempt, Terms(identity=identity.VERSION, contents=contents, price=None))
         return self.ledger.create_intent(
             Intent(
-                run_key=run_key("demo", stage, inputs, attempt),
+                run_key=run_key("demo", stage, inputs_digest, attempt),
                 pipeline="demo",
                 stage=stage,
-                inputs=inputs,
+                inputs_digest=inputs_digest,
                 attempt=attempt,
                 epoch=epoch,
                 created=time.time(),
@@ -108,7 +110,7 @@ class Attempts:
         )
 
     def key(self, intent: Intent) -> str:
-        return self.ledger.keys.intent(intent.stage, intent.inputs, intent.attempt)
+        return self.ledger.keys.intent(intent.stage, intent.inputs_digest, intent.attempt)
 
     def run_dir(self, intent: Intent) -> Path:
         return self.backend.run_dir(intent.run_key)
@@ -130,33 +132,38 @@ class Attempts:
         return life, report
 
     def report(self, intent: Intent) -> Report | None:
-        return self.ledger.report(intent.stage, intent.inputs, intent.attempt)
+        return self.ledger.report(intent.stage, intent.inputs_digest, intent.attempt)
 
     def journal(self, intent: Intent) -> list[JournalPiece]:
-        return Ledger(self.store, "demo").journal(intent.stage, intent.inputs, intent.attempt)
+        return Ledger(self.store, "demo").journal(intent.stage, intent.inputs_digest, intent.attempt)
 
     def published(self, intent: Intent) -> list[int]:
-        return [manifest.step for _, manifest in self.ledger.checkpoints(intent.stage, intent.inputs) if manifest.attempt == intent.attempt]
+        return [
+            manifest.step
+            for _, manifest in self.ledger.checkpoints(intent.stage, intent.inputs_digest)
+            if manifest.attempt == intent.attempt
+        ]
 
     def weights(self, intent: Intent) -> str:
         """Weights digest of the newest published checkpoint of a stage."""
-        return self.ledger.checkpoints(intent.stage, intent.inputs)[-1][1].weights_digest
+        return self.ledger.checkpoints(intent.stage, intent.inputs_digest)[-1][1].weights_digest
 
     def newest(self, intent: Intent) -> ResumeRef:
-        key, manifest = self.ledger.checkpoints(intent.stage, intent.inputs)[-1]
+        key, manifest = self.ledger.checkpoints(intent.stage, intent.inputs_digest)[-1]
         return ResumeRef(key=key, manifest_digest=manifest.digest(), step=manifest.step)
 
     def commit(self, intent: Intent) -> ParentRef:
         """Commit a completed stage, as a driver does, and refer to it as a parent."""
-        key, manifest = self.ledger.checkpoints(intent.stage, intent.inputs)[-1]
+        key, manifest = self.ledger.checkpoints(intent.stage, intent.inputs_digest)[-1]
         assert manifest.complete
         committed = Committed(
-            run_key=intent.run_key, stage=intent.stage, inputs=intent.inputs, attempt=intent.attempt, step=manifest.step, manifest=key,
-            manifest_digest=manifest.digest(), weights_digest=manifest.weights_digest, parent_committed=None,
-            evaluation={}, time=1.0, epoch=0,
+            run_key=intent.run_key, stage=intent.stage, inputs_digest=intent.inputs_digest, attempt=intent.attempt, step=manifest.step,
+            manifest=key,
+            manifest_digest=manifest.digest(), weights_digest=manifest.weights_digest,
+            parent_committed=intent.parent.committed_digest if intent.parent else None, evaluation={}, time=1.0, epoch=0,
         )  # fmt: skip
         self.ledger.commit(committed)
-        return self.ledger.parent_ref(intent.stage, intent.inputs)
+        return lineage.parent_ref(self.ledger, intent.stage, intent.inputs_digest)
 
     def reaches(self, intent: Intent, step: int) -> None:
         """Wait until the trainer has published this step."""
@@ -164,8 +171,8 @@ class Attempts:
 
     def agent(self, intent: Intent) -> Process:
         """The agent's process, once there is one."""
-        claim: Claim = until(lambda: Claim.read(self.run_dir(intent)), f"an agent of {intent.run_key}")
-        return claim.agent
+        record: AgentRecord = until(lambda: AgentRecord.read(self.run_dir(intent)), f"an agent of {intent.run_key}")
+        return record.agent
 
     def trainers(self, intent: Intent) -> list[int]:
         """Pids of the trainer's parent and ranks that live, the parent first."""
@@ -234,7 +241,7 @@ def assert_books_balance(pieces: list[JournalPiece], life: Life, watcher: Watche
 LAUNCHER = """
 import sys, time
 from pathlib import Path
-from orchestrator.adapters.local import LocalBackend
+from orchestrator.local.backend import LocalBackend
 LocalBackend(sys.argv[1], Path(sys.argv[2])).submit(sys.argv[3], sys.argv[4])
 print("submitted", flush=True)
 time.sleep(600)

@@ -1,7 +1,11 @@
-"""Random but valid specs: what a person may write into pipeline and cluster files, hostile words included. For the laws of manifests."""
+"""Random but valid specs: what a person may write into pipeline and cluster files, hostile words included. For the laws of manifests.
+
+Also how a test looks into the job that is made of one.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,10 +14,12 @@ from typing import Any
 from hypothesis import strategies as st
 
 from opensora.config import StageConfig
-from orchestrator import config
-from orchestrator.cluster import ClusterProfile, Toleration, Volume
-from orchestrator.config import Pipeline
-from orchestrator.records import Intent, run_key
+from orchestrator.kube import manifest
+from orchestrator.ledger.keys import run_key
+from orchestrator.ledger.records import Intent
+from orchestrator.recipe import files, resolve
+from orchestrator.recipe.cluster_profile import ClusterProfile, Toleration, Volume
+from orchestrator.recipe.pipeline import Pipeline
 
 HOSTILE = [
     "NO", "off", "null", "~", "1e3", "0x1F", "0o17", "1_000", "12:30:45", "2026-11-23", ".inf", "<<", "=", "- a", "a: b", "a #b", "{{x}}",
@@ -25,7 +31,7 @@ HOSTILE = [
 
 @cache
 def stage_config() -> StageConfig:
-    return config.load(config.find("demo")).stages[0].config
+    return resolve.load(files.find("demo")).stages[0].config
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,14 @@ class Spec:
         return replace(self, profile=profile)
 
 
-def intent(pipeline: str, stage: str, inputs: str, attempt: int, nodes: int, devices: int, *, config: StageConfig | None = None) -> Intent:
+def intent(
+    pipeline: str, stage: str, inputs_digest: str, attempt: int, nodes: int, devices: int, *, config: StageConfig | None = None
+) -> Intent:
     return Intent(
-        run_key=run_key(pipeline, stage, inputs, attempt),
+        run_key=run_key(pipeline, stage, inputs_digest, attempt),
         pipeline=pipeline,
         stage=stage,
-        inputs=inputs,
+        inputs_digest=inputs_digest,
         attempt=attempt,
         epoch=3,
         created=1.0,
@@ -103,6 +111,7 @@ def profiles(draw: st.DrawFn) -> ClusterProfile:
         memory=draw(memory),
         shm=draw(st.sampled_from(["64Mi", "256Mi", "0.5Gi"])),
         scratch=draw(memory),
+        latents_gb=draw(st.none() | st.floats(0.01, 1)),
         node_selector=draw(st.dictionaries(keys, labels, max_size=3)),
         tolerations=tuple(draw(st.lists(tolerations, max_size=2))),
         exclude_nodes=tuple(draw(st.lists(labels, max_size=3))),
@@ -115,6 +124,7 @@ def profiles(draw: st.DrawFn) -> ClusterProfile:
         scheduler=draw(st.none() | dns),
         queue=queue,
         kueue_queue=draw(dns) if queue == "kueue" else None,
+        kueue_priority=draw(st.none() | dns) if queue == "kueue" else None,
         s3_endpoint=draw(st.none() | address_words.map(lambda word: f"http://s3.local/{word}")),
         s3_region=draw(words),
         s3_secret=draw(st.none() | dns),
@@ -145,7 +155,45 @@ def specs(draw: st.DrawFn) -> Spec:
 
 @cache
 def open_sora() -> Pipeline:
-    return config.load(config.find("open-sora-1.0"))
+    return resolve.load(files.find("open-sora-1.0"))
+
+
+def h800() -> ClusterProfile:
+    """The profile of the published run."""
+    cluster = open_sora().cluster
+    assert cluster is not None
+    return cluster
+
+
+def rendered(spec: Spec) -> dict[str, Any]:
+    return manifest.pytorch_job(spec.intent, spec.profile, spec.store_url, exclude_nodes=spec.exclude_nodes)
+
+
+def job_of(profile: ClusterProfile, *, nodes: int = 8, devices: int = 8, attempt: int = 1, **kwargs: Any) -> dict[str, Any]:
+    return manifest.pytorch_job(intent("p", "s", "0" * 12, attempt, nodes, devices), profile, "s3://b/p", **kwargs)
+
+
+def worker(job: dict[str, Any]) -> dict[str, Any]:
+    pod: dict[str, Any] = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    return pod
+
+
+def container(job: dict[str, Any]) -> dict[str, Any]:
+    (only,) = worker(job)["containers"]
+    return dict(only)
+
+
+def environment(job: dict[str, Any]) -> dict[str, str]:
+    return {entry["name"]: entry["value"] for entry in container(job)["env"] if "value" in entry}
+
+
+def expanded(text: str, variables: dict[str, str]) -> str:
+    """What kubelet makes of a text: `$(NAME)` is replaced, an unknown one stays, `$$` becomes `$`."""
+    return re.sub(
+        r"\$(\$|\(([^)]*)\))",
+        lambda found: "$" if found[1] == "$" else variables.get(found[2], found[0]),
+        text,
+    )
 
 
 def _context(pod: dict[str, Any]) -> dict[str, Any]:

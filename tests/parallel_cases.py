@@ -1,5 +1,6 @@
-"""What test_parallel.py runs on each rank: `python parallel_cases.py OUT`. Every case takes three steps on clips that are the same in every
-world; rank 0 writes losses, the first gradient, and the weights and averages after them. Alone (world 1) it is the reference."""
+"""What test_parallel.py runs on each rank: `python parallel_cases.py suite|all OUT [SOURCE]`. Every case takes three steps on clips that
+are the same in every world; rank 0 writes losses, the first gradient, and weights and averages after them. Alone (world 1) it is the
+reference."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from opensora import parallel
-from opensora.checkpoint import Reader
+from opensora.checkpoint.reader import Reader
+from opensora.checkpoint.writer import Saver
 from opensora.config import Activations, StageConfig
-from opensora.model import STDiT
-from opensora.ranks import Ranks, join
-from opensora.saver import Saver
+from opensora.distributed import parallel
+from opensora.distributed.ranks import Ranks, join
+from opensora.distributed.strategy import Strategy
+from opensora.model.stdit import STDiT
 
 CLIPS = 4
 STEPS = 3
@@ -63,6 +65,19 @@ WAYS: dict[str, dict[int, list[Case]]] = {
     "sequence in parts": {2: [Case(sequence=2, parts=4)]},
 }
 """By way to share the work and number of ranks."""
+RUNS = [
+    (way, world, shape)
+    for way, worlds in WAYS.items()
+    for world in worlds
+    for shape in SHAPES
+    if shape == "divisible" or not ("recomputed" in way or "parts" in way)
+]
+ALL_SHAPES = (("ddp", 2), ("sequence and fsdp", 4))
+IN_THE_SUITE = {
+    (way, world, shape)
+    for way, world, shape in RUNS
+    if shape == "ragged" or (way, world) in ALL_SHAPES or "recomputed" in way or "parts" in way
+}
 
 
 def combined(shape: Case, way: Case) -> Case:
@@ -124,9 +139,7 @@ def clips_of(case: Case, step: int) -> dict[str, Tensor]:
     return draw | {"mask": torch.arange(6) < lengths[:, None], "drop": torch.tensor([False, True, False, False])}
 
 
-def train(
-    case: Case, ranks: Ranks, reader: Reader | None = None, steps: range = range(STEPS)
-) -> tuple[parallel.Strategy, dict[str, Tensor]]:
+def train(case: Case, ranks: Ranks, reader: Reader | None = None, steps: range = range(STEPS)) -> tuple[Strategy, dict[str, Tensor]]:
     """The strategy after its steps, and what they gave."""
     stage = stage_of(case)
     model = model_of(stage, case)
@@ -171,35 +184,32 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
 
 
-def save(strategy: parallel.Strategy, case: Case, ranks: Ranks, folder: Path) -> None:
+def save(strategy: Strategy, case: Case, ranks: Ranks, folder: Path) -> None:
     """A checkpoint of the strategy, every rank its part; the encoders are empty files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("autoencoder.safetensors", "text.safetensors"):
         (folder / name).touch()
     writer, here = strategy.writer(ranks.rank), tuple(strategy.writer(rank) for rank in ranks.here)
-    saver = Saver(folder / "checkpoints", stage_of(case), shard=writer, shards=ranks.world, here=here, device=ranks.device)
+    saver = Saver(folder / "checkpoints", stage_of(case), writer=writer, writers=ranks.world, here=here, device=ranks.device)
     ranks.barrier()
-    saver.save(strategy.pieces(), folder, step=STEPS, world_size=ranks.world, seen=(12,), clips="", carried=(), reset=())
+    saver.save(strategy.shards(), folder, step=STEPS, world_size=ranks.world, seen=(12,), clips="", carried=(), reset=())
     ranks.barrier()
 
 
-def main(out: Path, source: Path | None) -> None:
-    """Every case of this world size; with `source`, one more step from each checkpoint found there."""
+def main(which: str, out: Path, source: Path | None) -> None:
+    """The cases of this world size; with `source`, one more step from each checkpoint found there, and no other."""
     torch.set_num_threads(1)
     with join() as ranks:
-        for way, worlds in WAYS.items():
-            for case_of_way in worlds.get(ranks.world, []):
-                for shape, case_of_shape in SHAPES.items():
-                    case = combined(case_of_shape, case_of_way)
-                    if shape != "divisible" and ("recomputed" in way or "parts" in way):
-                        continue
-                    strategy, found = train(case, ranks)
-                    if ranks.is_first:
-                        save_file(
-                            {name: value.contiguous() for name, value in found.items()}, out / f"{way} {ranks.world} {shape}.safetensors"
-                        )
-                    if shape == "ragged":
-                        save(strategy, case, ranks, out / f"{way} {ranks.world}")
+        for way, world, shape in RUNS if source is None else ():
+            if world != ranks.world or (which == "suite" and (way, world, shape) not in IN_THE_SUITE):
+                continue
+            (case_of_way,) = WAYS[way][world]
+            case = combined(SHAPES[shape], case_of_way)
+            strategy, found = train(case, ranks)
+            if ranks.is_first:
+                save_file({name: value.contiguous() for name, value in found.items()}, out / f"{way} {world} {shape}.safetensors")
+            if shape == "ragged":
+                save(strategy, case, ranks, out / f"{way} {world}")
         for path in sorted(source.glob("*/checkpoints/step-*")) if source else []:
             for strategy_name in ("ddp", "fsdp"):
                 case = combined(SHAPES["ragged"], Case(strategy=strategy_name))
@@ -212,4 +222,4 @@ def main(out: Path, source: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None)

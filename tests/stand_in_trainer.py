@@ -52,6 +52,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--fail-rank", type=int, default=0)
     parser.add_argument("--node", type=int, default=0)
     parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--says", type=Path, help="folder whose files the first rank copies into the run directory, before its first step")
     parser.add_argument("--once", type=Path, help="fail only while this file is not there")
     return parser.parse_args()
 
@@ -109,6 +110,7 @@ class StandIn:
 
     def finish(self, status: str, reason: str = "", kind: str | None = None, evaluation: dict[str, float] | None = None) -> None:
         result = {"schema": 1, "status": status, "step": self.step, "reason": reason, "class": kind, "rank": self.rank if kind else None}
+        result["time"] = time.time()
         with (self.run / "result.json").open("r+b") as file:
             file.write(json.dumps({**result, "evaluation": evaluation or {}}).encode().ljust(RESULT_BYTES))
 
@@ -119,6 +121,8 @@ class StandIn:
 
     def train(self) -> int:
         self.beat("init")
+        if self.options.says and self.local == 0:
+            shutil.copytree(self.options.says, self.run, dirs_exist_ok=True)
         time.sleep(self.options.init_ms / 1000)
         self.book("init")
         drained = False

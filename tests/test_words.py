@@ -17,8 +17,6 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 URL = re.compile(r"https?://[^\s\"'`<>)\]}|\\,;]+")
 MADE = ("orchestrator/configs",)
 """What building a package makes."""
-IN_README = "docs/benchmarks/trainer-table.md"
-"""A part of README.md, whose links it has."""
 OLD = ("CHANGELOG.md", "docs/log.md", "docs/adr/")
 """Pages that tell what was: they may name what is gone."""
 
@@ -64,7 +62,7 @@ def test_a_link_leads_to_a_file_and_to_a_heading(name: str) -> None:
         target, _, heading = link.partition("#")
         if urlsplit(link).scheme:
             continue
-        base = REPOSITORY if name == IN_README else (REPOSITORY / name).parent
+        base = (REPOSITORY / name).parent
         path = base / target if target else REPOSITORY / name
         if not path.exists() or (heading and path.is_file() and heading not in headings(path)):
             missing.append(link)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 
 from opensora.config import StageConfig
-from orchestrator.cluster import ClusterProfile
-from orchestrator.ledger import Ledger
-from orchestrator.records import Intent, run_key
+from orchestrator.ledger.keys import run_key
+from orchestrator.ledger.records import Intent
+from orchestrator.ledger.store import Ledger
+from orchestrator.recipe.cluster_profile import ClusterProfile
 
 STEPS = 40
 CONFIG = StageConfig.model_validate(
@@ -49,7 +50,7 @@ def intend(ledger: Ledger, number: int = 1, *, stage: str = "one", nodes: int = 
             run_key=run_key(ledger.pipeline, stage, "0a1b2c3d4e5f", number),
             pipeline=ledger.pipeline,
             stage=stage,
-            inputs="0a1b2c3d4e5f",
+            inputs_digest="0a1b2c3d4e5f",
             attempt=number,
             epoch=epoch,
             created=time.time(),

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from opensora import identity
 from opensora.config import CheckpointConfig, DataConfig, DigitsSource, Flow, PatchAutoencoder, SamplingConfig, StageConfig, WordEncoder
-from orchestrator.config import Pipeline, Published, Resources, Stage, StageSpec
-from orchestrator.ledger import LeaseHandle, Ledger
-from orchestrator.records import (
+from orchestrator.ledger.keys import run_key
+from orchestrator.ledger.records import (
     Committed,
     ExitClass,
     FileRef,
@@ -25,8 +24,9 @@ from orchestrator.records import (
     Price,
     ResumeRef,
     Terms,
-    run_key,
 )
+from orchestrator.ledger.store import LeaseHandle, Ledger
+from orchestrator.recipe.pipeline import Pipeline, Published, Resources, Stage, StageSpec
 
 START = 1_790_000_000.0
 """2026-09-21, in Unix seconds."""
@@ -93,21 +93,22 @@ class Writer:
         self.lease.release()
         self.lease = None
 
-    def inputs(self, name: str) -> str:
+    def inputs_digest(self, name: str) -> str:
         stage = self.pipeline.stage(name)
         parent = stage.spec.parent
         return identity.name(stage.config, stage.devices, self.results[parent].digest() if parent else None, stage.contents)
 
     def begin(self, name: str, *, resume: int = 0) -> Intent:
         """The next attempt's intent."""
-        stage, inputs = self.pipeline.stage(name), self.inputs(name)
-        number = len(self.ledger.attempts(name, inputs)) + 1
+        stage, inputs_digest = self.pipeline.stage(name), self.inputs_digest(name)
+        number = len(self.ledger.attempts(name, inputs_digest)) + 1
         parent = self.results[stage.spec.parent] if stage.spec.parent else None
         self.now += 1
-        self.ledger.write_terms(name, inputs, number, Terms(identity=identity.VERSION, contents=stage.contents, price=self.price))
+        self.ledger.write_terms(name, inputs_digest, number, Terms(identity=identity.VERSION, contents=stage.contents, price=self.price))
         return self.ledger.create_intent(
             Intent(
-                run_key=run_key(self.pipeline.name, name, inputs, number), pipeline=self.pipeline.name, stage=name, inputs=inputs,
+                run_key=run_key(self.pipeline.name, name, inputs_digest, number), pipeline=self.pipeline.name, stage=name,
+                inputs_digest=inputs_digest,
                 attempt=number, epoch=1, created=self.now, config=stage.config, config_digest=stage.config.digest(),
                 nodes=stage.spec.resources.nodes, devices_per_node=stage.spec.resources.devices_per_node,
                 device=stage.spec.resources.device, trainer=(), hang_timeout_s=300.0, flush_s=5.0,
@@ -120,7 +121,7 @@ class Writer:
 
     def train(self, intent: Intent, last: int) -> None:
         """Journal pieces up to step `last`: a first one of preparation, then one every STEPS_A_PIECE."""
-        pieces = self.ledger.journal(intent.stage, intent.inputs, intent.attempt)
+        pieces = self.ledger.journal(intent.stage, intent.inputs_digest, intent.attempt)
         done = max((piece.last_step or 0 for piece in pieces), default=intent.resume.step if intent.resume else 0)
         if not pieces:
             self._piece(intent, 0, {"preflight": 0.5, "init": INIT_S - 0.5}, ())
@@ -129,12 +130,13 @@ class Writer:
             lines = tuple(self._line(intent, step, place) for place, step in enumerate(steps, 1))
             pace = self.pace(intent.config)
             spent = {"step": 0.9 * pace * len(steps), "data_wait": 0.1 * pace * len(steps)}
-            self._piece(intent, len(self.ledger.journal(intent.stage, intent.inputs, intent.attempt)), spent, lines)
+            self._piece(intent, len(self.ledger.journal(intent.stage, intent.inputs_digest, intent.attempt)), spent, lines)
 
     def publish(self, intent: Intent, step: int) -> Manifest:
         files = {name: FileRef(size=4, sha256=f"{step:064x}") for name in ("model.safetensors", "ema.safetensors")}
         manifest = Manifest(
-            run_key=intent.run_key, pipeline=intent.pipeline, stage=intent.stage, inputs=intent.inputs, attempt=intent.attempt, step=step,
+            run_key=intent.run_key, pipeline=intent.pipeline, stage=intent.stage, inputs_digest=intent.inputs_digest,
+            attempt=intent.attempt, step=step,
             complete=step == intent.config.steps, config_digest=intent.config_digest, code=intent.code,
             parent_manifest=intent.parent.manifest_digest if intent.parent else None, files=files, weights_digest=f"{step:064x}",
         )  # fmt: skip
@@ -143,7 +145,7 @@ class Writer:
 
     def close(self, intent: Intent, class_: ExitClass, *, silent_s: float = 0.0, reason: str = "") -> Outcome:
         """The attempt's outcome. `silent_s`: seconds between its last piece and its death."""
-        pieces = self.ledger.journal(intent.stage, intent.inputs, intent.attempt)
+        pieces = self.ledger.journal(intent.stage, intent.inputs_digest, intent.attempt)
         self.now += silent_s
         outcome = Outcome.model_validate(
             {
@@ -158,7 +160,7 @@ class Writer:
         parent = self.pipeline.stage(intent.stage).spec.parent
         committed = self.ledger.commit(
             Committed(
-                run_key=intent.run_key, stage=intent.stage, inputs=intent.inputs, attempt=intent.attempt, step=manifest.step,
+                run_key=intent.run_key, stage=intent.stage, inputs_digest=intent.inputs_digest, attempt=intent.attempt, step=manifest.step,
                 manifest=self._manifest_key(intent, manifest.step), manifest_digest=manifest.digest(),
                 weights_digest=manifest.weights_digest, parent_committed=self.results[parent].digest() if parent else None,
                 evaluation=self.evaluation(intent), time=self.now, epoch=1,
@@ -224,7 +226,7 @@ class Writer:
         )  # fmt: skip
 
     def _manifest_key(self, intent: Intent, step: int) -> str:
-        return f"{self.ledger.keys.checkpoint(intent.stage, intent.inputs, step, intent.attempt)}/MANIFEST.json"
+        return f"{self.ledger.keys.checkpoint(intent.stage, intent.inputs_digest, step, intent.attempt)}/MANIFEST.json"
 
     def _event(self, kind: str, detail: str = "") -> None:
         assert self.lease is not None

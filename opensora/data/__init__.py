@@ -1,1 +1,1 @@
-"""From captioned clips to batches of latents: sources, the latent cache, the loader."""
+"""Pixels and captions of clips: where they come from, and how they are cut to a size."""

@@ -1,8 +1,8 @@
 """Captioned moving digits, in the style of Sync-DRAW (Mittal et al. 2017, arXiv 1611.10314), made from scikit-learn's handwritten digits.
 
 Owns the drawing, the captions, the split of handwritten images into train and test, and the held-out combinations of digit and direction.
-Training clips use images of the train split alone and never show a held-out combination; the judge's own clips use the test split.
-Refuses to judge: `opensora.judge` reads clips back.
+Training clips use images of the train split alone and never show a held-out combination; the classifier's own clips use the test split.
+Refuses to read clips back: `opensora.evaluation.digit_classifier` does.
 
 A digit is half as high as the frame's shorter side and moves once, from near the middle to one side, whatever the number of frames: it
 neither wraps nor bounces, so its direction is one word, and a clip of 16 frames is a slower one of 8. It starts on the near side of the
@@ -175,6 +175,7 @@ class DigitClips:
         self._seed, self._count = seed, data.source.clips
         self._last: tuple[tuple[int, int], Drawing] | None = None
         self.skipped: Mapping[str, str] = {}
+        self.remarks: Sequence[str] = ()
         self.words: Sequence[str] = [caption(digit, direction) for digit, direction in COMBINATIONS]
         made_of = [VERSION, seed, self._count, data.source.quality, self.sizes]
         self.digest = self.dated = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
@@ -242,4 +243,6 @@ def _canvas(data: DataConfig, size: Size, quality: Quality) -> Canvas:
         raise ConfigError(
             f"data.frame_interval {data.frame_interval}: a digit crosses the frame once in however many frames; set frame_interval 1"
         )
+    if data.fps is not None:
+        raise ConfigError(f"data.fps {data.fps:g}: digits are drawn frame by frame, they have no rate. Leave it out")
     return Canvas(size.frames, size.height, size.width, quality)

@@ -1,18 +1,23 @@
-"""Clips from video files that a CSV names: a folder with its `captions.csv`, or a manifest.
+"""Clips from video files and their captions: a folder in one of the layouts that people have, or a table (manifest).
 
-Owns the CSV's rules and decoding with PyAV. The CSV starts with a header that names `path` and `text` (more columns are ignored). In a
-folder paths are relative to it and stay inside; in a manifest they may also be absolute, or URIs of fsspec, and relative ones start at the
-CSV's folder. What a person wrote wrong there is an error that names file and line. A video that cannot be used is left out with a reason,
-never replaced by another one. Nothing is flipped here: `latents` does it, where it may.
+Owns which files are opened and what is said of them; `layouts` reads which clips there are, with which captions, and `video` owns what a
+file shows. A video that cannot be used is left out with a reason, never replaced by another one. Nothing is flipped here: the latent cache
+flips latents where the stage allows it.
 
-A clip is frames 0, k, 2k … of its file (k = frame_interval): frames after the last one are not decoded, frames between are not converted.
-Pictures (PNG, JPEG) are clips of one frame. Where a stage has several buckets, each file is asked once for its size
-(`opensora.data.buckets` says where it goes); what its container says of frames is believed until it is decoded. A container that says
-nothing is decoded, as far as the longest bucket needs.
+A clip is frames 0, k, 2k … of its file (k = frame_interval), or those at 0, 1/fps, 2/fps … seconds: frames after the last one are not
+decoded, frames between are not converted. Pictures (PNG, JPEG) are clips of one frame. If a stage has several buckets, the size of each
+file is read once (`opensora.data.buckets` chooses its bucket): the first frame is decoded, and the container's count of frames is believed
+until all frames are decoded. If the container has no count, frames are decoded and counted, as many as the longest bucket needs.
 
-With the manifest that was recorded at the launch (`opensora.data.manifest`) the digest is of contents and captions, whatever the place
-and the dates of the files, and what is found is compared with it: captions, and sizes where they are cheap. Without one the digest counts
-sizes and dates. Of a CSV's URIs sizes are not asked for, since a million requests at each start would take minutes: then names count.
+A clip may be a member of a tar (a WebDataset): its bytes are read where they lie in it.
+
+Only regular files are opened: a pipe never ends, and a device has no content. If one file fails, only its clip is left out. But if another
+machine (fsspec) cannot be reached, the stage ends: its clips are as good as before, and a short fault must not leave them out.
+
+With the manifest that was recorded at the launch (`opensora.dataset.manifest`) the digest is over contents and captions, not over paths or
+dates, and what is found is compared with the manifest: captions, and sizes if they are cheap to get. Without a manifest the digest is over
+sizes and dates. For URIs in a CSV only the names count: sizes are not asked for, since a million requests at each start would take minutes.
+A file of this machine is hashed before it is decoded, so that one that was replaced since the launch is never taken for the recorded one.
 """
 
 from __future__ import annotations
@@ -21,49 +26,65 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import stat
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import av
 import fsspec
-import numpy as np
-import torch
-from einops import rearrange
-from numpy.typing import NDArray
 
 from opensora.config import DataConfig, FolderSource, ManifestSource
 from opensora.data.buckets import Size, choose, frames_needed, sizes, too_short
-from opensora.data.manifest import CAPTIONS, UNKNOWN, DataManifest, Unknown, changed_since, parse_csv, told
+from opensora.data.screen import Unusable
+from opensora.data.video import Notes, probe
+from opensora.data.video import decode as _decode
+from opensora.dataset.layouts import Captioned, read_file, read_folder
+from opensora.dataset.manifest import UNKNOWN, DataManifest, Unknown, changed_since, renamed, told
+from opensora.dataset.places import Finder, Folder, is_local
+from opensora.dataset.webdataset import Part
 from opensora.errors import ConfigError, DataError
+from opensora.printable import one_line, quoted
 
-VERSION = 2
-"""Raised whenever the same files would give other pixels."""
+if TYPE_CHECKING:
+    import torch
+
+VERSION = 3
+"""This number goes up whenever the same files would give other pixels."""
 READERS = 8
-"""Files opened at once: most of a look at a small file is waiting."""
+"""Files opened at once: for a small file most of the time is waiting."""
+
+NAMED = 20
+"""How many clips are logged by name as soon as they are left out. The cache and the run directory list all of them."""
+UNEVEN = 1.1
+"""Frame rates that differ by more than this ratio are reported, since they show the same motion at different speeds."""
+SPECIAL = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFDIR: "a folder"}
+
+CHUNK = 1 << 20
+
+Read = TypeVar("Read")
+State = tuple[int, int, int, int]
+"""The state of a file: inode, size, and the dates of its content and of its inode."""
 
 log = logging.getLogger(__name__)
-
-
-class Unusable(Exception):
-    """Why one file gives no clip."""
 
 
 class FileClips:
     """The clips of a `FolderSource` or a `ManifestSource`. Implements `opensora.data.source.Clips`."""
 
-    def __init__(self, data: DataConfig, recorded: DataManifest | None = None) -> None:
-        """Reads the CSV and the files' dates; opens no video.
+    def __init__(self, data: DataConfig, recorded: DataManifest | None = None, *, first: int | None = None) -> None:
+        """Read the CSV and the files' dates. No video is opened.
 
         Args:
-            recorded: what the launch found; none: nobody wrote it down.
+            recorded: the manifest that the launch recorded. None means there is none.
+            first: use only this many clips, to look at a data set. None means all.
 
         Raises:
-            ConfigError: for a folder or CSV that cannot be used.
-            DataError: for one that is not what was recorded.
+            ConfigError: the folder or CSV cannot be used.
+            DataError: the folder or CSV is not what was recorded.
         """
         source = data.source
         if not isinstance(source, FolderSource | ManifestSource):
@@ -72,16 +93,21 @@ class FileClips:
             self._files, place = fsspec.core.url_to_fs(source.path)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"data.source {source.path}: {error}. Give a path, or an address that fsspec knows") from error
-        if isinstance(source, FolderSource):
-            self._root = place
-            self._paths, self.captions = _read_folder(self._files, place)
-        else:
-            self._root = place.rpartition("/")[0]
-            self._paths, self.captions = _read_csv(self._files, place, inside=False)
-            if len(self._paths) != source.clips:
-                raise ConfigError(f"data.source.clips is {source.clips}, but {place} has {len(self._paths)} rows. Make them equal")
+        self._finder = Finder()
+        self._folder, self._read = _captioned(self._files, place, folder=isinstance(source, FolderSource))
+        self._paths, self.captions = [row.path for row in self._read.rows], [row.text for row in self._read.rows]
+        if isinstance(source, ManifestSource) and len(self._paths) != source.clips:
+            raise ConfigError(f"data.source.clips is {source.clips}, but {place} has {len(self._paths)} rows. Make them equal")
+        self.total = len(self._paths)
+        self._paths, self.captions = self._paths[:first], self.captions[:first]
         self._listing = isinstance(source, FolderSource)
         self.sizes, self._interval = sizes(data), data.frame_interval
+        self._fps = None if data.fps is None else Fraction(str(data.fps))
+        self.notes: dict[str, tuple[int, Notes]] = {}
+        self._recorded: dict[str, str | None] = {}
+        """By path, the sha256 of each file at the launch. None means that the launch could not read it."""
+        self._as_recorded: dict[str, State] = {}
+        """By path, the state of each file when its content was last found equal to what was recorded."""
         self.words: Sequence[str] = ()
         self._skipped: dict[str, str] = {}
         self.skipped: Mapping[str, str] = self._skipped
@@ -92,29 +118,52 @@ class FileClips:
         if recorded is not None:
             self._refuse_other(recorded, stamps, source.path)
             self.digest = self._digest_over(recorded.digest)
+            if recorded.by == "content":
+                self._recorded = dict(zip(self._paths, (row.sha256 for row in recorded.rows), strict=False))
 
     def _digest_over(self, rows: Any) -> str:
-        made_of = [VERSION, rows, self._interval, self.sizes]
+        made_of = [VERSION, rows, self._interval if self._fps is None else f"{self._fps} fps", self.sizes]
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     def _refuse_other(self, recorded: DataManifest, stamps: Sequence[list[Any] | None], place: str) -> None:
-        """Raises DataError."""
+        """Raise DataError if the clips are not those that were recorded."""
         sizes = [self._size(path, stamp) for path, stamp in zip(self._paths, stamps, strict=True)]
-        differences = changed_since(recorded, list(zip(self._paths, self.captions, strict=True)), sizes)
+        rows = list(zip(self._paths, self.captions, strict=True))
+        unknown = [number for number in renamed(recorded, rows) if isinstance(sizes[number], Unknown)]
+        with ThreadPoolExecutor(READERS) as pool:
+            for number, size in zip(unknown, pool.map(lambda number: self._asked(self._paths[number]), unknown), strict=True):
+                sizes[number] = size
+        differences = changed_since(recorded, rows, sizes)
         if differences:
             raise DataError(
                 f"data.source {place}: other clips than at the launch, {len(differences):,} rows changed ({told(differences)}). "
-                "Put them back as they were, or see what goes on with: osctl launch --dry-run"
+                "Put them back as they were, and `osctl launch` goes on"
             )
 
     def _size(self, path: str, stamp: list[Any] | None) -> int | Unknown | None:
+        if (member := self._read.members.get(path)) is not None:
+            return member.size
         if stamp is not None:
-            return int(stamp[0])
-        asked = self._listing or "file" in self._locate(path)[0].protocol
+            return UNKNOWN if stamp[0] is None else int(stamp[0])
+        asked = self._read.listing is not None if self._listing else is_local(self._written(path)[0])
         return None if asked else UNKNOWN
+
+    def _asked(self, path: str) -> int | Unknown:
+        """The size of a file on another machine; UNKNOWN if its file system does not say."""
+        try:
+            files, place = self._locate(path)
+            size = files.size(place)
+        except Exception:  # noqa: BLE001 - file system clients raise their own kinds; reading the clip will say why
+            return UNKNOWN
+        return UNKNOWN if size is None else int(size)
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """The path of clip i, as its row has it."""
+        return self._paths
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -130,11 +179,13 @@ class FileClips:
                 else:
                     clips.append(clip)
                     indices.append(index)
+        import torch
+
         return torch.stack(clips) if clips else torch.empty(0, *size, 3, dtype=torch.uint8), indices
 
     @cached_property
     def _members(self) -> list[list[int]]:
-        """Clips of each bucket. With one there is nothing to choose, and decoding finds out what is too short."""
+        """The clips of each bucket. A single bucket has all clips; decoding finds out which are too short."""
         if len(self.sizes) == 1:
             return [list(range(len(self)))]
         members: list[list[int]] = [[] for _ in self.sizes]
@@ -145,158 +196,195 @@ class FileClips:
                     continue
                 bucket = choose(size, self.sizes, self._interval)
                 if bucket is None:
-                    self._leave_out(path, too_short(size.frames, min(each.frames for each in self.sizes), self._interval))
+                    self._leave_out(path, too_short(size.frames, min(each.frames for each in self.sizes), self._interval, self._fps))
                 else:
                     members[bucket].append(index)
         return members
 
     def _leave_out(self, path: str, reason: str) -> None:
-        if path not in self._skipped:
-            log.warning("left out %s: %s", path, reason)
+        if path not in self._skipped and len(self._skipped) < NAMED:
+            log.warning("left out %s: %s", quoted(path), one_line(reason))
         self._skipped[path] = reason
 
+    @property
+    def remarks(self) -> Sequence[str]:
+        """Sentences about the layout and about the clips that were read so far, beside the clips that were left out."""
+        films = {path: (frames, notes) for path, (frames, notes) in sorted(self.notes.items()) if frames > 1}
+        interlaced = [path for path, (_, notes) in films.items() if notes.interlaced]
+        said = [*self._read.remarks, *([self._uneven(films)] if self._fps is None else [])]
+        if interlaced:
+            said.append(f"{_files(interlaced)} interlaced: one field of each frame is used, which halves its rows")
+        return [each for each in said if each]
+
+    def _uneven(self, films: Mapping[str, tuple[int, Notes]]) -> str:
+        """A sentence if clips of equally many frames last for different times, otherwise an empty string."""
+        rates = {path: float((frames - 1) / notes.span) for path, (frames, notes) in films.items() if notes.span}
+        if not rates or max(rates.values()) <= UNEVEN * min(rates.values()):
+            return ""
+        fast, slow = max(rates, key=rates.__getitem__), min(rates, key=rates.__getitem__)
+        counted = "" if self._interval == 1 else " --set STAGE.data.frame_interval=1"
+        told = " to ".join(f"{films[path][0]} frames in {float(films[path][1].span):.2f} s ({quoted(path)})" for path in (fast, slow))
+        return (
+            f"files have different frame rates, and frames are counted: {told}. So the same motion has different speeds. "
+            f"Take frames by time: `osctl launch --set STAGE.data.fps={max(1, round(statistics.median_low(rates.values())))}{counted}`"
+        )
+
     def _probe(self, path: str) -> Size | Unusable:
-        """Of the whole file; an error is a value here, since others are being looked at beside it."""
+        """The size of the whole file."""
         most = max(frames_needed(size.frames, self._interval) for size in self.sizes)
-        try:
-            with self._open(path) as file:
-                return probe(file, most)
-        except Unusable as reason:
-            return reason
-        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-            return Unusable(error.strerror or type(error).__name__)
+        return self._reading(path, lambda file: probe(file, most, self._fps))
 
     def _clip(self, path: str, size: Size) -> torch.Tensor | Unusable:
-        """(T, H, W, 3), each frame fitted as soon as it is decoded: a long film at its own size may not fit in memory."""
+        """(T, H, W, 3). Each frame is fitted as soon as it is decoded, since a long film at its own size may not fit in memory."""
+        notes = Notes()
+
+        def read(file: Any) -> torch.Tensor:
+            frames = _decode(file, size.frames, self._interval, fps=self._fps, size=(size.height, size.width), notes=notes)
+            import torch
+
+            return torch.stack([torch.from_numpy(frame) for frame in frames])
+
+        clip = self._reading(path, read)
+        if not isinstance(clip, Unusable):
+            self.notes[path] = size.frames, notes
+        return clip
+
+    def _reading(self, path: str, read: Callable[[Any], Read]) -> Read | Unusable:
+        """What `read` makes of the open file. An error of the file is returned, since other files are read at the same time. Raises
+        DataError if the place of the file cannot be reached, or the file has changed since the launch."""
+        here = False  # a place that cannot be reached is on another machine
         try:
-            with self._open(path) as file:
-                frames = [fit_frames(frame[None], size.height, size.width) for frame in _decode(file, size.frames, self._interval)]
+            files, place = self._locate(path)
+            here = "file" in files.protocol
+            if here:
+                _refuse_special(place)
+            with files.open(place, "rb") as whole:
+                member = self._read.members.get(path)
+                opened = whole if member is None else Part(whole, member.offset, member.size)
+                file = opened if here else _Elsewhere(opened)
+                if here:
+                    self._refuse_changed(path, opened)
+                made: Read | Unusable
+                try:
+                    made = read(file)
+                except Unusable as reason:
+                    if isinstance(file, _Elsewhere) and file.failed is not None:
+                        raise file.failed from reason
+                    made = reason
+                if here:
+                    self._refuse_changed(path, opened)
+                return made
         except Unusable as reason:
             return reason
+        except DataError:
+            raise
         except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+            if isinstance(error, FileNotFoundError) and here and self._recorded.get(path):
+                raise DataError(f"{path}: was removed after the launch recorded it. Put it back, or launch again to record anew") from error
             return Unusable(error.strerror or type(error).__name__)
-        return torch.cat(frames)
+        except Exception as error:
+            if not here:
+                why = f"{type(error).__name__}: {error}"
+                raise DataError(f"{quoted(path)}: cannot be read now ({why}). Mend the access to it, then launch again") from error
+            return Unusable(error.strerror or str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}")
 
-    def _open(self, path: str) -> Any:
-        files, place = self._locate(path)
-        return files.open(place, "rb")
+    def _refuse_changed(self, path: str, file: Any) -> None:
+        """Raise DataError if an open file of this machine is not what the launch hashed: its latents are kept under that digest for good.
+        The file is hashed once, and again if its dates have changed since."""
+        if path not in self._recorded:
+            return
+        state = _state(file)
+        if state == self._as_recorded.get(path):
+            return
+        digest, was = hashlib.sha256(), self._recorded[path]
+        file.seek(0)
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+        file.seek(0)
+        if (now := digest.hexdigest()) != was:
+            then = was[:12] if was else "not known"
+            raise DataError(
+                f"{path}: was changed after the launch recorded it (sha256 was {then}, is {now[:12]}). Launch again to record anew"
+            )
+        self._as_recorded[path] = state
 
     def _locate(self, path: str) -> tuple[Any, str]:
-        if "://" in path:
+        """The file system and place of the file that a row names, whatever Unicode normal form its name has there."""
+        files, place = self._written(path)
+        return files, place if self._listing else self._finder.located(files, place)
+
+    def _written(self, path: str) -> tuple[Any, str]:
+        if not self._listing and "://" in path:
             files, place = fsspec.core.url_to_fs(path)
             return files, place
-        return (fsspec.filesystem("file"), path) if path.startswith("/") else (self._files, f"{self._root}/{path}")
+        if not self._listing and path.startswith("/"):
+            return fsspec.filesystem("file"), path
+        return self._files, self._folder.place(self._read.files.get(path, path))
 
     def _listed(self) -> list[list[Any] | None]:
-        """Size and date of each file, from one listing of the folder."""
-        found = {}
-        for name, info in self._files.find(self._root, detail=True).items():
-            found[name] = [info["size"], str(info.get("ETag") or info.get("mtime"))]
-        return [found.get(f"{self._root}/{path}") for path in self._paths]
+        """Size and date of each file, from one listing of the folder. None means the file is not listed."""
+        listing = self._read.listing or {}
+        found = (listing.get(self._read.files.get(path, path)) for path in self._paths)
+        return [None if entry is None else [entry.size, entry.date] for entry in found]
 
     def _dated(self) -> list[list[Any] | None]:
-        """Size and date of each local file; none for what is elsewhere."""
+        """Size and date of each local file. None means the file is on another machine, or cannot be found."""
         stamps: list[list[Any] | None] = []
         for path in self._paths:
-            files, place = self._locate(path)
             try:
-                found = Path(place).stat() if "file" in files.protocol else None
+                found = Path(self._locate(path)[1]).stat() if is_local(self._written(path)[0]) else None
             except OSError:  # reading it will say why
                 found = None
             stamps.append(None if found is None else [found.st_size, found.st_mtime_ns])
         return stamps
 
 
-def probe(file: Any, most: int) -> Size:
-    """Frames, rows and columns of a video (an open binary file or a path), from its container. Where that does not count frames they are
-    decoded, at most `most`.
+def _state(file: Any) -> State:
+    found = os.fstat(file.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
-    Raises:
-        Unusable: for what is no video.
-    """
+
+class _Elsewhere:
+    """A file on another machine. It remembers a failure to read, which says nothing about the file itself."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.size = file, file.size
+        self.failed: Exception | None = None
+
+    def read(self, count: int = -1) -> bytes:
+        try:
+            return bytes(self._file.read(count))
+        except Exception as error:
+            self.failed = error
+            raise
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        return int(self._file.seek(place, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+
+def _refuse_special(place: str) -> None:
+    """Raise Unusable if this is not a regular file. Raises OSError."""
+    kind = stat.S_IFMT(Path(place).stat().st_mode)
+    if kind != stat.S_IFREG:
+        raise Unusable(f"{SPECIAL.get(kind, 'something else')}, not a regular file")
+
+
+def _files(paths: Sequence[str]) -> str:
+    """`a.mpg is`, `3 files are` …"""
+    return f"{quoted(paths[0])} is" if len(paths) == 1 else f"{len(paths)} files ({quoted(paths[0])} …) are"
+
+
+def _captioned(files: Any, place: str, *, folder: bool) -> tuple[Folder, Captioned]:
+    """The folder that relative paths start from, and the captioned clips that are read there. Raises ConfigError."""
+    root, _, name = (place, "", "") if folder else place.rpartition("/")
+    where = Folder(files, root)
     try:
-        with _opened(file) as container:
-            stream = container.streams.video[0]
-            if stream.frames > 0 and stream.height > 0 and stream.width > 0:
-                return Size(stream.frames, stream.height, stream.width)
-            seen, height, width = 0, 0, 0
-            for frame in container.decode(stream):
-                seen, height, width = seen + 1, frame.height, frame.width
-                if seen == most:
-                    break
-    except av.FFmpegError as error:
-        raise Unusable(f"cannot be decoded: {error.strerror}") from error
-    if not seen:
-        raise Unusable("no frames")
-    return Size(seen, height, width)
-
-
-def decode_frames(file: Any, frames: int, interval: int) -> NDArray[np.uint8]:
-    """Frames 0, interval, 2·interval … of a video (an open binary file or a path), uint8 (frames, H, W, 3).
-
-    Raises:
-        Unusable: for what is no video, breaks off, or is too short.
-    """
-    return np.stack(list(_decode(file, frames, interval)))
-
-
-def _decode(file: Any, frames: int, interval: int) -> Iterator[NDArray[np.uint8]]:
-    seen = kept = 0
-    try:
-        with _opened(file) as container:
-            for frame in container.decode(video=0):
-                if seen % interval == 0:
-                    yield frame.to_ndarray(format="rgb24")
-                    kept += 1
-                seen += 1
-                if kept == frames:
-                    return
-    except av.FFmpegError as error:
-        raise Unusable(f"cannot be decoded after {seen} frames: {error.strerror}") from error
-    raise Unusable(too_short(seen, frames, interval))
-
-
-@contextmanager
-def _opened(file: Any) -> Iterator[Any]:
-    """PyAV's container of a file with a video stream. Raises Unusable, av.FFmpegError."""
-    if getattr(file, "size", None) == 0:  # PyAV seeks before the beginning of one: an error of the disk or of the network, by its class
-        raise Unusable("the file is empty")
-    # A title in another character set than UTF-8 is no reason to do without a clip: nobody reads it here.
-    with av.open(file, metadata_errors="replace") as container:
-        if not container.streams.video:
-            raise Unusable("no video stream")
-        yield container
-
-
-def fit_frames(frames: NDArray[np.uint8], height: int, width: int) -> torch.Tensor:
-    """uint8 (T, h, w, 3) → (T, height, width, 3): resized until both sides are covered, then the centre. The picture is never stretched."""
-    pixels = rearrange(torch.from_numpy(frames), "t h w c -> t c h w")
-    rows, columns = pixels.shape[-2:]
-    scale = max(height / rows, width / columns)
-    size = (max(round(rows * scale), height), max(round(columns * scale), width))
-    if size != (rows, columns):
-        resized = torch.nn.functional.interpolate(pixels.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
-        pixels = resized.round().clamp(0, 255).to(torch.uint8)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return rearrange(pixels[..., top : top + height, left : left + width], "t c h w -> t h w c").contiguous()
-
-
-def _read_folder(files: Any, root: str) -> tuple[list[str], list[str]]:
-    """Paths and captions, a row each. Raises ConfigError."""
-    if not files.isdir(root):
-        raise ConfigError(f"data.source {root}: no such folder. Give the folder that holds {CAPTIONS}")
-    return _read_csv(files, f"{root}/{CAPTIONS}", inside=True)
-
-
-def _read_csv(files: Any, name: str, *, inside: bool) -> tuple[list[str], list[str]]:
-    """Paths and captions, a row each; `inside`: paths may not leave the CSV's folder. Raises ConfigError."""
-    try:
-        with files.open(name, "rt", encoding="utf-8-sig", newline="") as file:
-            rows = parse_csv(file, name, inside=inside)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{name}: no such file. Write one with the header path,text and a line per clip") from error
-    except OSError as error:
-        raise ConfigError(f"{name}: cannot be read ({error.strerror or error}). Mend the access to it") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: not UTF-8 at byte {error.start}. Save it as UTF-8") from error
-    return [path for path, _ in rows], [text for _, text in rows]
+        return where, read_folder(where, place) if folder else read_file(where, name, place)
+    except ConfigError:
+        raise
+    except Exception as error:  # file system clients raise their own kinds (botocore's, aiohttp's)
+        said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{place}: cannot be read ({said}). Mend the access to it") from error

@@ -1,6 +1,6 @@
-"""What a source of captioned clips is, and which one a stage's data section names.
+"""The protocol of a source of captioned clips, and the source that a stage's data section names.
 
-Owns the protocol. Refuses to decode, encode or order anything: sources decode, `latents` encodes, `loader` orders.
+Owns the protocol. Refuses to decode, encode or order anything: sources decode, `latents.cache` encodes, `latents.loader` orders.
 """
 
 from __future__ import annotations
@@ -12,51 +12,55 @@ import torch
 
 from opensora.config import DataConfig, DigitsSource, FolderSource, ManifestSource
 from opensora.data.buckets import Size
-from opensora.data.manifest import DataManifest
+from opensora.dataset.manifest import DataManifest
 from opensora.errors import ConfigError
 
 PIXELS_AT_ONCE = 1 << 28
-"""Bytes of decoded clips that are held at once."""
+"""The most bytes of decoded clips that are held at once."""
 CLIPS_AT_ONCE = 256
 
 
 class Clips(Protocol):
-    """Captioned clips, each cut to one of a stage's sizes. Clip i, its caption and its bucket never change while the source lives; some may
-    turn out unreadable."""
+    """Captioned clips, each cut to one of a stage's sizes. Clip i, its caption and its bucket never change while the source exists. Some
+    clips may turn out unreadable."""
 
     words: Sequence[str]
-    """What prompts may say beside `captions`: later stages and prompts know these words too."""
+    """Words that prompts and later stages may use beside those of `captions`."""
     skipped: Mapping[str, str]
     """Each clip that could not be used so far → the reason."""
     digest: str
-    """Hex digest over everything that frames and captions depend on. Cheap: nothing is opened for it."""
+    """Hex digest over everything that frames and captions depend on. Cheap: no clip is opened for it."""
     dated: str
-    """The digest where nobody recorded the contents: by dates of files. Of synthetic clips the same as `digest`."""
+    """The digest that is used if the contents were not recorded: over dates of files. For synthetic clips it equals `digest`."""
     sizes: tuple[Size, ...]
-    """Of each bucket."""
+    """The size of each bucket."""
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """Other sentences about the clips, for people. They are complete once all buckets have been read."""
 
     @property
     def captions(self) -> Sequence[str]:
-        """Caption of clip i, readable or not."""
+        """The caption of clip i, readable or not."""
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Clips of each bucket, readable or not."""
+        """Number of clips of each bucket, readable or not."""
 
     def __len__(self) -> int:
-        """Clips, readable or not."""
+        """Number of clips, readable or not."""
 
     def read(self, start: int, stop: int, bucket: int = 0) -> tuple[torch.Tensor, list[int]]:
-        """Of a bucket's clips number start..stop−1 those that can be read, uint8 (n, T, H, W, 3), and which clips of all these n are."""
+        """The readable clips among numbers start..stop−1 of a bucket, uint8 (n, T, H, W, 3), and the global indices of these n clips."""
 
 
 def at_once(size: Size) -> int:
-    """Clips of this size to read at a time."""
+    """How many clips of this size to read at a time."""
     return max(1, min(CLIPS_AT_ONCE, PIXELS_AT_ONCE // size.values))
 
 
 def read_all(clips: Clips, bucket: int) -> Iterator[tuple[torch.Tensor, list[int]]]:
-    """The readable clips of one bucket, in order, some at a time; as `Clips.read`, and never none."""
+    """The readable clips of one bucket, in order, some at a time: what `Clips.read` returns, without empty batches."""
     count, step = clips.counts[bucket], at_once(clips.sizes[bucket])
     for start in range(0, count, step):
         batch, indices = clips.read(start, min(start + step, count), bucket)
@@ -65,7 +69,7 @@ def read_all(clips: Clips, bucket: int) -> Iterator[tuple[torch.Tensor, list[int
 
 
 def none_usable(clips: Clips) -> ConfigError:
-    """What to raise where not one clip could be read."""
+    """The error to raise if not one clip could be read."""
     name, reason = next(iter(clips.skipped.items()))
     return ConfigError(f"data.source: none of {len(clips)} clips can be used; {name}: {reason}. Mend the files, or ask for fewer frames")
 
@@ -74,11 +78,11 @@ def open_clips(data: DataConfig, seed: int, recorded: DataManifest | None = None
     """The clips that a stage trains on; `seed` makes synthetic ones.
 
     Args:
-        recorded: what the launch found; none: nobody wrote it down, or clips are synthetic.
+        recorded: the manifest that the launch recorded. None means there is none, or clips are synthetic.
 
     Raises:
-        ConfigError: for a source that cannot be used.
-        DataError: for one that is not what was recorded.
+        ConfigError: the source cannot be used.
+        DataError: the source is not what was recorded.
     """
     # Imported here: files need PyAV, digits need scikit-learn, and a stage needs one of the two.
     match data.source:

@@ -1,4 +1,4 @@
-"""What `opensora.export` copies into a folder for diffusers. Runs there without osctl: on torch, diffusers and transformers alone.
+"""Modules that `opensora.export` copies into a folder for diffusers. There they need torch, diffusers and transformers, but not osctl.
 
-Imported by nobody here: these modules import diffusers, which takes 11 s.
+Nothing in osctl imports them: they import diffusers, which takes 11 s.
 """

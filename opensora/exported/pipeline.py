@@ -1,11 +1,11 @@
 """Clips from prompts, as a pipeline of diffusers: `DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)`.
 
-Owns the order of things alone: tokenizer and text encoder, noise, the way to latents (the scheduler's), pixels. The same prompt, seed
-and settings give the frames of `python -m opensora.sample`.
+Owns only the order of the steps: tokenizer and text encoder, noise, sampling of latents (the scheduler does it), pixels. The same prompt,
+seed and settings give the same frames as `python -m opensora.sample`.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-call, attr-defined, misc, assignment"
-# (diffusers says that it is typed, and half is)
+# (diffusers declares itself typed, but half of it is not)
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffusers.utils.outputs import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from opensora.captions import clean
+from opensora.encoders.captions import clean
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,11 +47,11 @@ class OpenSoraPipeline(DiffusionPipeline):
         vae_frames: int | None = None,
         clean_captions: bool = False,
     ) -> None:
-        """Beside the components:
+        """Arguments beside the components:
 
-        text_dtype, vae_dtype: what they compute in where nobody asks for another type than fp32.
-        vae_frames: decoded at once; none: all.
-        clean_captions: whether prompts are cleaned as the captions of the training were.
+        text_dtype, vae_dtype: the types that these encoders compute in, unless the caller loads them in another type than fp32.
+        vae_frames: how many frames are decoded at once. None means all.
+        clean_captions: whether prompts are cleaned in the same way as the training's captions.
         """
         super().__init__()
         for encoder, dtype in ((text_encoder, text_dtype), (vae, vae_dtype)):
@@ -73,12 +73,12 @@ class OpenSoraPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Clips | tuple[Any]:
-        """A clip for each prompt.
+        """Draw a clip for each prompt.
 
         Args:
-            num_frames, height, width: of a clip, in pixels [what the model was trained for].
-            num_inference_steps, guidance_scale: [the stage's own].
-            generator: of the noise, on the CPU, so that every device draws the same clip: one for each prompt, or one for all of them.
+            num_frames, height, width: size of a clip, in frames and pixels [the size that the model was trained for].
+            num_inference_steps, guidance_scale: settings of the sampler [those of the stage].
+            generator: draws the noise on the CPU, so that every device gives the same clip: one for each prompt, or one for all.
             output_type: pil, np or pt, see `Clips`.
 
         Raises:
@@ -112,7 +112,7 @@ class OpenSoraPipeline(DiffusionPipeline):
         return Clips(frames=shown) if return_dict else (shown,)
 
     def _encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Vectors fp32 (B, L, width), zero where padded, and mask bool (B, L), true on tokens. L: the longest prompt's tokens."""
+        """Vectors fp32 (B, L, width), zero where padded, and mask bool (B, L), true on tokens. L is the longest prompt's length."""
         most = self.transformer.network.config.caption_tokens
         if self.config.clean_captions:
             prompts = [clean(prompt) for prompt in prompts]
@@ -123,7 +123,7 @@ class OpenSoraPipeline(DiffusionPipeline):
         return vectors.float().cpu() * mask[:, :, None], mask
 
     def _latent_shape(self, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-        """(C, T, h, w) for pixels."""
+        """(C, T, h, w), the shape of latents for a clip of this size in pixels."""
         network, factor = self.transformer.network, self.vae_factor
         pt, ph, pw = network.config.patch
         for name, size, patch in (("num_frames", frames, pt), ("height", height, factor * ph), ("width", width, factor * pw)):

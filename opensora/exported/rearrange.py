@@ -1,6 +1,6 @@
-"""Stands for einops' `rearrange` in an export, where einops may not be installed: reshape, transpose, reshape.
+"""Replaces einops' `rearrange` in an export, where einops may not be installed: reshape, transpose, reshape.
 
-Owns what the exported modules use: named axes and groups of them on both sides. Neither ellipsis nor ones.
+Owns what the exported modules use: named axes and groups of them on both sides. It knows neither ellipses nor axes of length 1.
 """
 
 from __future__ import annotations

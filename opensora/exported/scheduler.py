@@ -1,10 +1,10 @@
-"""The way from noise to latents as a scheduler of diffusers: its configuration is the stage's objective and sampling.
+"""Sampling from noise to latents, as a scheduler of diffusers. Its configuration is the stage's objective and sampling.
 
-It draws whole clips rather than single steps: guidance and the variance of a step depend on each other here.
+It samples whole clips rather than single steps, because guidance and the variance of a step depend on each other here.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-call, attr-defined, misc, assignment"
-# (diffusers says that it is typed, and half is)
+# (diffusers declares itself typed, but half of it is not)
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from opensora import guidance as guiding
-from opensora import objective as objectives
 from opensora.config import IDDPM, Flow, SamplingConfig
+from opensora.diffusion import guidance as guiding
+from opensora.diffusion import objective as objectives
 
 KINDS = {"iddpm": IDDPM, "flow": Flow}
 
@@ -31,7 +31,7 @@ class OpenSoraScheduler(SchedulerMixin, ConfigMixin):
         self.sampling = dict(sampling)
 
     def draw_noise(self, generators: Sequence[torch.Generator], shape: tuple[int, ...]) -> Tensor:
-        """(B, *shape) standard normal, clip i from generator i."""
+        """(B, *shape) standard normal noise; generator i draws that of clip i."""
         return objectives.draw_noise(generators, shape)
 
     def sample(
@@ -45,8 +45,8 @@ class OpenSoraScheduler(SchedulerMixin, ConfigMixin):
         steps: int | None = None,
         guidance: float | None = None,
     ) -> Tensor:
-        """Clean latents from noise, with steps and guidance of its own where none are given. See `opensora.objective`."""
+        """Clean latents from noise. None means the configuration's own steps or guidance. See `opensora.diffusion.objective`."""
         asked = {"steps": steps, "guidance": guidance}
         sampling = SamplingConfig(**(self.sampling | {name: value for name, value in asked.items() if value is not None}))
-        network = guiding.guided(model, captions, mask, sampling.guidance, sampling.guidance_channels)
+        network = guiding.guided(model, captions, mask, guiding.Guidance.of(sampling), last_time=self.objective.last_time)
         return self.objective.sample(network, noise, sampling, generators)

@@ -1,7 +1,7 @@
-"""The word encoder as a model of diffusers: a table with a vector for each word (`opensora.embedded_encoders`)."""
+"""The word encoder as a model of diffusers: a table with a vector for each word (`opensora.encoders.embedded`)."""
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-call, attr-defined, misc, assignment"
-# (diffusers says that it is typed, and half is)
+# (diffusers declares itself typed, but half of it is not)
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ class OpenSoraWordEncoder(ModelMixin, ConfigMixin):
         self.vectors = torch.nn.Parameter(torch.empty(words, width), requires_grad=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
-        """(B, L) numbers of words -> ((B, L, width),), zero where the mask is."""
+        """(B, L) word numbers -> ((B, L, width),), zero where the mask is zero."""
         return (self.vectors[input_ids] * attention_mask[:, :, None],)

@@ -1,9 +1,9 @@
-"""Words to their numbers (`opensora.embedded_encoders.WordEncoder`): lower case, any script, without punctuation."""
+"""From words to their numbers (`opensora.encoders.embedded.WordEncoder`). Captions are split as the vocabulary's were
+(`opensora.dataset.words`)."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opensora.dataset.words import split_words
+
 FILE = "words.json"
 SHOWN = 40
 
 
 class OpenSoraWords:
-    def __init__(self, words: Sequence[str]) -> None:
-        self.words = list(words)
+    def __init__(self, words: Sequence[str], split: int = 1) -> None:
+        """`split` is the version of the rule that splits text into words."""
+        self.words, self.split = list(words), split
         self._numbers = {word: number for number, word in enumerate(self.words)}
 
     @classmethod
     def from_pretrained(cls, folder: str, **_: Any) -> OpenSoraWords:
-        return cls(json.loads((Path(folder) / FILE).read_text(encoding="utf-8")))
+        told = json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
+        return cls(told) if isinstance(told, list) else cls(told["words"], told["split"])
 
     def save_pretrained(self, folder: str, **_: Any) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / FILE).write_text(json.dumps(self.words, ensure_ascii=False), encoding="utf-8")
+        told = {"split": self.split, "words": self.words}
+        (Path(folder) / FILE).write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
 
     def __call__(self, captions: Sequence[str], *, max_length: int, **_: Any) -> dict[str, Tensor]:
-        """input_ids and attention_mask, (B, L) with L words of the longest caption; of longer ones than `max_length` the end is cut.
+        """input_ids and attention_mask, (B, L) with L the longest caption's number of words. Captions are cut after `max_length` words.
 
         Raises:
-            ValueError: a caption has no words, or one that is not known.
+            ValueError: a caption has no words, or an unknown word.
         """
         rows = [self._row(caption)[:max_length] for caption in captions]
         shape = len(rows), max(map(len, rows))
@@ -42,7 +47,7 @@ class OpenSoraWords:
         return {"input_ids": ids, "attention_mask": mask}
 
     def _row(self, caption: str) -> list[int]:
-        words = re.findall(r"\w+", caption.casefold())
+        words = split_words(caption, self.split)
         if not words:
             raise ValueError(f"caption {caption!r} has no words. Write at least one")
         for word in words:

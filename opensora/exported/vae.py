@@ -1,7 +1,7 @@
-"""The patch autoencoder as a model of diffusers: patches of pixels from their principal components (`opensora.embedded_encoders`)."""
+"""The patch autoencoder as a model of diffusers. It makes patches of pixels from principal components (`opensora.encoders.embedded`)."""
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-call, attr-defined, misc, assignment"
-# (diffusers says that it is typed, and half is)
+# (diffusers declares itself typed, but half of it is not)
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class OpenSoraPatchAutoencoder(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, factor: int, channels: int) -> None:
-        """factor: pixels per latent row and column · channels: of a latent."""
+        """`factor` is pixels per latent row and column, `channels` those of a latent."""
         super().__init__()
         values = 3 * factor * factor
         for name, shape in (("mean", (values,)), ("components", (channels, values)), ("deviation", ())):
             self.register_parameter(name, torch.nn.Parameter(torch.empty(shape), requires_grad=False))
 
     def decode(self, latents: Tensor) -> DecoderOutput:
-        """(N, C, h, w) -> pixels about [-1, 1] (N, 3, h·factor, w·factor)."""
+        """(N, C, h, w) -> pixels in about [-1, 1], (N, 3, h·factor, w·factor)."""
         rows, columns = latents.shape[-2:]
         flat = rearrange(latents, "n c h w -> (n h w) c")
         patches = flat @ (self.components * self.deviation) + self.mean

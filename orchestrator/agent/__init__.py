@@ -14,7 +14,7 @@ whether there is another attempt, and never needs torch.
     run_directory    the agent's side of docs/contracts.md section 1
     publication      checkpoints to the store, as one node or as one of several
     standing         whether the attempt is still the one that counts, and signs that it lives
-    courier          uploads in the background, again and again until they succeed
+    upload_queue     uploads in the background, again and again until they succeed
     timeline         pure: what was observed -> journal pieces
     ending           pure: result.json and a wait status -> exit class
 """

@@ -9,20 +9,27 @@ Everything heavy is imported once that time is being kept: a second of imports o
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from opensora import last_resort
+from opensora.printable import log_to
 from orchestrator.agent.events import Events
-from orchestrator.claim import Claim, pulse, take_lock
-from orchestrator.clock import AttemptClock
+from orchestrator.environment import unset_empty
+from orchestrator.local.attempt_lock import AgentRecord, pulse, take_lock
+from orchestrator.local.clock import AttemptClock
 
 log = logging.getLogger(__name__)
 
 NOT_STARTED = 69
 """records.EXIT_CODES["store"]."""
+FAILED, NO_SPACE = 1, 70
+"""records.EXIT_CODES["code"] and ["disk"]."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,9 +51,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    unset_empty(os.environ)
     clock = AttemptClock.parse(args.anchor) if args.anchor else AttemptClock.here()
+    log_to(sys.stderr, logging.INFO, "%(asctime)s %(message)s")
+    try:
+        return _live(args, clock)
+    except Exception as error:  # the last line of defence: where there is no report, its driver shows the last line of this log
+        log.exception("the agent itself failed")
+        log.error("error: %s", last_resort.said(error))
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return NO_SPACE if full else FAILED
+
+
+def _live(args: argparse.Namespace, clock: AttemptClock) -> int:
     began = clock()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     events = Events(args.launcher_pid)
     run_dir: Path = args.run_dir.resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -55,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("error: run directory %s: another agent lives this attempt; nothing was started", run_dir)
         return NOT_STARTED
     os.set_inheritable(lock, False)
-    if Claim.read(run_dir) is not None:
+    if AgentRecord.read(run_dir) is not None:
         log.error("error: run directory %s: this attempt has been lived before; nothing was started", run_dir)
         return NOT_STARTED
     bound = began if args.bound is None else args.bound
@@ -77,5 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    logging.shutdown()
+    with contextlib.suppress(OSError, ValueError):  # a full disk takes no more words
+        logging.shutdown()
     os._exit(code)  # at once: threads may still wait for a store that is away

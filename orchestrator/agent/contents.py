@@ -14,18 +14,25 @@ from pathlib import Path
 from opensora import imports as places
 from opensora.errors import ConfigError
 from opensora.identity import Contents
-from orchestrator import datasets, imports
-from orchestrator.contents import imports_of
+from orchestrator import modules
 from orchestrator.errors import NotFound, Refused
+from orchestrator.inputs import datasets, imports, taken_out
+from orchestrator.inputs.contents import imports_of
+from orchestrator.ledger.records import Intent
 from orchestrator.ports import Store
-from orchestrator.records import Intent
 
 DATA = "data.jsonl.gz"
 PLACES = "imports.json"
 
 
+class DataTakenOut(Refused):
+    """A source was taken out of the data set since the launch: this version of it goes."""
+
+
 def bring_in(store: Store, intent: Intent, contents: Contents, run_dir: Path) -> None:
-    """Idempotent. Raises Refused, Unreachable, OSError."""
+    """Idempotent. Raises DataTakenOut, Refused, Unreachable, OSError."""
+    if why := taken_out.said(store, intent):
+        raise DataTakenOut(why)
     if contents.data is not None:
         _write(run_dir / DATA, _manifest(store, contents.data))
     try:
@@ -43,15 +50,11 @@ def bring_in(store: Store, intent: Intent, contents: Contents, run_dir: Path) ->
 
 
 def with_places(variables: Mapping[str, str], run_dir: Path) -> dict[str, str]:
-    """A trainer's environment: with the places of what was brought in, and the object store's endpoint under the name that its libraries
-    read, since clips at s3:// lie where the ledger does."""
+    """A trainer's environment: with the places of what was brought in, and with what reaches clips."""
     found = dict(variables)
     if (run_dir / PLACES).is_file():
         found[places.VARIABLE] = str(run_dir / PLACES)
-    endpoint = found.get("OSCTL_S3_ENDPOINT")
-    if endpoint and not found.get("AWS_ENDPOINT_URL"):
-        found.setdefault("AWS_ENDPOINT_URL_S3", endpoint)
-    return found
+    return modules.reading_clips(found)
 
 
 def _manifest(store: Store, digest: str) -> bytes:

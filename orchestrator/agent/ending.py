@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
-from orchestrator.records import EXIT_CODES, ExitClass
+from orchestrator.ledger.records import EXIT_CODES, ExitClass
 
-KILLED = 128 + signal.SIGKILL
+CODE_OF_KILLED = 128 + signal.SIGKILL
 """Exit code of an attempt that was ended from outside without having saved: not 143, which promises a checkpoint."""
 
 PEER_LOST = 75
@@ -49,7 +49,7 @@ class Ending:
     def exit_code(self) -> int:
         if self.class_ in EXIT_CODES:
             return EXIT_CODES[self.class_]
-        return KILLED if self.signal is None else 128 + self.signal
+        return CODE_OF_KILLED if self.signal is None else 128 + self.signal
 
     @property
     def saved(self) -> bool:
@@ -117,10 +117,13 @@ def _as_said(result: Mapping[str, Any], step: int | None) -> Ending:
     evaluation = {
         name: float(value) for name, value in _items(result.get("evaluation")) if isinstance(value, int | float) and math.isfinite(value)
     }
-    said_beside = result.get("warnings")
-    warnings = tuple(text[:LONGEST_WARNING] for text in said_beside if isinstance(text, str)) if isinstance(said_beside, list) else ()
     at, rank = _count(result.get("step"), step), _count(result.get("rank"), None)
-    return Ending(class_, reason[:LONGEST_REASON], at, rank, evaluation, warnings[:MOST_WARNINGS])
+    return Ending(class_, reason[:LONGEST_REASON], at, rank, evaluation, _texts(result.get("warnings")))
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    texts = [text[:LONGEST_WARNING] for text in value if isinstance(text, str)] if isinstance(value, list) else []
+    return tuple(texts[:MOST_WARNINGS])
 
 
 def _items(value: object) -> list[tuple[str, object]]:

@@ -1,6 +1,6 @@
-"""One place to wait: signals, the launcher's death, words of the guard, and tasks that are done.
+"""The one place where the agent waits: for signals, the launcher's death, messages of the guard, and finished tasks.
 
-Owns the process's signal handlers and the watch over the launcher. Refuses to act on what happened.
+Owns the process's signal handlers and watches the launcher. Refuses to act on what happened.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Protocol
 
-from orchestrator.processes import Process
+from orchestrator.local.processes import Process
 
 TOGETHER_S = 1.0
-"""Requests to leave that come within so long are one: a node that shuts down asks every process, and so does the launcher that it asks."""
+"""Requests to leave that come within this time count as one: a node that shuts down signals every process, and so does the launcher, which
+was signalled too."""
 
 
 class Readable(Protocol):
@@ -29,10 +30,10 @@ class Events:
     """Make one at the very start of the process: until then a SIGTERM simply ends it."""
 
     def __init__(self, launcher_pid: int | None) -> None:
-        """`launcher_pid`: the process whose death ends the attempt; none in a pod, where the agent is PID 1."""
+        """`launcher_pid` is the process whose death ends the attempt. None means a pod, where the agent is PID 1."""
         self.asked_to_leave = 0
-        """How often it was asked to leave by SIGTERM, SIGINT or SIGHUP. Requests of one moment are one, and the launcher's is the same as
-        the first that came from elsewhere."""
+        """How often the agent was asked to leave by SIGTERM, SIGINT or SIGHUP. Requests at the same moment count as one, and the launcher's
+        request counts as the same as the first from elsewhere."""
         self._others = 0
         self._last_asked = -TOGETHER_S
         self._launchers: Callable[[], bool] = lambda: False
@@ -43,7 +44,7 @@ class Events:
         self._poll.register(self._woken, select.POLLIN)
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and so it stays
                 signal.signal(number, self._on_signal)
         self._launcher = None if launcher_pid is None else _watch(launcher_pid)
         self.outlives_launcher = launcher_pid is None
@@ -55,18 +56,18 @@ class Events:
         now = time.monotonic()
         together = now - self._last_asked < TOGETHER_S
         self._last_asked = now
-        if self._launchers():  # it asks once to save; to end at once it kills
+        if self._launchers():  # the launcher asks only once to save; to end the agent at once it kills it
             self.asked_to_leave = max(self.asked_to_leave, 1)
         elif not together or not self._others:
             self._others += 1
             self.asked_to_leave = max(self.asked_to_leave, self._others)
 
     def tell_launchers_requests(self, is_launchers: Callable[[], bool]) -> None:
-        """`is_launchers` says, once for each, whether the launcher has made a request: one of the signals that come is that one."""
+        """Count a signal as the launcher's when `is_launchers` is true. It says so once for each request that the launcher has made."""
         self._launchers = is_launchers
 
     def follow(self, launcher: Process) -> bool:
-        """Live and die with another launcher from now on. False: it does not live, or not where it could be seen from here."""
+        """Watch another launcher from now on instead. False means that it is dead, or that it is not a process that this host can watch."""
         if not launcher.is_here:
             return False
         try:
@@ -81,7 +82,7 @@ class Events:
         return True
 
     def outlive_launcher(self) -> None:
-        """Go on without one."""
+        """Go on without a launcher."""
         self.launcher_died = False
 
     def listen_to(self, source: Readable) -> None:
@@ -91,12 +92,12 @@ class Events:
         self._poll.unregister(source)
 
     def wake(self) -> None:
-        """End a wait, from any thread."""
-        with contextlib.suppress(BlockingIOError):  # full of earlier calls: it will wake
+        """End a wait. May be called from any thread."""
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of earlier calls, so the wait will end
             os.write(self._waker, b"w")
 
     def wait(self, timeout_s: float) -> set[int]:
-        """Descriptors that have something to say; empty after `timeout_s`, a signal or a `wake`."""
+        """Wait for the descriptors, and return those that are readable: none after `timeout_s`, a signal or a `wake`."""
         ready = {descriptor for descriptor, _ in self._poll.poll(max(0.0, timeout_s) * 1000)}
         if self._woken in ready:
             os.read(self._woken, 4096)
@@ -109,9 +110,9 @@ class Events:
 
 
 def _watch(launcher_pid: int) -> int | None:
-    """A pidfd of the launcher; none where it is dead already.
+    """A pidfd of the launcher. None means that it is dead already.
 
-    Not a death signal: that one comes when the launcher's *thread* that started this process ends.
+    A death signal (PR_SET_PDEATHSIG) is not used: it comes when the launcher's *thread* that started this process ends.
     """
     try:
         handle = os.pidfd_open(launcher_pid)
@@ -124,7 +125,7 @@ def _watch(launcher_pid: int) -> int | None:
 
 
 class Task(threading.Thread):
-    """Work beside the main loop that may fail. `wake` is called when it is done."""
+    """A thread for work beside the main loop that may fail. It calls `wake` when it is done."""
 
     def __init__(self, work: Callable[[], None], wake: Callable[[], None]) -> None:
         super().__init__(daemon=True)
@@ -136,12 +137,12 @@ class Task(threading.Thread):
     def run(self) -> None:
         try:
             self._work()
-        except Exception as error:  # noqa: BLE001 - raised by `check`, where somebody can judge it
+        except Exception as error:  # noqa: BLE001 - `check` raises it in the main loop
             self._error = error
         self.done = True
         self._wake()
 
     def check(self) -> None:
-        """Raises what the work raised."""
+        """Raise the error of the work, if it failed."""
         if self._error is not None:
             raise self._error

@@ -1,15 +1,15 @@
-"""The guard: a small process between the agent and the trainer, so that nothing of an attempt outlives its agent.
+"""The guard: a small process between the agent and the trainer, so that no process of an attempt outlives its agent.
 
     agent ── socket ──> guard (subreaper) ──> trainer's command ──> ranks, in sessions of their own
 
-Started as a script, `python -I -S guard.py SOCKET_FD LOCK_FD ALIVE_FD OFFSET`, before anything else; imports the standard library alone.
-It starts the trainer when told so, kills all descendants when the trainer has ended or the agent says so, and when the socket
-closes, which the kernel does at any death of the agent, it kills all descendants and leaves. It holds the run directory's lock
-until then. It touches `alive` every 20 ms while the agent lives and once when it dies: the agent, busy with uploads, could not
-be so punctual.
+The agent starts it as a script, `python -I -S guard.py SOCKET_FD LOCK_FD ALIVE_FD OFFSET`, before anything else. It imports only the
+standard library. It starts the trainer when the agent says so, and kills all descendants when the trainer has ended or the agent says so.
+When the socket closes, as it does when the agent dies in any way, it kills all descendants and exits. It holds the run directory's lock
+until then. It touches `alive` every 20 ms while the agent lives and once when it dies; the agent, busy with uploads, could not be so
+punctual.
 
-Why a process, and not a death signal (PR_SET_PDEATHSIG) alone: torchrun starts each rank in its own session and a killed torchrun
-leaves them behind; and a death signal comes when the parent's *thread* ends. A subreaper inherits whatever is orphaned below it.
+Why a process, and not only a death signal (PR_SET_PDEATHSIG): torchrun starts each rank in its own session, and a killed torchrun leaves
+them behind; also a death signal comes when the parent's *thread* ends. A subreaper inherits every orphan below it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def prctl(option: int, argument: int | bytes) -> None:
 
 
 def children_of(parent: int) -> list[int]:
-    """Direct children, from /proc: the kernel's own list of them is a build option that many kernels leave out."""
+    """Direct children, from /proc. The kernel's own list of children is a build option that many kernels do not have."""
     found = []
     for name in os.listdir("/proc"):  # noqa: PTH208 - pathlib would double this process's start-up time
         if name.isdigit():
@@ -51,9 +51,9 @@ def children_of(parent: int) -> list[int]:
 
 
 def kill_children() -> None:
-    """SIGKILL to every direct child. A subreaper inherits what they leave, so repeat until nothing is left to reap."""
+    """Send SIGKILL to every direct child. A subreaper inherits their children, so repeat this until nothing is left to reap."""
     for pid in children_of(os.getpid()):
-        os.kill(pid, signal.SIGKILL)  # ours until reaped: it cannot be another process
+        os.kill(pid, signal.SIGKILL)  # it is our child until it is reaped, so the pid cannot belong to another process
 
 
 def reap() -> tuple[dict[int, int], bool]:
@@ -70,7 +70,7 @@ def reap() -> tuple[dict[int, int], bool]:
 
 
 def end_children() -> None:
-    """Returns when no descendant is left. For a subreaper."""
+    """Kill and reap until no descendant is left. For a subreaper."""
     while True:
         kill_children()
         try:
@@ -81,21 +81,24 @@ def end_children() -> None:
 
 class Guard:
     def __init__(self, agent: socket.socket, alive: int, offset: float) -> None:
-        """`offset`: what makes Unix seconds of CLOCK_BOOTTIME, as the agent counts them: a clock that is set changes nothing."""
+        """`offset` plus CLOCK_BOOTTIME gives Unix seconds as the agent counts them, so that setting the clock changes nothing."""
         self.agent, self.alive, self.offset = agent, alive, offset
+        self.hangup = signal.SIG_DFL
+        """The trainer's initial handling of SIGHUP; under nohup it is ignored."""
         self.trainer: int | None = None
         self.status: int | None = None
         self.ending = False
-        self._unread = b""  # of a message that has not fully arrived
+        self._complained = False
+        self._unread = b""  # the beginning of a message that has not fully arrived
 
     def now(self) -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) + self.offset
 
     def watch(self) -> None:
-        """Returns when the agent is dead."""
+        """Serve the agent. Returns when the agent is dead."""
         woken, waker = os.pipe()
         os.set_blocking(waker, False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # only to be woken
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # only so that the signal wakes the poll
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         poll = select.poll()
         poll.register(self.agent, select.POLLIN)
@@ -108,11 +111,20 @@ class Guard:
                 os.read(woken, 4096)
             if self.agent.fileno() in ready and not self._listen():
                 late = max(0.0, seen - last - TICK_S)
-                os.utime(self.alive, (seen, seen - late / 2))  # woken late by a busy machine: it died some time in between
+                self.touch(seen - late / 2)  # if a busy machine woke this process late, the agent died some time in between
                 return
-            os.utime(self.alive, (seen, seen))
+            self.touch(seen)
             if woken in ready or self.ending:
                 self._reap()
+
+    def touch(self, moment: float) -> None:
+        """Record that the agent was alive at this moment. If the file system refuses, the training must not end."""
+        try:
+            os.utime(self.alive, (moment, moment))
+        except OSError as error:
+            if not self._complained:  # only once, since it would come 50 times a second
+                say(f"run directory: the time of `alive` cannot be set: {error.strerror}")
+            self._complained = True
 
     def _listen(self) -> bool:
         try:
@@ -123,7 +135,7 @@ class Guard:
         for line in lines:
             order = json.loads(line)
             if "argv" in order:
-                self.trainer = start(order)
+                self.trainer = start(order, self.hangup)
             else:
                 self.ending = True
                 kill_children()
@@ -140,12 +152,17 @@ class Guard:
             self._say({"status": self.status, "ended": self.now()})
 
     def _say(self, word: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent has died: the next poll tells
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the agent has died; the next poll notices it
             self.agent.send(json.dumps(word).encode() + b"\n")
 
 
-def start(order: dict[str, Any]) -> int:
-    """Start the trainer in a session of its own; its pid. What cannot be started ends with 127 and says why in its log."""
+def say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the disk may be full
+        os.write(2, f"guard: {text}\n".encode())
+
+
+def start(order: dict[str, Any], hangup: signal.Handlers) -> int:
+    """Start the trainer in a new session and return its pid. If the command cannot be started, it exits with 127 and its log says why."""
     guard = os.getpid()
     pid = os.fork()  # this process has one thread
     if pid:
@@ -154,6 +171,7 @@ def start(order: dict[str, Any]) -> int:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, hangup)
         os.setsid()
         os.setpriority(os.PRIO_PROCESS, 0, order["nice"])
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -174,17 +192,19 @@ def main() -> None:
     agent, lock, alive = map(int, sys.argv[1:4])
     for descriptor in (agent, lock, alive):
         os.set_inheritable(descriptor, False)
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     prctl(PR_SET_NAME, b"osctl-guard")
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    with contextlib.suppress(PermissionError):  # as root: on a busy machine a late wake-up is a wrong time of death
+    with contextlib.suppress(PermissionError):  # only root may; on a busy machine a late wake-up gives a wrong time of death
         os.setpriority(os.PRIO_PROCESS, 0, -10)
     guard = Guard(socket.socket(fileno=agent), alive, float(sys.argv[4]))
+    guard.hangup = signal.SIG_IGN if ignored else signal.SIG_DFL
     guard.watch()
-    if children_of(os.getpid()):  # the agent was killed: its ranks hold their devices until they are gone
+    if children_of(os.getpid()):  # the agent was killed; the ranks hold their devices until they have ended
         end_children()
-        os.utime(alive, (guard.now(), guard.now()))
+        guard.touch(guard.now())
 
 
 if __name__ == "__main__":

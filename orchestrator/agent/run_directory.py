@@ -13,18 +13,24 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opensora.config import StageConfig, write_stage
-from orchestrator.claim import TROUBLE
+from orchestrator.ledger.records import ClipsUsed, LeftOut
+from orchestrator.local.attempt_lock import TROUBLE
 
 SETTLED_S = 2.0
 """A sample that has not changed for so long is whole; the trainer does not say so."""
 TAIL_BYTES = 65_536
 FLIGHT_RECORDER = "flight-recorder"
+LEFT_OUT_BYTES = 128 << 20
+"""A longer list of clips that are left out stays on the node."""
+MOST_WORDS, LONGEST_WORD = 10, 300
+"""Of what a trainer says of its data: reasons, names or remarks, and characters of each."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Heartbeat:
     step: int
     phase: str
     time: float
-    """When it was written, Unix seconds."""
+    """When it was written, Unix seconds of the trainer's clock. The file's own time is of the file system's, which may be another one."""
 
 
 class RunDirectory:
@@ -46,6 +52,8 @@ class RunDirectory:
         self.log = path / "trainer.log"
         self._outgoing = path / "outgoing"
         self._metrics_read = 0
+        self._seen: dict[Path, tuple[tuple[int, int], float]] = {}
+        """Size and date of files that are handed over once they settle, and time.monotonic() since which they are so."""
         self._log_read = 0
 
     def write_stage(self, config: StageConfig) -> None:
@@ -71,7 +79,9 @@ class RunDirectory:
         beats = []
         for path in self.path.glob("heartbeat-*.json"):
             try:
-                content, written = json.loads(path.read_text()), path.stat().st_mtime
+                content = json.loads(path.read_text())
+                said = content.get("time")
+                written = float(said) if isinstance(said, int | float) else path.stat().st_mtime  # a trainer that does not say when
                 beats.append(Heartbeat(int(content["rank"]), int(content["step"]), str(content.get("phase", "")), written))
             except (FileNotFoundError, ValueError, KeyError, TypeError):
                 continue
@@ -84,6 +94,18 @@ class RunDirectory:
         except (FileNotFoundError, ValueError):
             return None
         return content if isinstance(content, dict) else None
+
+    def usage(self, stage: str) -> tuple[ClipsUsed, bytes | None] | None:
+        """What the trainer of this stage uses of its data, and the list of what it leaves out; None: it has not said so (yet)."""
+        try:
+            content = json.loads(self._mask((self.path / "clips.json").read_bytes()))
+            return _clips_used(content, stage), self._left_out() if content.get("listing") else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or of a trainer that says something else
+            return None
+
+    def _left_out(self) -> bytes | None:
+        path = self.path / "left-out.csv"
+        return self._mask(path.read_bytes()) if path.stat().st_size <= LEFT_OUT_BYTES else None
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Say it in the trainer's place. In place, since its space is kept even when the disk is full."""
@@ -128,13 +150,27 @@ class RunDirectory:
     def unpin(self, step: int) -> None:
         shutil.rmtree(self.pinned(step), ignore_errors=True)
 
-    def settled_samples(self, before: float) -> list[Path]:
-        """Files in samples/ that did not change since `before` (Unix seconds), by name."""
-        return [path for path in _settled(self.samples, before) if path.suffix in (".mp4", ".png", ".json")]
+    def settled_samples(self, quiet_s: float = SETTLED_S) -> list[Path]:
+        """Files in samples/ that were seen not to change for so long, by name; 0: all."""
+        return [path for path in self._settled(self.samples, quiet_s) if path.suffix in (".mp4", ".png", ".json")]
 
-    def settled_flight_records(self, before: float) -> list[Path]:
-        """What the communication library wrote of collectives that did not end, and did not change since `before`, by name."""
-        return _settled(self.path / FLIGHT_RECORDER, before)
+    def settled_flight_records(self, quiet_s: float = SETTLED_S) -> list[Path]:
+        """What the communication library wrote of collectives that did not end, likewise."""
+        return self._settled(self.path / FLIGHT_RECORDER, quiet_s)
+
+    def _settled(self, folder: Path, quiet_s: float) -> list[Path]:
+        """By looking again, not by dates, which are of the file system's clock. Files with a dot before them are not the trainer's."""
+        found, now = [], time.monotonic()
+        for path in sorted(folder.glob("*")):
+            try:
+                state = path.stat().st_size, path.stat().st_mtime_ns
+            except FileNotFoundError:
+                continue
+            before, since = self._seen.get(path, (state, now))
+            self._seen[path] = (state, since) if before == state else (state, now)
+            if now - self._seen[path][1] >= quiet_s and not path.name.startswith("."):
+                found.append(path)
+        return found
 
     def new_output(self, limit: int, *, final: bool = False) -> bytes:
         """At most `limit` bytes of the trainer's output since the last call: whole lines, since a secret that is cut in two is not seen.
@@ -164,15 +200,27 @@ class RunDirectory:
         return data[data.find(b"\n") + 1 :] if size > TAIL_BYTES and b"\n" in data[:-1] else data
 
 
-def _settled(folder: Path, before: float) -> list[Path]:
-    found = []
-    for path in sorted(folder.glob("*")):
-        try:
-            if path.stat().st_mtime <= before:
-                found.append(path)
-        except FileNotFoundError:
-            continue
-    return found
+def _clips_used(content: dict[str, Any], stage: str) -> ClipsUsed:
+    """As a ledger keeps it: whatever a trainer writes, it is short. A trainer does not know what its stage is called, and says STAGE
+    where a setting is meant. Raises as a record does."""
+    remarks = [str(remark)[:LONGEST_WORD] for remark in content.get("remarks", ())[: MOST_WORDS + 1]]
+    reasons = [
+        LeftOut(
+            reason=str(each["reason"])[:LONGEST_WORD],
+            clips=each["clips"],
+            first=tuple(str(name)[:LONGEST_WORD] for name in each["first"][:MOST_WORDS]),
+        )
+        for each in content["reasons"][:MOST_WORDS]
+    ]
+    return ClipsUsed(
+        clips=content["clips"],
+        used=content["used"],
+        left_out=tuple(reasons),
+        captions_cut=content.get("captions_cut"),
+        caption_tokens=content.get("caption_tokens", 0),
+        caption_unit=str(content.get("caption_unit", "words"))[:LONGEST_WORD],
+        remarks=tuple(remark.replace("STAGE.data.", f"{stage}.data.") for remark in remarks),
+    )
 
 
 def _link(source: str, target: str) -> None:

@@ -1,6 +1,7 @@
 """An agent's right to start: an intent that can be read, a lease that is not newer, a run directory that nobody has claimed.
 
-Owns the checks and the claim. Refuses to live the attempt (`attempt` does), and to touch anything where it has no right.
+Owns the checks, and the entry of this agent in ledger and run directory. Refuses to live the attempt (`attempt` does),
+and to touch anything where it has no right.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-from orchestrator.adapters import open_store
 from orchestrator.agent.attempt import Attempt, Patience
 from orchestrator.agent.events import Events
 from orchestrator.agent.run_directory import RunDirectory
 from orchestrator.agent.trainer_process import TrainerProcess
-from orchestrator.claim import Claim
-from orchestrator.clock import AttemptClock
 from orchestrator.errors import NotFound, OsctlError, Refused, Unreachable
-from orchestrator.ledger import Ledger, read_intent
-from orchestrator.processes import Process
-from orchestrator.records import AgentClaim, Intent
+from orchestrator.ledger.records import AgentProcess, Intent
+from orchestrator.ledger.store import Ledger, read_intent
+from orchestrator.local.attempt_lock import AgentRecord
+from orchestrator.local.clock import AttemptClock
+from orchestrator.local.processes import Process
 from orchestrator.redact import masker
+from orchestrator.stores import open_store
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def begin(
     patience: Patience,
     clock: AttemptClock,
 ) -> tuple[Attempt, TrainerProcess] | None:
-    """Claim the run directory, whose lock is held. None, said in the log: there is no right to start."""
+    """Enter this agent in the ledger and the run directory, whose lock is held. None, said in the log: there is no right to start."""
     try:
         store = open_store(store_url)
         intent = _ask(lambda: read_intent(store, intent_key), events, patience.store_s)
@@ -52,13 +53,13 @@ def begin(
         ledger = Ledger(store, intent.pipeline)
         _ask(lambda: check_right(ledger, intent, outlives_driver=events.outlives_launcher), events, patience.store_s)
         me = Process.of(os.getpid())
-        claim = AgentClaim(node=node, **asdict(me), bound=bound, silent_s=patience.silent_s)
-        said = _ask(lambda: ledger.claim(intent, claim), events, patience.store_s)
-        if said != claim:
+        agent = AgentProcess(node=node, **asdict(me), bound=bound, silent_s=patience.silent_s)
+        said = _ask(lambda: ledger.enter_agent(intent, agent), events, patience.store_s)
+        if said != agent:
             raise Refused(f"{intent.run_key}: agent {said.pid} on {said.host} lives this attempt, or has; nothing was started")
-        # Again, now that every driver can see the claim: one that has taken over before has not seen it.
+        # Again, now that every driver can see this agent: one that has taken over before has not seen it.
         _ask(lambda: check_right(ledger, intent, outlives_driver=events.outlives_launcher), events, patience.store_s)
-        if not Claim(me, bound).write(run_dir):
+        if not AgentRecord(me, bound).write(run_dir):
             raise Refused(f"run directory {run_dir}: this attempt has been lived before; nothing was started")
     except (OsctlError, NotFound) as error:
         log.error("error: %s", error)
@@ -82,7 +83,7 @@ def check_right(ledger: Ledger, intent: Intent, *, outlives_driver: bool) -> Non
             f"{intent.run_key}: its intent is of epoch {intent.epoch}, the lease of epoch {lease.epoch} ({lease.holder}); "
             "nothing was started, the newer driver decides"
         )
-    if ledger.outcome(intent.stage, intent.inputs, intent.attempt) is not None:
+    if ledger.outcome(intent.stage, intent.inputs_digest, intent.attempt) is not None:
         raise Refused(f"{intent.run_key}: {lease.holder} (epoch {lease.epoch}) has closed it; nothing was started")
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.records import HELD, JournalPiece
+from orchestrator.ledger.records import HELD, JournalPiece
 
 MICRO = 1_000_000
 TRAINER_PHASES = ("init", "checkpoint", "evaluate")

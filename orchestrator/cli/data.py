@@ -1,11 +1,8 @@
-"""`osctl data`: what a data set is, written down in the store. register, list, show."""
+"""`osctl data`: what a data set is, written down in the store. register, add, list, show, remove."""
 
 from __future__ import annotations
 
-import contextlib
 import getpass
-import itertools
-import os
 import socket
 import time
 from pathlib import Path
@@ -13,29 +10,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from opensora.printable import several
 from orchestrator.cli import options, output
-from orchestrator.cli.workspace import Workspace, home
+from orchestrator.cli.options import stage_names
+from orchestrator.cli.subject import opened
+from orchestrator.cli.typed import Command
 
 if TYPE_CHECKING:
-    from opensora.config import FolderSource, ManifestSource
-    from opensora.data.manifest import DataManifest
-    from orchestrator.adapters.kube.api import Api
-    from orchestrator.datasets import DataSet
+    from opensora.dataset.manifest import DataManifest
+    from orchestrator.inputs.datasets import DataSet
     from orchestrator.ports import Store
-
-LOOK_S = 1.0
-"""Seconds between two looks at a Job."""
 
 app = typer.Typer(no_args_is_help=True, help="Data sets by content: which clips with which captions, wherever they lie.")
 
 Name = Annotated[str, typer.Argument(help="What to call it: lower-case letters, digits, '-' and '.'.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def register(
     name: Name,
     source: Annotated[
-        str, typer.Argument(metavar="PATH|URI", help="A folder with captions.csv, or a CSV (path,text); a path or an address.")
+        str, typer.Argument(metavar="PATH|URI", help="A folder of captioned clips, or a table of them (path,text); a path or an address.")
     ],
     file: options.File = None,
     store: options.Store = None,
@@ -53,70 +48,174 @@ def register(
 
     Examples: osctl data register bikes ~/clips          osctl data register hq /data/hq.csv --cluster pool.yaml --store s3://b/runs
     """
-    from orchestrator import datasets
-    from orchestrator.adapters.data_files import DataFiles
     from orchestrator.errors import NotFound, Refused
+    from orchestrator.inputs import datasets
+    from orchestrator.inputs.data_files import DataFiles
+    from orchestrator.inputs.own_clips import source_of
+    from orchestrator.pipelines.host import Host
 
     datasets.check_name(name)
     place = source_of(source)
     if cluster is not None:
-        one = _in_cluster(Workspace.open(file, store=store, cluster=cluster), name, place.path, by_name=by_name)
-        output.note(f"{name}: {one.rows:,} rows, {_size(one.size)}, read in the cluster")
+        from orchestrator.pipelines.register_job import register_in_cluster
+
+        one = register_in_cluster(opened(file, store=store, cluster=cluster), name, place.path, output.note, by_name=by_name)
+        output.note(f"{name}: {several(one.rows, 'row')}, {_size(one.size)}, read in the cluster")
         output.emit(_row(one), output_, _COLUMNS)
         return
-    opened = _store(file, store)
-    files = DataFiles(home())
+    kept = _store(file, store)
+    files = DataFiles(Host.here().home)
     try:
-        manifest = files.manifest(place, by="name" if by_name else "content", progress=Progress(name))
+        manifest, read = files.scan(place, by="name" if by_name else "content", progress=Progress(name))
     except NotFound as error:
         raise Refused(f"data register {name}: {error} is not there, as seen from this machine. Correct the path") from None
-    opened.probe()
+    kept.probe()
     holder = f"{getpass.getuser()}@{socket.gethostname()}"
-    one = datasets.register(opened, name, place.path, manifest, now=time.time(), holder=holder)
-    output.note(f"{name}: {one.rows:,} rows, {_size(one.size)}, {_size(files.bytes_read)} of them read now")
+    one = datasets.register(kept, name, place.path, manifest, now=time.time(), holder=holder)
+    output.note(f"{name}: {read.layout}; {several(one.rows, 'row')}, {_size(one.size)}, {_size(files.bytes_read)} of them read now")
+    for remark in read.notes:
+        output.note(f"{name}: {remark}")
     if one.unreadable:
-        output.note(f"{name}: {one.unreadable:,} files cannot be read; `osctl data show {name}` lists them")
+        output.note(f"{name}: {several(one.unreadable, 'file')} cannot be read; `osctl data show {name}` lists them")
     output.emit(_row(one), output_, _COLUMNS)
 
 
-@app.command("list")
+@app.command(cls=Command)
+def add(
+    name: Name,
+    folder: Annotated[str, typer.Argument(metavar="PATH", help="A folder of captioned clips, or a table of them, on this machine.")],
+    file: options.File = None,
+    store: options.Store = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how much would be sent, and stop.")] = False,
+    output_: options.Output = output.Format.table,
+) -> None:
+    """Send clips of this machine into a bucket, for pods that do not see its disk. Repeating it sends what is missing.
+
+    Examples: osctl data add bikes ~/clips --store s3://bucket/runs          osctl data add bikes ~/clips --store s3://bucket/runs --dry-run
+    """
+    from orchestrator.errors import NotFound, Refused, UsageError
+    from orchestrator.inputs import datasets, sent_clips
+    from orchestrator.inputs.data_files import DataFiles
+    from orchestrator.inputs.own_clips import source_of
+    from orchestrator.pipelines.host import Host
+
+    datasets.check_name(name)
+    source = source_of(folder)
+    if "://" in source.path:
+        raise UsageError(
+            f"data add {name}: {source.path} is no path of this machine. Train on it where it lies: osctl launch --data ADDRESS"
+        )
+    kept = _store(file, store)
+    if not kept.url.startswith("s3://"):
+        fact = f"data add {name}: store {kept.url} is a folder of this machine, whose attempts read clips where they lie"
+        raise Refused(f"{fact}. Name a bucket: --store s3://bucket/prefix")
+    files = DataFiles(Host.here().home)
+    try:
+        manifest, read = files.scan(source, progress=Progress(name))
+    except NotFound as error:
+        raise Refused(f"data add {name}: {error} is not there, as seen from this machine. Correct the path") from None
+    if read.members:
+        fact = f"data add {name}: {source.path} holds its clips in tars, which are read where they lie"
+        raise Refused(f"{fact}. Copy the folder into the bucket, and name its address: osctl launch --data s3://BUCKET/FOLDER")
+    sending = sent_clips.prepare(kept, name, manifest, files.places(source, read))
+    output.note(f"{name}: {read.layout}; {several(len(sending.clips), 'clip')}, {_size(sending.size)}")
+    for remark in read.remarks:
+        output.note(f"{name}: {remark}")
+    if sending.unreadable:
+        output.note(f"{name}: {several(sending.unreadable, 'file is', 'files are')} not there or may not be read, and left out")
+    output.note(
+        f"{name}: to send: {several(len(sending.missing), 'clip')} of {_size(sending.missing_size)} not in {kept.url} yet, about "
+        f"{output.duration(sending.seconds)} at {sent_clips.ASSUMED_MBIT_S} Mbit/s; all of them kept there: about "
+        f"{output.dollars(sending.usd_a_month)} a month (assumed: ${sent_clips.GB_MONTH_USD} a GB)"
+    )
+    if dry_run:
+        return
+    if not sending.clips:
+        raise Refused(f"data add {name}: {source.path} has no clip that can be read; nothing was sent. Correct its table or its files")
+    kept.probe()
+    place = sent_clips.send(kept, sending, Progress(name, "sent"))
+    holder = f"{getpass.getuser()}@{socket.gethostname()}"
+    one = datasets.register(kept, name, place, sending.manifest, now=time.time(), holder=holder)
+    output.emit(_row(one), output_, _COLUMNS)
+    output.note(f"next, with the --cluster of your launch: osctl launch --data {place} --store {kept.url}")
+
+
+@app.command("list", cls=Command)
 def list_(file: options.File = None, store: options.Store = None, output_: options.Output = output.Format.table) -> None:
-    """The data sets that have a name in a store.
+    """The data sets that have a name in a store; of those that were prepared also hours, licences and date.
 
     Example: osctl data list --store s3://bucket/runs
     """
-    from orchestrator import datasets
+    from orchestrator.inputs import datasets
 
-    opened = _store(file, store)
-    rows = [_row(one) for one in datasets.registered(opened)]
+    kept = _store(file, store)
+    rows = [_row(one) for one in datasets.registered(kept)]
     if not rows:
-        output.note(f"no data sets in {opened.url}. Register one with: osctl data register NAME PATH")
+        output.note(f"no data sets in {kept.url}. Register one with: osctl data register NAME PATH")
     output.emit(rows, output_, _COLUMNS)
 
 
-@app.command()
+@app.command(cls=Command)
 def show(
-    name: Annotated[str, typer.Argument(help="A data set's name, or digits of its digest.")],
+    name: Annotated[str, typer.Argument(metavar="NAME|PATH", help="A data set's name, digits of its digest, or where it lies.")],
     other: Annotated[str | None, typer.Argument(help="Another one: show in which rows they differ.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", metavar="FILE.png", help="Draw it as the model sees it: a row for each clip, into this file.")
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", help="--sheet: in the sizes and at the rate of this stage of the pipeline.", autocompletion=stage_names),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--size", metavar="TxHxW", help="--sheet: frames x height x width, e.g. 8x144x256. Repeatable: each clip goes to the nearest."
+        ),
+    ] = None,
+    fps: Annotated[float | None, typer.Option("--fps", min=0.01, help="--sheet: frames a second. Default: 8.")] = None,
+    clips: Annotated[int, typer.Option("--clips", min=1, max=1000, help="--sheet: how many of the first ones.")] = 24,
+    about: Annotated[
+        bool, typer.Option("--about", help="Of a data set that was prepared: counts of its steps by reason, and its sources.")
+    ] = False,
     file: options.File = None,
+    settings: options.Set = None,
     store: options.Store = None,
     output_: options.Output = output.Format.table,
 ) -> None:
-    """The rows of a data set, or in which rows two of them differ.
+    """The rows of a data set, or in which rows two of them differ; with --sheet a picture of what the model sees of it.
 
-    Examples: osctl data show bikes          osctl data show 0f3a9c bikes -o json
+    Examples: osctl data show bikes          osctl data show 0f3a9c bikes -o json          osctl data show ~/clips --sheet clips.png
+
+    osctl data show mine --about
     """
-    from orchestrator import datasets
-    from orchestrator.errors import NotFound, Refused
+    from orchestrator.errors import UsageError
 
-    opened = _store(file, store)
+    if about:
+        if other is not None or sheet is not None:
+            raise UsageError("data show --about: says what one data set is made of. Leave out the second one and --sheet")
+        from orchestrator.cli.prepared import show_about
+
+        show_about(_store(file, store), name, output_)
+        return
+    if sheet is None and (stage or size or fps):
+        raise UsageError("data show: --stage, --size and --fps say how a picture is drawn. Name its file: --sheet FILE.png")
+    if sheet is not None:
+        from orchestrator.cli import sheet as drawing
+        from orchestrator.pipelines.host import Host
+
+        if other is not None:
+            raise UsageError(f"data show {name} {other}: --sheet draws one data set. Name one")
+        if stage is not None and (size or fps):
+            raise UsageError(f"data show --stage {stage}: has sizes and a rate of its own. Leave out --size and --fps")
+        asked = drawing.as_asked(size or (), fps)
+        if stage is not None:
+            asked = drawing.of_stage(opened(file, settings=settings, store=store), stage)
+        drawn = drawing.draw(Host.here(), _place(name, file, store), sheet, asked, clips, stage)
+        drawing.emit(drawn, sheet, output_)
+        return
 
     def manifest(wanted: str) -> DataManifest:
-        digest, _ = datasets.find(opened, wanted)
-        try:
-            return datasets.get_manifest(opened, digest)
-        except NotFound:
-            raise Refused(f"data set {wanted}: its manifest {digest} is not in {opened.url}. Register the data again") from None
+        return _registered(wanted, file, store) if not _is_place(wanted, file, store) else _manifest_here(wanted)
 
     rows: list[dict[str, Any]]
     if other is None:
@@ -125,7 +224,7 @@ def show(
         shown = [row | {"sha256": str(row["sha256"])[:12]} for row in rows] if output_ is output.Format.table else rows
         output.emit(shown, output_, {"name": "path", "bytes": "bytes", "sha256": "sha256", "text": "caption"})
         return
-    from opensora.data.manifest import rows_that_differ
+    from opensora.dataset.manifest import rows_that_differ
 
     differences = rows_that_differ(manifest(name), manifest(other))
     rows = [{"name": one.path, "change": one.kind, "old": one.old, "new": one.new} for one in differences]
@@ -134,99 +233,104 @@ def show(
     output.emit(rows, output_, {"name": "path", "change": "change", "old": name, "new": other})
 
 
-def _in_cluster(workspace: Workspace, name: str, source: str, *, by_name: bool) -> DataSet:
-    """Have a Job read it, and wait for its end. Raises UsageError, Refused, Unreachable."""
-    from orchestrator import datasets, manifest
-    from orchestrator.adapters.kube.api import AlreadyExists, Api
+@app.command(cls=Command)
+def remove(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Its name, its address or path, or 6 digits or more of its sha256.")],
+    from_: Annotated[
+        str | None, typer.Option("--from", metavar="NAME", help="The data set. Default: the only prepared one that has the source.")
+    ] = None,
+    file: options.File = None,
+    store: options.Store = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go and which models were trained on it, and stop.")] = False,
+    output_: options.Output = output.Format.table,
+) -> None:
+    """Take a source out of a prepared data set: a version without its clips, which its name means from then on.
+
+    Older versions that hold it are deleted from the store, with their latents and all that was kept of its steps; no later preparation
+    under this name uses it. The raw video itself is left alone. Models that were trained on it are named: no model forgets.
+
+    Examples: osctl data remove holiday.mp4 --from mine          osctl data remove 0f3a9c --store s3://bucket/runs
+    """
+    from orchestrator.cli.prepared import take_out
+    from orchestrator.pipelines.host import Host
+
+    take_out(_store(file, store), source, from_, Host.here(), dry_run=dry_run, output_=output_)
+
+
+@app.command(cls=Command)
+def clean(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A prepared data set.")],
+    file: options.File = None,
+    store: options.Store = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and stop.")] = False,
+    output_: options.Output = output.Format.table,
+) -> None:
+    """Remove what is kept of a preparation's steps and its last run did not use: of other prompts, detectors, thresholds of the probe.
+
+    Whoever goes back to those settings pays for their captions and decodes again. Published versions stay as they are.
+
+    Examples: osctl data clean mine --dry-run          osctl data clean mine --store s3://bucket/runs
+    """
+    from orchestrator.cli.prepared import clean
+    from orchestrator.pipelines.host import Host
+
+    clean(_store(file, store), name, Host.here(), dry_run=dry_run, output_=output_)
+
+
+def _registered(wanted: str, file: str | None, store: str | None) -> DataManifest:
+    """Raises Refused."""
     from orchestrator.errors import NotFound, Refused
+    from orchestrator.inputs import datasets
 
-    if not workspace.store_url.startswith("s3://"):
-        raise Refused(
-            f"data register {name}: store {workspace.store_url} is a folder of this machine, which no pod sees. "
-            "Name a bucket: --store s3://bucket/prefix"
-        )
-    profile = workspace.pipeline.cluster
-    assert profile is not None, "a cluster was named"
-    before = len(datasets.of_name(workspace.store, name))
-    with contextlib.closing(Api.connect(profile.context, profile.namespace)) as api:
-        for number in itertools.count(1):
-            body = manifest.register_job(profile, workspace.store_url, name, source, number, by_name=by_name)
-            try:
-                job = api.create("jobs", body)
-                break
-            except AlreadyExists:  # of an earlier look; one that still runs is as good
-                job = api.get("jobs", body["metadata"]["name"])
-                if _end(job) is None and manifest.is_ours(job, workspace.store_url, manifest.register_key(name, number)):
-                    break
-        job_name = job["metadata"]["name"]
-        output.note(f"{name}: read by Job {job_name} in namespace {api.namespace}; it goes on if this command is interrupted")
-        said = ""
-        while (end := _end(job)) is None:
-            if (waits := _waits_for(api, job_name)) not in ("", said):
-                output.note(f"{name}: Job {job_name} waits: {waits}")
-            said = waits or said
-            time.sleep(LOOK_S)
-            try:
-                job = api.get("jobs", job_name)
-            except NotFound:
-                raise Refused(f"data register {name}: somebody deleted Job {job_name}. Run it again") from None
-        if end != "Complete":
-            raise Refused(f"data register {name}: Job {job_name} failed{_last_words(api, job_name)}")
-    found = datasets.of_name(workspace.store, name)
-    if not found or (len(found) == before and found[-1].source != source):
-        raise Refused(
-            f"data register {name}: Job {job_name} is complete, and {workspace.store_url} has no {name}. Is that the Job's store?"
-        )
-    return found[-1]
+    kept = _store(file, store)
+    digest, _ = datasets.find(kept, wanted)
+    try:
+        return datasets.get_manifest(kept, digest)
+    except NotFound:
+        raise Refused(f"data set {wanted}: its manifest {digest} is not in {kept.url}. Register the data again") from None
 
 
-def _end(job: dict[str, Any]) -> str | None:
-    conditions = job.get("status", {}).get("conditions", ())
-    return next((one["type"] for one in conditions if one["status"] == "True" and one["type"] in ("Complete", "Failed")), None)
+def _manifest_here(place: str) -> DataManifest:
+    """What lies at a place, read now. Raises Refused."""
+    from orchestrator.errors import NotFound, Refused
+    from orchestrator.inputs.data_files import DataFiles
+    from orchestrator.inputs.own_clips import source_of
+    from orchestrator.pipelines.host import Host
+
+    try:
+        return DataFiles(Host.here().home).manifest(source_of(place), by="content", progress=Progress(place))
+    except NotFound as error:
+        raise Refused(f"data show {place}: {error} is not there. Correct the path") from None
 
 
-def _waits_for(api: Api, job: str) -> str:
-    """What keeps the Job's pod from a start, in Kubernetes' words; empty: nothing that it knows of."""
-    from orchestrator.errors import NotFound, Refused, Unreachable
+def _is_place(wanted: str, file: str | None, store: str | None) -> bool:
+    """Whether it says where a data set lies. A name that is registered wins over a folder that is called so."""
+    from orchestrator.environment import at_home
+    from orchestrator.errors import Refused
+    from orchestrator.inputs import datasets
 
-    with contextlib.suppress(NotFound, Refused, Unreachable):
-        for pod in api.list("pods", f"batch.kubernetes.io/job-name={job}")[0]:
-            status = pod.get("status", {})
-            unmet = [
-                one.get("message") for one in status.get("conditions", ()) if (one["type"], one["status"]) == ("PodScheduled", "False")
-            ]
-            states = [one.get("state", {}).get("waiting", {}) for one in status.get("containerStatuses", ())]
-            unmet += [one.get("message") for one in states if one.get("reason") != "ContainerCreating"]
-            if told := next(filter(None, unmet), ""):
-                return str(told).splitlines()[0]
-    return ""
-
-
-def _last_words(api: Api, job: str) -> str:
-    """What the last pod said, where it can be asked; else where to ask."""
-    from orchestrator.errors import NotFound, Refused, Unreachable
-
-    with contextlib.suppress(NotFound, Refused, Unreachable):
-        pods, _ = api.list("pods", f"batch.kubernetes.io/job-name={job}")
-        for pod in pods[-1:]:
-            text = b"".join(api.pod_log(pod["metadata"]["name"], tail=1)).decode(errors="replace").strip()
-            if text:
-                return f": {text.removeprefix('error: ')}"
-    return f". See: kubectl -n {api.namespace} logs job/{job}"
+    if "/" in wanted or wanted.startswith((".", "~")):
+        return True
+    if not at_home(wanted).exists():
+        return False
+    try:
+        datasets.find(_store(file, store), wanted)
+    except Refused:
+        return True
+    return False
 
 
-def source_of(place: str) -> FolderSource | ManifestSource:
-    """A folder, or a CSV by its name; a local path is made absolute. Raises UsageError, where it holds credentials."""
-    from opensora.config import FolderSource, ManifestSource
-    from orchestrator.errors import UsageError
-    from orchestrator.redact import holds_credentials, typed
+def _place(wanted: str, file: str | None, store: str | None) -> str:
+    """Where a data set lies. Raises Refused."""
+    from orchestrator.errors import Refused
+    from orchestrator.inputs import datasets
 
-    if holds_credentials(place, os.environ):
-        raise UsageError(f"{typed(place)}: holds credentials, and would be written into the store. Put them into the environment")
-    path = place.rstrip("/") if "://" in place else os.path.normpath(Path(place).expanduser().absolute())
-    if path.endswith(".csv"):
-        return ManifestSource.model_construct(kind="manifest", path=path, clips=0)  # as many as it has
-    return FolderSource(kind="folder", path=path)
+    if _is_place(wanted, file, store):
+        return wanted
+    _, one = datasets.find(_store(file, store), wanted)
+    if one is None:
+        raise Refused(f"data show {wanted}: has no name, so it is not known where it lies. Name the folder: osctl data show PATH --sheet …")
+    return one.source
 
 
 class Progress:
@@ -234,23 +338,29 @@ class Progress:
 
     SPOKEN_S = 5.0
 
-    def __init__(self, subject: str) -> None:
-        self._subject, self._spoken = subject, time.monotonic()
+    def __init__(self, subject: str, done: str = "read") -> None:
+        self._subject, self._done, self._spoken = subject, done, time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self._spoken >= self.SPOKEN_S:
             self._spoken = now
-            output.note(f"{self._subject}: {_size(done)} of {_size(total)} read")
+            output.note(f"{self._subject}: {_size(done)} of {_size(total)} {self._done}")
 
 
-_COLUMNS = {"name": "name", "rows": "clips", "size": "size", "digest": "digest", "by": "by", "source": "source"}
+_COLUMNS = {
+    "name": "name", "rows": "clips", "length": "length", "size": "size", "licence": "licence", "date": "date", "digest": "digest",
+    "by": "by", "source": "source",
+}  # fmt: skip
 
 
 def _row(one: DataSet) -> dict[str, Any]:
     return {
         "name": one.name, "rows": one.rows, "size": _size(one.size), "bytes": one.size, "unreadable": one.unreadable,
         "digest": one.manifest, "by": one.by, "source": one.source, "time": one.time, "holder": one.holder,
+        "hours": one.seconds / 3600 if one.prepared is not None else None, "licences": list(one.licences), "prepared": one.prepared,
+        "length": output.duration(one.seconds) if one.prepared is not None else None, "licence": ", ".join(one.licences) or None,
+        "date": time.strftime("%Y-%m-%d", time.localtime(one.time)),
     }  # fmt: skip
 
 
@@ -264,4 +374,4 @@ def _size(count: int) -> str:
 
 def _store(file: str | None, store: str | None) -> Store:
     """The store alone, where it is named; else the pipeline's."""
-    return Workspace.open(file, store=store).store
+    return opened(file, store=store).store

@@ -1,6 +1,6 @@
 """`osctl drive`: what the driver's Job runs. Hidden, since people type `osctl launch`.
 
-Reads the launched revision out of the ledger and drives it, with MLflow's projection beside it. SIGTERM (its node is drained) makes it
+Reads the launched revision out of the ledger and drives it, and keeps MLflow up to date beside it. SIGTERM (its node is drained) makes it
 leave at once with its attempts running; the Job then starts another one. Its exit code is the run's: the Job is over with 0, 2, 3, 4 and
 130, and tries again after anything else.
 """
@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orchestrator.cli import output
+from orchestrator.cli.typed import typed
 
 if TYPE_CHECKING:
-    from orchestrator.ledger import Ledger
-    from orchestrator.records import Event
-    from orchestrator.runner import Runner
+    from orchestrator.driver.runner import Runner
+    from orchestrator.ledger.records import Event
+    from orchestrator.ledger.store import Ledger
 
 LEFT = 128 + signal.SIGTERM
 """Exit code of a driver that was asked to leave: none of those with which its Job is over."""
-LEASE_LOOK_S = 1.0
+LEASE_POLL_S = 1.0
 
 
 def drive(
@@ -39,29 +40,35 @@ def drive(
     """
     import logging
 
-    from orchestrator import launched
-    from orchestrator.adapters import open_store
-    from orchestrator.cli.run import backend_of, projecting
+    from opensora.printable import log_to
+    from orchestrator.driver.runner import Detached, Runner
     from orchestrator.errors import Refused
-    from orchestrator.ledger import Ledger
-    from orchestrator.prices import named_prices
-    from orchestrator.runner import Detached, Runner
+    from orchestrator.ledger.store import Ledger
+    from orchestrator.pipelines.host import Host
+    from orchestrator.pipelines.launch import backend_of, mlflow_beside, nodes_of
+    from orchestrator.pipelines.signals import leave_on_signals
+    from orchestrator.recipe import launched
+    from orchestrator.recipe.prices import named_prices
+    from orchestrator.stores import open_store
 
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    opened = open_store(store)
+    log_to(sys.stderr, logging.WARNING, "%(asctime)s %(message)s")
+    host, opened = Host.here(), open_store(store)
     ledger = Ledger(opened, pipeline)
+    typed().name = pipeline
     found = ledger.revision(revision)
     if found is None:
         raise Refused(f"drive {pipeline}: revision {revision} is not in {store}. Make one with: osctl launch")
     resolved = launched.resolve(ledger, revision, found)
+    typed().launched = tuple(stage.name for stage in resolved.stages)
     # The profile's context is one of a person's kubeconfig; here the pod's own account is the way in.
     cluster = resolved.cluster.model_copy(update={"context": None}) if resolved.cluster is not None else None
-    backend = backend_of(resolved.model_copy(update={"cluster": cluster}), opened, store)
-    runner = Runner(resolved, ledger, backend, on_event=_say, prices=named_prices().at(resolved.cluster))
+    here = resolved.model_copy(update={"cluster": cluster})
+    backend, nodes = backend_of(here, opened, store, host), nodes_of(here, host)
+    runner = Runner(resolved, ledger, backend, on_event=_say, prices=named_prices().at(resolved.cluster), nodes=nodes)
     try:
         # A database on a disk that goes away with this pod would show nobody anything.
-        beside = contextlib.nullcontext() if resolved.tracking.startswith("sqlite") else projecting(resolved, store)
-        with leaving(runner), beside:
+        beside = contextlib.nullcontext() if resolved.tracking.startswith("sqlite") else mlflow_beside(resolved, store, host, output.note)
+        with leave_on_signals(runner), beside:
             wait_for_lease(ledger, store, runner)
             result = runner.run(target)
     except Detached:
@@ -77,8 +84,8 @@ def wait_for_lease(ledger: Ledger, store_url: str, runner: Runner) -> None:
 
     Any other holder is for the runner to refuse. Raises Detached where this driver is asked to leave meanwhile.
     """
-    from orchestrator.cli.remote import drives_in_cluster
-    from orchestrator.runner import Detached
+    from orchestrator.driver.runner import Detached
+    from orchestrator.pipelines.cluster_driver import drives_in_cluster
 
     said = False
     while (holder := ledger.holder(time.time())) is not None and drives_in_cluster(holder, ledger.pipeline, store_url):
@@ -87,19 +94,7 @@ def wait_for_lease(ledger: Ledger, store_url: str, runner: Runner) -> None:
         if not said:
             output.note(f"{ledger.pipeline}: waits for the lease of {holder.holder}, which is gone or about to be")
         said = True
-        time.sleep(LEASE_LOOK_S)
-
-
-@contextlib.contextmanager
-def leaving(runner: Runner) -> Iterator[None]:
-    """SIGTERM: leave the attempts running. SIGINT, from a person at a terminal: save and stop, as everywhere."""
-    handlers = {signal.SIGTERM: lambda *_: runner.detach(), signal.SIGINT: lambda *_: runner.drain()}
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        time.sleep(LEASE_POLL_S)
 
 
 def _say(event: Event) -> None:

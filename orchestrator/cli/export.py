@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import enum
 import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from orchestrator import modules
 from orchestrator.cli import options, output
-from orchestrator.cli.look import launched, stage_names
 from orchestrator.cli.sample import fetched, newest
-from orchestrator.cli.workspace import Workspace
+from orchestrator.cli.subject import launched
 
 
 class Format(enum.StrEnum):
@@ -36,7 +35,7 @@ def export(
         Format, typer.Option("--format", help="diffusers: opens with DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True).")
     ] = Format.diffusers,
     stage: Annotated[
-        str | None, typer.Option("--stage", help="Stage that is exported; default: the last committed.", autocompletion=stage_names)
+        str | None, typer.Option("--stage", help="Stage that is exported; default: the last committed.", autocompletion=options.stage_names)
     ] = None,
     weights: Annotated[Weights, typer.Option("--weights", help="The moving average, or the weights of the last step.")] = Weights.ema,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Type of the transformer's weights in the folder.")] = Dtype.fp32,
@@ -47,11 +46,11 @@ def export(
 
     Example: osctl export --format diffusers my-model
     """
-    workspace = launched(Workspace.at(file, store=store))
+    workspace = launched(None, file, store=store)
     committed = newest(workspace, stage, to="export")
-    folder = fetched(workspace, committed)
-    command = [sys.executable, "-m", "opensora.export", str(folder), str(out), "--weights", weights, "--dtype", dtype]
-    code = subprocess.run(command, check=False).returncode
+    folder, host = fetched(workspace, committed)
+    command = modules.command("opensora.export", str(folder), str(out), "--weights", weights, "--dtype", dtype)
+    code = subprocess.run(command, check=False, env=host.for_children()).returncode
     if code:
         raise SystemExit(code)
     output.note(f"wrote {out} for {format_} from {committed.run_key}, step {committed.step}")

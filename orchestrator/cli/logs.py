@@ -1,4 +1,4 @@
-"""Commands that read what a run has said: logs, events. Both come out of the store, so they outlive pods, nodes and drivers."""
+"""Commands that print what trainers and drivers wrote: logs, events. Both lie in the store, so they outlive pods, nodes and drivers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from orchestrator.cli import options, output
-from orchestrator.cli.look import launched, say, stage_names, take
-from orchestrator.cli.workspace import Workspace
+from orchestrator.cli.subject import launched, launched_or_stage, say, snapshot
+from orchestrator.cli.typed import expanded
 
 if TYPE_CHECKING:
-    from orchestrator.ledger import Ledger, LogPiece
-    from orchestrator.records import Event
-    from orchestrator.snapshot import Snapshot
+    from orchestrator.accounting.status import Snapshot
+    from orchestrator.ledger.records import Event
+    from orchestrator.ledger.store import Ledger, LogPiece
 
 FOLLOW_S = 0.5
-"""Seconds between two looks for new pieces; on S3 each is a request a node."""
+"""Seconds between two questions for new pieces; on S3 each is a request a node."""
 RANK = re.compile(rb"^\[rank(\d+)\]")
 """How torchrun begins a line of one rank."""
 
 
 def logs(
-    stage: Annotated[str | None, typer.Argument(help="Stage; default: the one that ran last.", autocompletion=stage_names)] = None,
+    pipeline: options.NamedOrStage = None,
+    stage: Annotated[str | None, typer.Argument(help="Stage; default: the one that ran last.", autocompletion=options.stage_names)] = None,
     rank: Annotated[
         str | None, typer.Option("--rank", metavar="N,N-N", help="Lines of these global ranks alone, e.g. 0,8-15. Default: all lines.")
     ] = None,
@@ -43,25 +44,25 @@ def logs(
 ) -> None:
     """Print what the trainer of an attempt wrote. Logs lie in the store: they outlive the process and the pod that wrote them.
 
-    Examples: osctl logs stage2 -f          osctl logs stage2 --rank 0,8 --since 10m          osctl logs --node 1 --attempt 2
+    Examples: osctl logs stage2 -f          osctl logs stage2 --rank 0,8 --since 10m          osctl logs demo stage2 --attempt 2
     """
     from orchestrator.errors import NotFound, Refused
 
     ranks = ranks_of(rank) if rank is not None else None
     after = time.time() - seconds_of(since) if since is not None else None
-    workspace = launched(Workspace.at(file, store=store, cluster=cluster))
+    workspace, stage = launched_or_stage(pipeline, stage, file, store=store, cluster=cluster)
     ledger = workspace.ledger.lenient()
-    meant = chosen(ledger, take(workspace), stage, attempt)
+    meant = chosen(ledger, snapshot(workspace), stage, attempt)
     if node is not None and node >= meant.nodes:
         from orchestrator.errors import UsageError
 
         raise UsageError(f"logs --node {node}: attempt {meant.attempt} of {meant.stage} has nodes 0 to {meant.nodes - 1}. Name one")
-    reader = Reader(ledger, meant, range(meant.nodes) if node is None else [node])
-    lines = Lines(ranks, lambda line: output.raw(line.decode(errors="replace")))
+    unread = NewPieces(ledger, meant, range(meant.nodes) if node is None else [node])
+    lines = Lines(ranks, lambda line: output.of_trainer(line.decode(errors="replace")))
     timeless, silent = False, True
     while True:
         ended = has_ended(ledger, meant)
-        for piece in reader.new():
+        for piece in unread:
             if after is not None and piece.written is not None and piece.written < after:
                 continue
             timeless = timeless or (after is not None and piece.written is None)
@@ -85,15 +86,15 @@ class Meant:
     """The attempt whose output is asked for."""
 
     stage: str
-    inputs: str
+    inputs_digest: str
     attempt: int
     nodes: int
 
 
 def has_ended(ledger: Ledger, meant: Meant) -> bool:
-    """One whose outcome cannot be read has ended too: a driver has written it."""
-    outcome = ledger.outcome(meant.stage, meant.inputs, meant.attempt)
-    return outcome is not None or ledger.keys.outcome(meant.stage, meant.inputs, meant.attempt) in ledger.remarks
+    """Whether the attempt has an outcome. One that cannot be read counts too: a driver has written it."""
+    outcome = ledger.outcome(meant.stage, meant.inputs_digest, meant.attempt)
+    return outcome is not None or ledger.keys.outcome(meant.stage, meant.inputs_digest, meant.attempt) in ledger.remarks
 
 
 def chosen(ledger: Ledger, current: Snapshot, stage: str | None, attempt: int | None) -> Meant:
@@ -104,7 +105,7 @@ def chosen(ledger: Ledger, current: Snapshot, stage: str | None, attempt: int | 
     named = [status for status in tried if stage in (None, status.name)]
     if not named:
         known = ", ".join(status.name for status in tried) or "none"
-        raise UsageError(f"logs {stage or ''}: no attempt in the ledger; stages that ran: {known}. Run: osctl launch")
+        raise UsageError(f"logs{f' {stage}' if stage else ''}: no attempt in the ledger; stages that ran: {known}. Run: osctl launch")
     selected = named[-1]
     numbers = [one.number for one in selected.attempts]
     number = attempt or numbers[-1]
@@ -112,24 +113,26 @@ def chosen(ledger: Ledger, current: Snapshot, stage: str | None, attempt: int | 
         raise UsageError(
             f"logs {selected.name}: attempt {number} is not in the ledger; it has {numbers[0]} to {numbers[-1]}. Name one of those"
         )
-    assert selected.inputs is not None
-    intent = ledger.intent(selected.name, selected.inputs, number)
+    assert selected.inputs_digest is not None
+    intent = ledger.intent(selected.name, selected.inputs_digest, number)
     # What was written outlives an intent that cannot be read.
-    nodes = intent.nodes if intent else 1 + max((piece.node for piece in ledger.log(selected.name, selected.inputs, number)), default=0)
-    return Meant(selected.name, selected.inputs, number, nodes)
+    nodes = (
+        intent.nodes if intent else 1 + max((piece.node for piece in ledger.log(selected.name, selected.inputs_digest, number)), default=0)
+    )
+    return Meant(selected.name, selected.inputs_digest, number, nodes)
 
 
-class Reader:
-    """New pieces of several nodes, in the order in which they were written."""
+class NewPieces:
+    """Pieces of an attempt's logs that were not read yet, of several nodes, in the order in which they were written."""
 
     def __init__(self, ledger: Ledger, meant: Meant, nodes: range | list[int]):
         self.ledger, self.meant = ledger, meant
         self.last = dict.fromkeys(nodes, "")
 
-    def new(self) -> Iterator[LogPiece]:
+    def __iter__(self) -> Iterator[LogPiece]:
         found: list[LogPiece] = []
         for node, last in self.last.items():
-            pieces = list(self.ledger.log(self.meant.stage, self.meant.inputs, self.meant.attempt, node=node, after=last))
+            pieces = list(self.ledger.log(self.meant.stage, self.meant.inputs_digest, self.meant.attempt, node=node, after=last))
             if pieces:
                 self.last[node] = pieces[-1].key
                 found += pieces
@@ -137,7 +140,7 @@ class Reader:
 
 
 class Lines:
-    """Whole lines out of pieces that end anywhere, each node's by itself."""
+    """Whole lines out of pieces that may end within a line, each node's by itself."""
 
     def __init__(self, ranks: set[int] | None, say: Callable[[bytes], None]):
         self.ranks, self.say = ranks, say
@@ -150,7 +153,7 @@ class Lines:
             self.say(b"\n".join(wanted) + b"\n")
 
     def end(self) -> None:
-        """What was written without a last newline."""
+        """Print what was written without a last newline."""
         for rest in self.rest.values():
             if rest and self._wanted(rest):
                 self.say(rest)
@@ -186,6 +189,7 @@ def seconds_of(text: str) -> float:
 
 
 def events(
+    pipeline: options.Named = None,
     file: options.File = None,
     store: options.Store = None,
     cluster: options.Cluster = None,
@@ -198,11 +202,11 @@ def events(
 
     Examples: osctl events          osctl events --follow          osctl events -o json
     """
-    workspace = launched(Workspace.at(file, store=store, cluster=cluster))
+    workspace = launched(pipeline, file, store=store, cluster=cluster)
     if not follow:
-        looked = workspace.ledger.lenient()
-        rows = [event_row(event) for event in looked.events()]
-        say([*workspace.remarks, *map(str, looked.remarks.values())])
+        ledger = workspace.ledger.lenient()
+        rows = [event_row(event) for event in ledger.events()]
+        say([*workspace.remarks, *map(str, ledger.remarks.values())])
         shown = [{**row, "time": clock(row["time"])} for row in rows] if output_ is output.Format.table else rows
         output.emit(shown, output_, {"time": "time", "kind": "event", "stage": "stage", "attempt": "attempt", "detail": "what"})
         if not rows:
@@ -221,13 +225,14 @@ def events(
 
 def event_row(event: Event) -> dict[str, Any]:
     fields = ("time", "epoch", "seq", "kind", "stage", "attempt", "detail")
-    return {"name": f"{event.epoch}-{event.seq}", **{field: getattr(event, field) for field in fields}}
+    row = {"name": f"{event.epoch}-{event.seq}", **{field: getattr(event, field) for field in fields}}
+    return row | {"detail": expanded(event.detail)}
 
 
 def event_line(event: Event) -> str:
     about = f" {event.stage}" if event.stage else ""
     about += f" attempt {event.attempt}" if event.attempt else ""
-    return f"{clock(event.time)} {event.kind}{about}{': ' if event.detail else ''}{event.detail}"
+    return f"{clock(event.time)} {event.kind}{about}{': ' if event.detail else ''}{expanded(event.detail)}"
 
 
 def clock(moment: float) -> str:

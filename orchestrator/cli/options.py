@@ -9,6 +9,46 @@ import typer
 
 from orchestrator.cli.output import Format
 
+
+def stage_names() -> list[str]:
+    """For the shell's completion: the stages of the pipeline here. Reads one file, asks no store."""
+    from orchestrator.errors import OsctlError
+    from orchestrator.pipelines.workspace import Workspace
+
+    try:
+        return [stage.name for stage in Workspace.open(None).pipeline.stages]
+    except OsctlError:  # completion has nobody to tell
+        return []
+
+
+def pipeline_names(ctx: typer.Context) -> list[str]:
+    """For the shell's completion: the pipelines of the store that is meant so far."""
+    from orchestrator.errors import OsctlError
+    from orchestrator.ledger.store import pipelines
+    from orchestrator.pipelines.host import Host
+    from orchestrator.pipelines.workspace import reached, store_at
+    from orchestrator.stores import open_store
+
+    host = Host.here().patient("1")
+    try:
+        url = store_at(ctx.params.get("store"), host, ctx.params.get("file"))
+        return pipelines(open_store(url, reached(url, host, ctx.params.get("cluster"), ctx.params.get("file")).env))
+    except (OsctlError, OSError):  # completion has nobody to tell
+        return []
+
+
+def cluster_names() -> list[str]:
+    """For the shell's completion: the cluster profiles that are shipped."""
+    from orchestrator.recipe.cluster_profile import shipped_clusters
+    from orchestrator.recipe.files import shipped_folder
+
+    return list(shipped_clusters(shipped_folder()))
+
+
+def stages_and_pipelines(ctx: typer.Context) -> list[str]:
+    return [*stage_names(), *pipeline_names(ctx)]
+
+
 File = Annotated[
     str | None,
     typer.Option(
@@ -16,12 +56,29 @@ File = Annotated[
         "-f",
         metavar="PATH|NAME",
         envvar="OSCTL_FILE",
-        help="Pipeline: a file, a folder, or a shipped name (demo, open-sora-1.0). Default: ./osctl.yaml, else demo.",
+        help="Pipeline: a file, a folder, or a shipped name (demo, open-sora-1.0); but for launch also the name of one that was launched, "
+        "in the store. Default: ./osctl.yaml, else demo.",
     ),
 ]
 LongFile = Annotated[
     str | None,
     typer.Option("--file", metavar="PATH|NAME", envvar="OSCTL_FILE", help="Pipeline, as in osctl launch -f; here -f follows."),
+]
+Named = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[PIPELINE]",
+        help="Name of a pipeline in the store, as osctl list shows it: no recipe is needed. Default: the recipe's.",
+        autocompletion=pipeline_names,
+    ),
+]
+NamedOrStage = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[PIPELINE]",
+        help="Name of a pipeline in the store, for which no recipe is needed; a stage of the recipe at hand may stand here alone.",
+        autocompletion=stages_and_pipelines,
+    ),
 ]
 Set = Annotated[
     list[str] | None,
@@ -35,14 +92,6 @@ Store = Annotated[
         "--store", metavar="URL", help="Object store: a folder, or s3://bucket/prefix. Default: the pipeline's, else .osctl/store."
     ),
 ]
-
-
-def cluster_names() -> list[str]:
-    """For the shell's completion: the cluster profiles that are shipped."""
-    from orchestrator.cluster import shipped_clusters
-    from orchestrator.config import shipped_folder
-
-    return list(shipped_clusters(shipped_folder()))
 
 
 Cluster = Annotated[
@@ -63,18 +112,28 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        metavar="FOLDER",
-        help="Train on this folder of videos with a captions.csv (path,text) instead of the pipeline's own data.",
+        metavar="FOLDER|NAME",
+        help="Train on these clips instead of the pipeline's own: a folder of videos with a captions.csv (path,text), or in another layout "
+        "that people have (docs/contracts.md), or such a table; a path or an address. Or a data set of the store, by its name "
+        "(osctl data list).",
     ),
 ]
 Wait = Annotated[
     bool,
     typer.Option(
-        "--wait", help="With kubernetes: follow the driver to its end, and end with its exit code. Ctrl-C stops the looking only."
+        "--wait", help="With kubernetes: follow the driver to its end, and end with its exit code. Ctrl-C ends this command only."
     ),
 ]
 Foreground = Annotated[
     bool, typer.Option("--foreground", help="With kubernetes: drive from this process, as locally; Ctrl-C saves and stops.")
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="STAGE", help="Keep this stage's result although its data changed.", autocompletion=stage_names),
+]
+Anew = Annotated[
+    list[str] | None,
+    typer.Option("--anew", metavar="STAGE", help="Train this stage anew although earlier work is there.", autocompletion=stage_names),
 ]
 Output = Annotated[Format, typer.Option("--output", "-o", help="How the result is printed on stdout.")]
 Mfu = Annotated[

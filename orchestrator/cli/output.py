@@ -1,13 +1,25 @@
-"""The one place that prints. stdout carries a command's result, stderr everything that is said about it."""
+"""The one place that prints. stdout carries a command's result, stderr everything that is said about it.
+
+What people wrote (captions, prompts, names, errors that quote them) steers no terminal: it is shown as `opensora.printable` shows it. JSON
+escapes by itself and stays exact, and so does YAML.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
+
+from opensora.printable import one_line, printable
+from orchestrator.cli.typed import expanded
+
+ALLOWED = re.compile(r"(\x1b\[[0-9;]*m|\r)")
+"""What a trainer's output may ask of a terminal: colours, and the line again, as bars of progress do."""
 
 
 class Format(enum.StrEnum):
@@ -29,13 +41,15 @@ def emit(rows: Sequence[dict[str, Any]] | dict[str, Any], format: Format, column
     elif format is Format.yaml:
         import yaml
 
-        print(yaml.safe_dump(json.loads(json.dumps(rows, default=_plain)), sort_keys=False, allow_unicode=True), end="")
+        content = json.loads(json.dumps(rows, default=_plain))
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        print(text if printable(text) == text else yaml.safe_dump(content, sort_keys=False), end="")
     else:
         lines = [rows] if isinstance(rows, dict) else list(rows)
         columns = columns or {key: key for key in (lines[0] if lines else {})}
         if format is Format.name:
             for line in lines:
-                print(line["name"] if "name" in line else next(iter(line.values())))
+                print(_name(line["name"] if "name" in line else next(iter(line.values()))))
         else:
             table(lines, columns, title)
 
@@ -57,18 +71,27 @@ def table(rows: Iterable[dict[str, Any]], columns: dict[str, str], title: str = 
 
 
 def console(*, err: bool = False) -> Any:
-    """A rich console. Away from a terminal it is plain and wide, so that pipes and logs get whole lines."""
+    """A rich console. Away from a terminal it is plain and wide, so that pipes and logs get whole lines. `[b]` and `:smile:` are text."""
     import rich.console
 
     stream = sys.stderr if err else sys.stdout
-    return rich.console.Console(file=stream, width=None if stream.isatty() else 200, highlight=False, soft_wrap=False)
+    width = None if stream.isatty() else 200
+    return rich.console.Console(file=stream, width=width, highlight=False, soft_wrap=False, markup=False, emoji=False)
+
+
+def styled(text: str, style: str = "") -> Any:
+    """A rich text that steers nothing."""
+    import rich.text
+
+    return rich.text.Text(printable(text), style=style)
 
 
 def note(text: str) -> None:
-    """Something about the result, for people: stderr."""
+    """Something about the result, for people: stderr. A stderr that takes nothing (a full disk, a terminal that is gone) stops no work."""
     from orchestrator.redact import redacted
 
-    print(redacted(text), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(printable(redacted(expanded(text))), file=sys.stderr, flush=True)
 
 
 def error(text: str) -> None:
@@ -81,6 +104,13 @@ def raw(text: str) -> None:
     sys.stdout.flush()
 
 
+def of_trainer(text: str) -> None:
+    """A trainer's output: as it is, but that on a terminal it may colour and begin its line anew, and nothing else."""
+    if sys.stdout.isatty():
+        text = "".join(part if ALLOWED.fullmatch(part) else printable(part) for part in ALLOWED.split(text))
+    raw(text)
+
+
 def line(row: dict[str, Any], text: str, format: Format) -> None:
     """One of many results that come one after another: json is one object a line, yaml one document each."""
     if format is Format.json:
@@ -88,7 +118,12 @@ def line(row: dict[str, Any], text: str, format: Format) -> None:
     elif format is Format.yaml:
         emit([row], format)
     else:
-        print(row["name"] if format is Format.name else text, flush=True)
+        print(_name(row["name"]) if format is Format.name else printable(text), flush=True)
+
+
+def _name(value: Any) -> str:
+    """Exact for a pipe; what a terminal shows steers nothing."""
+    return one_line(str(value)) if sys.stdout.isatty() else str(value)
 
 
 def cell(value: Any) -> str:
@@ -101,7 +136,7 @@ def cell(value: Any) -> str:
         return f"{value:,.2f}" if abs(value) >= 1 else f"{value:,.4f}"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3g}"
-    return str(value)
+    return one_line(str(value))
 
 
 def duration(seconds: float | None) -> str:

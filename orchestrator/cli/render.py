@@ -1,31 +1,26 @@
-"""Commands about what Kubernetes is told: render, diff. The first needs nothing but files; neither changes anything."""
+"""Commands about what Kubernetes is sent: render, diff. The first needs nothing but files; neither changes anything."""
 
 from __future__ import annotations
 
+import contextlib
 import enum
-import os
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from orchestrator.cli import options, output
-from orchestrator.cli.look import stage_names
-from orchestrator.cli.run import check_target
-from orchestrator.cli.workspace import Workspace
+from orchestrator.cli.subject import opened
+from orchestrator.pipelines.coming import Coming, coming, first_profile, last_launch, next_revision, open_attempt, profile_of_attempt
 
 if TYPE_CHECKING:
-    from orchestrator.adapters.kube.api import Api
-    from orchestrator.cluster import ClusterProfile
-    from orchestrator.config import Pipeline, Stage
-    from orchestrator.ledger import Ledger
-    from orchestrator.manifest import Difference
-    from orchestrator.records import Committed, Intent
+    from orchestrator.kube.client import Api
+    from orchestrator.kube.diff import Difference
+    from orchestrator.kube.operator import Operator
+    from orchestrator.ledger.records import Intent
+    from orchestrator.pipelines.workspace import Workspace
+    from orchestrator.recipe.cluster_profile import ClusterProfile
+    from orchestrator.recipe.pipeline import Stage
 
-UNKNOWN_INPUTS = "0" * 12
-"""Stands for the digest of inputs that are not known yet, since a parent is not committed."""
 PATIENCE_S = "3"
 """How long `render` waits for an object store. Without it, it prints what a first launch would send."""
 
@@ -36,24 +31,24 @@ class Form(enum.StrEnum):
     name = "name"
 
 
-@dataclass(frozen=True)
-class Coming:
-    """The next attempt of a stage."""
-
-    intent: Intent
-    """As a driver would write it, but for what is verified only then: parent and checkpoint."""
-    said: str
-    """Which attempt, and what it starts from, for people."""
+class Kind(enum.StrEnum):
+    pytorchjob = "pytorchjob"
+    trainjob = "trainjob"
 
 
 def render(
-    stage: Annotated[str | None, typer.Argument(help="One stage. Default: all that are not committed.", autocompletion=stage_names)] = None,
+    stage: Annotated[
+        str | None, typer.Argument(help="One stage. Default: all that are not committed.", autocompletion=options.stage_names)
+    ] = None,
     file: options.File = None,
     data: options.Data = None,
     settings: options.Set = None,
     store: options.Store = None,
     cluster: options.Cluster = None,
     driver: Annotated[bool, typer.Option("--driver", help="Also the Job of the driver.")] = False,
+    operator: Annotated[
+        Kind | None, typer.Option("--operator", help="Kind of the attempts' jobs. Default: the profile's; auto there: pytorchjob.")
+    ] = None,
     output_: Annotated[Form, typer.Option("--output", "-o", help="yaml and json: what kubectl apply takes.")] = Form.yaml,
 ) -> None:
     """Print what launch would send to the cluster for the next attempt of each stage. Needs no cluster.
@@ -62,12 +57,19 @@ def render(
 
     Examples: osctl render -f open-sora-1.0          osctl render stage2 --cluster ./my-pool.yaml | kubectl apply --dry-run=server -f -
     """
-    from orchestrator import manifest
     from orchestrator.errors import Refused, Unreachable
+    from orchestrator.kube import jobs, yaml_text
+    from orchestrator.kube.operator import BY_NAME, PYTORCH_JOB
+    from orchestrator.pipelines.find import check_stage
+    from orchestrator.pipelines.host import Host
+    from orchestrator.pipelines.preparing import on_known
+    from orchestrator.pipelines.workspace import cluster_at
 
-    os.environ.setdefault("OSCTL_S3_PATIENCE_S", PATIENCE_S)
-    workspace = Workspace.open(file, settings=settings, store=store, data=data, cluster=_cluster(cluster))
-    check_target(workspace, stage)
+    host = Host.here().patient(PATIENCE_S)
+    named = cluster_at(cluster, settings, host)
+    workspace = opened(file, settings=settings, store=store, data=data, cluster=named, host=host)
+    check_stage(workspace, stage, "render")
+    workspace = on_known(workspace)
     profile = profile_of(workspace, "render")
     workspace = workspace.with_contents(needed=False, far=False, say=output.note)
     pipeline = workspace.pipeline
@@ -81,10 +83,20 @@ def render(
     for name, each in found.items():
         if stage in (None, name):
             output.note(each.said if isinstance(each, Coming) else each)
-    objects = [manifest.pytorch_job(one.intent, profile, workspace.store_url) for one in wanted]
+    kind = BY_NAME.get(operator or profile.operator, PYTORCH_JOB)
+    if operator is None and profile.operator == "auto" and wanted:
+        output.note(f"operator: auto is printed as a {kind.kind}; launch takes what the cluster has, and --operator prints the other")
+    objects = [
+        each
+        for one in wanted
+        for each in kind.objects(one.intent, first_profile(pipeline, one.intent.stage) or profile, workspace.store_url)
+    ]
+    for one in wanted:
+        if order := pipeline.pools_of(pipeline.stage(one.intent.stage)):
+            output.note(f"{one.intent.stage}: printed for pool {order[0]}, the first of {', '.join(order)}")
     if driver:
         revision = next_revision(pipeline, workspace.ledger) if known else 1
-        objects.append(manifest.driver_job(pipeline, workspace.store_url, revision, 1, [stage] if stage else []))
+        objects.append(jobs.driver_job(pipeline, workspace.store_url, revision, 1, [stage] if stage else []))
         output.note("the driver's number is 1 here; launch takes the next that is free in the cluster")
     if not workspace.store_url.startswith("s3://"):
         output.note(f"store {workspace.store_url}: is a folder of this machine, which no pod sees; launch wants --store s3://bucket/prefix")
@@ -95,12 +107,12 @@ def render(
 
         output.raw(json.dumps({"apiVersion": "v1", "kind": "List", "items": objects}, indent=2) + "\n")
     elif objects:
-        output.raw(manifest.dump(objects))
+        output.raw(yaml_text.dump(objects))
 
 
 def diff(
     stage: Annotated[
-        str | None, typer.Argument(help="One stage. Default: all that have an open attempt.", autocompletion=stage_names)
+        str | None, typer.Argument(help="One stage. Default: all that have an open attempt.", autocompletion=options.stage_names)
     ] = None,
     file: options.File = None,
     data: options.Data = None,
@@ -111,18 +123,27 @@ def diff(
 ) -> None:
     """Compare what was launched with what launch would do now, and say what each difference means.
 
-    Of each stage its last attempt: `another result` trains it anew, the rest goes on from its last checkpoint. Of an attempt that is open
-    in a cluster also the job as it runs.
+    Each stage as it was launched last: `another result` trains it anew, the rest goes on from its last checkpoint. Of an attempt that is
+    open in a cluster also the job as it runs.
 
     Examples: osctl diff --set stage2.optimizer.lr=1e-4          osctl diff stage2 --cluster my-pool.yaml
     """
-    from orchestrator import manifest
+    from orchestrator.kube.diff import job_differences, stage_differences
+    from orchestrator.kube.operator import BY_NAME
+    from orchestrator.pipelines.find import check_stage
+    from orchestrator.pipelines.host import Host
+    from orchestrator.pipelines.preparing import on_known
+    from orchestrator.pipelines.workspace import cluster_at
 
-    workspace = Workspace.open(file, settings=settings, store=store, data=data, cluster=_cluster(cluster))
-    check_target(workspace, stage)
+    host = Host.here()
+    named = cluster_at(cluster, settings, host)
+    workspace = opened(file, settings=settings, store=store, data=data, cluster=named, host=host)
+    check_stage(workspace, stage, "diff")
+    workspace = on_known(workspace)
     workspace = workspace.with_contents(needed=False, far=False, say=output.note)
     pipeline, ledger = workspace.pipeline, workspace.ledger
     found = coming(pipeline, ledger)
+    last = last_launch(ledger)
     rows: list[dict[str, Any]] = []
     api: Api | None = None
     for each in pipeline.stages:
@@ -130,121 +151,75 @@ def diff(
             continue
         intent = open_attempt(each, ledger)
         running = intent is not None
-        intent = intent or last_attempt(each, ledger)
+        intent = intent or (last.get(each.name) if ledger.inputs_of(each.name) else None)
         if intent is None:
             output.note(f"{each.name}: was never attempted, so there is nothing to compare with; osctl launch --dry-run shows the plan")
             continue
         now = _now(each, intent, found[each.name])
         contents = _of_contents(workspace, each, intent)
-        differences = [one for one in manifest.stage_differences(intent, now) if not contents or one.path != "inputs"] + contents
+        differences = [one for one in stage_differences(intent, now) if not contents or one.path != "inputs"] + contents
         if running and pipeline.cluster is not None:
             api = api or _connect(pipeline.cluster)
-            job = get_job(api, intent, workspace.store_url)
-            if job is None:
+            found_job = get_job(api, intent, workspace.store_url)
+            if found_job is None:
                 said = f"has no job in namespace {pipeline.cluster.namespace}; only its intent is compared"
                 output.note(f"{each.name} attempt {intent.attempt}: {said}")
             else:
-                differences += manifest.differences(job, manifest.pytorch_job(now, pipeline.cluster, workspace.store_url))
+                kind, there = found_job
+                profile = profile_of_attempt(ledger, pipeline, intent) or pipeline.cluster
+                wanted = BY_NAME.get(profile.operator, kind)
+                differences += job_differences(there, wanted.objects(now, profile, workspace.store_url))
         rows += [
             {"name": each.name, "attempt": intent.attempt, "field": one.path, "running": one.old, "now": one.new, "meaning": one.meaning}
             for one in differences
         ]
         if not differences:
-            output.note(f"{each.name} attempt {intent.attempt}: {'runs' if running else 'ran'} as it would be sent now")
+            said = f"{each.name} attempt {intent.attempt}: runs" if running else f"{each.name}: was launched"
+            output.note(f"{said} as it would be sent now")
     if rows or output_ is not output.Format.table:
         output.emit(rows, output_, {"name": "stage", "field": "field", "running": "then", "now": "now", "meaning": "means"})
 
 
 def _of_contents(workspace: Workspace, stage: Stage, intent: Intent) -> list[Difference]:
     """Of clips, weights and encoders, by content, where both are recorded."""
-    from orchestrator import manifest
-    from orchestrator.inputs import changes_since
+    from orchestrator.inputs.standing import changes_since
+    from orchestrator.kube.diff import ANEW, Difference
 
-    terms = workspace.ledger.terms(intent.stage, intent.inputs, intent.attempt)
+    terms = workspace.ledger.terms(intent.stage, intent.inputs_digest, intent.attempt)
     kinds = type(stage.contents).model_fields
     changed = [one for one in changes_since(intent, terms, stage) if one.path in kinds]
-    found = [manifest.Difference(one.path, one.old, one.new, manifest.ANEW) for one in changed]
+    found = [Difference(one.path, one.old, one.new, ANEW) for one in changed]
     for one in changed:
         if one.path == "data":
             rows = workspace.rows_between(one.old, one.new)
-            found += [manifest.Difference(f"data row {row.path}".rstrip(), row.old, row.new or row.kind, manifest.ANEW) for row in rows]
+            found += [Difference(f"data row {row.path}".rstrip(), row.old, row.new or row.kind, ANEW) for row in rows]
     return found
 
 
-def coming(pipeline: Pipeline, ledger: Ledger | None) -> Mapping[str, Coming | str]:
-    """By stage: its next attempt, or why there is none. `ledger` None: nothing has run. Raises Refused, Unreachable."""
-    from orchestrator.inputs import find, name_of
+def get_job(api: Api, intent: Intent, store_url: str) -> tuple[Operator, list[dict[str, Any]]] | None:
+    """An attempt's objects as the cluster has them, and of which kind they are, in the order of `Operator.objects`; none: it has no job.
 
-    found: dict[str, Coming | str] = {}
-    results: dict[str, Committed] = {}
-    for stage in pipeline.stages:
-        parent = stage.spec.parent
-        if parent is not None and parent not in results:
-            said = f"{stage.name}: attempt 1, once {parent} is committed; {UNKNOWN_INPUTS} stands for its inputs, and its name will differ"
-            found[stage.name] = Coming(_intent(pipeline, stage, UNKNOWN_INPUTS, 1), said)
-            continue
-        result = results[parent] if parent else None
-        inputs = find(ledger, stage, result) if ledger else name_of(stage, result)
-        committed = ledger.committed(stage.name, inputs) if ledger else None
-        if committed is not None:
-            results[stage.name] = committed
-            found[stage.name] = f"{stage.name}: is committed, launch sends nothing for it"
-            continue
-        attempts = ledger.attempts(stage.name, inputs) if ledger else []
-        checkpoints = ledger.checkpoints(stage.name, inputs) if ledger else []
-        number = max(attempts, default=0) + 1
-        said = f"{stage.name}: attempt {number}"
-        if parent is not None:
-            said += f", from {parent}@{results[parent].inputs} at step {results[parent].step}"
-        if checkpoints:
-            said += f", resumes at step {checkpoints[-1][1].step}"
-        if ledger and attempts and ledger.outcome(stage.name, inputs, attempts[-1]) is None:
-            said += f"; attempt {attempts[-1]} is still open, and launch goes on with it"
-        found[stage.name] = Coming(_intent(pipeline, stage, inputs, number), said)
-    return found
-
-
-def next_revision(pipeline: Pipeline, ledger: Ledger) -> int:
-    """The number that a launch of this pipeline gets. Raises Refused, Unreachable."""
-    number, latest = max(ledger.revisions(), key=lambda item: item[0], default=(0, None))
-    return number if latest is not None and latest.pipeline == pipeline.model_dump(mode="json") else number + 1
-
-
-def open_attempt(stage: Stage, ledger: Ledger) -> Intent | None:
-    """The newest attempt of a stage, whatever its inputs, that has no outcome yet."""
-    for inputs in ledger.inputs_of(stage.name):
-        for number in reversed(ledger.attempts(stage.name, inputs)):
-            if ledger.outcome(stage.name, inputs, number) is None and (intent := ledger.intent(stage.name, inputs, number)) is not None:
-                return intent
-    return None
-
-
-def last_attempt(stage: Stage, ledger: Ledger) -> Intent | None:
-    """The newest attempt of a stage, whatever its inputs."""
-    intents = [
-        intent
-        for inputs in ledger.inputs_of(stage.name)
-        for number in ledger.attempts(stage.name, inputs)[-1:]
-        if (intent := ledger.intent(stage.name, inputs, number)) is not None
-    ]
-    return max(intents, key=lambda intent: intent.created, default=None)
-
-
-def get_job(api: Api, intent: Intent, store_url: str) -> dict[str, Any] | None:
-    """An attempt's job as the cluster has it; none: it has none. Raises Refused where one of its name is not ours, Unreachable."""
-    from orchestrator import manifest
+    Raises Refused where a job of its name is not ours, Unreachable.
+    """
     from orchestrator.errors import NotFound, Refused
+    from orchestrator.kube import discovery, names
 
-    name = manifest.job_name(store_url, intent.run_key)
-    try:
-        job = api.get("pytorchjobs", name)
-    except NotFound:
-        return None
-    if not manifest.is_ours(job, store_url, intent.run_key):
-        raise Refused(
-            f"{api.namespace}/{name}: was not made by osctl for {intent.run_key} in {store_url}; look at it with kubectl describe"
-        )
-    return job
+    name = names.job_name(store_url, intent.run_key)
+    for operator in discovery.served(api):
+        try:
+            job = api.get(operator.plural, name)
+        except NotFound:
+            continue
+        if not names.is_ours(job, store_url, intent.run_key):
+            raise Refused(
+                f"{api.namespace}/{name}: was not made by osctl for {intent.run_key} in {store_url}; look at it with kubectl describe"
+            )
+        beside = []
+        for plural in operator.beside:
+            with contextlib.suppress(NotFound):
+                beside.append(api.get(plural, name))
+        return operator, [*beside, job]
+    return None
 
 
 def profile_of(workspace: Workspace, command: str) -> ClusterProfile:
@@ -258,12 +233,8 @@ def profile_of(workspace: Workspace, command: str) -> ClusterProfile:
     return workspace.pipeline.cluster
 
 
-def _cluster(named: str | None) -> str | None:
-    return named or os.environ.get("OSCTL_CLUSTER") or None
-
-
 def _connect(profile: ClusterProfile) -> Api:
-    from orchestrator.adapters.kube.api import Api
+    from orchestrator.kube.client import Api
 
     return Api.connect(profile.context, profile.namespace)
 
@@ -275,29 +246,3 @@ def _now(stage: Stage, running: Intent, coming: Coming | str) -> Intent:
     resources = stage.spec.resources
     now = {"config": stage.config, "nodes": resources.nodes, "devices_per_node": resources.devices_per_node, "device": resources.device}
     return running.model_copy(update=now)
-
-
-def _intent(pipeline: Pipeline, stage: Stage, inputs: str, number: int) -> Intent:
-    from orchestrator.records import Intent, run_key
-
-    resources = stage.spec.resources
-    return Intent(
-        run_key=run_key(pipeline.name, stage.name, inputs, number),
-        pipeline=pipeline.name,
-        stage=stage.name,
-        inputs=inputs,
-        attempt=number,
-        epoch=0,
-        created=time.time(),
-        config=stage.config,
-        config_digest=stage.config.digest(),
-        nodes=resources.nodes,
-        devices_per_node=resources.devices_per_node,
-        device=resources.device,
-        trainer=pipeline.trainer,
-        hang_timeout_s=stage.spec.hang_timeout_s,
-        flush_s=pipeline.flush_s,
-        parent=None,
-        resume=None,
-        code="",
-    )

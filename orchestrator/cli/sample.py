@@ -1,68 +1,126 @@
-"""`osctl sample`: a video from a prompt, out of a committed and verified checkpoint."""
+"""`osctl sample`: videos from prompts, out of a committed and verified checkpoint, or of a folder with a model."""
 
 from __future__ import annotations
 
+import json
 import subprocess
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from orchestrator import modules
 from orchestrator.cli import options, output
-from orchestrator.cli.look import launched, stage_names, take
-from orchestrator.cli.workspace import Workspace, home
+from orchestrator.cli.subject import launched, snapshot
+from orchestrator.errors import UsageError
 
 if TYPE_CHECKING:
-    from orchestrator.records import Committed
+    from orchestrator.ledger.records import Committed
+    from orchestrator.pipelines.host import Host
+    from orchestrator.pipelines.workspace import Workspace
 
 
 def sample(
-    prompt: Annotated[str, typer.Argument(help='What to draw, e.g. "a digit 3 moving left".')],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", help="Where the clip goes: .mp4, or .png for a sheet of its frames.")
-    ] = Path("sample.mp4"),
-    stage: Annotated[
-        str | None, typer.Option("--stage", help="Stage whose weights draw; default: the last committed.", autocompletion=stage_names)
+    prompt: Annotated[str | None, typer.Argument(help='What to draw, e.g. "a digit 3 moving left".')] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Text file with a prompt on each line; prompt i has seed + i.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise: the same seed draws the same clip.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; default: the stage's.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; default: the stage's.")] = None,
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out", metavar="FILE|DIR", help="Where it goes: .mp4 or .gif, .png for a sheet of frames, or a folder for an .mp4 a prompt."
+        ),
+    ] = "sample.mp4",
+    stage: Annotated[
+        str | None,
+        typer.Option("--stage", help="Stage whose weights draw; default: the last committed.", autocompletion=options.stage_names),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="DIR", help="A checkpoint folder, or one that osctl export wrote, in place of a stage."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise: the same seed draws the same clip.")] = 0,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a clip; default: the stage's.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels, together with --width; default: the stage's.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels, together with --height; default: the stage's.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0, help="Frames a second when it is played; default: the rate of the training's clips.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Sampling steps; default: the stage's.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            "--sampler",
+            metavar="METHOD",
+            help="iddpm: ancestral, ddim, dpm-solver++, unipc; flow: euler, heun. Default: the stage's.",
+            autocompletion=lambda: ["ancestral", "ddim", "dpm-solver++", "unipc", "euler", "heun"],
+        ),
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale, 1: off; default: the stage's.")] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option("--guidance-interval", metavar="LOW,HIGH", help="Guide between these times only, 0 clean to 1 noise.")
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option("--guidance-rescale", min=0, max=1, help="Share of the unguided contrast that is given back.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option("--negative", metavar="TEXT", help="What no clip should show.")] = None,
     file: options.File = None,
     store: options.Store = None,
 ) -> None:
-    """Draw a video from a prompt with a committed stage.
+    """Draw videos from prompts with a committed stage, or with a model in a folder.
+
+    Each file says what it was drawn from, and so does a .json beside it.
 
     Example: osctl sample "a digit 3 moving left" --out three.mp4
     """
-    workspace = launched(Workspace.at(file, store=store))
+    if prompt is None and prompts is None:
+        raise UsageError('sample: no prompt is given. Say what to draw: osctl sample "a digit 3 moving left", or --prompts FILE')
+    if model is not None and stage is not None:
+        raise UsageError(f"sample: --stage {stage} and --model {model} both name weights. Give one of them")
+    given = {
+        "prompt": prompt, "prompts": prompts, "out": out, "seed": seed, "frames": frames, "height": height, "width": width, "fps": fps,
+        "steps": steps, "sampler": sampler, "guidance": guidance, "guidance-interval": guidance_interval,
+        "guidance-rescale": guidance_rescale, "negative": negative,
+    }  # fmt: skip
+    words = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    if model is not None:
+        _run(model, words, None)
+        return
+    workspace = launched(None, file, store=store)
     committed = newest(workspace, stage, to="sample")
-    folder = fetched(workspace, committed)
-    command = [sys.executable, "-m", "opensora.sample", str(folder), f"--prompt={prompt}", f"--out={out}", "--seed", str(seed)]
-    command += ["--steps", str(steps)] if steps is not None else []
-    command += ["--guidance", str(guidance)] if guidance is not None else []
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        raise SystemExit(code)
+    folder, host = fetched(workspace, committed)
+    about = {"model": committed.run_key, "step": committed.step, "manifest": committed.manifest_digest, "weights": committed.weights_digest}
+    _run(folder, [*words, f"--about={json.dumps(about)}"], host.for_children())
     output.note(f"drew {out} with {committed.run_key}, step {committed.step}")
 
 
-def newest(workspace: Workspace, stage: str | None, *, to: str) -> Committed:
-    """What the stage committed, or the last stage that did. Raises Refused, for a command of the name `to`."""
-    from orchestrator.errors import Refused
+def _run(folder: Path, words: list[str], env: Any) -> None:
+    code = subprocess.run(modules.command("opensora.sample", str(folder), *words), check=False, env=env).returncode
+    if code:
+        raise SystemExit(code)
 
-    found = [status.committed for status in take(workspace).stages if status.committed and stage in (None, status.name)]
+
+def newest(workspace: Workspace, stage: str | None, *, to: str) -> Committed:
+    """What the stage committed, or the last stage that did. Raises Refused and UsageError, for a command of the name `to`."""
+    from orchestrator.errors import Refused
+    from orchestrator.pipelines.find import check_stage
+
+    found = [status.committed for status in snapshot(workspace).stages if status.committed and stage in (None, status.name)]
     if not found:
+        check_stage(workspace, stage, to)
         fact = f"{to} {stage or workspace.pipeline.name}: nothing is committed to {to}"
         raise Refused(f"{fact}. Make it with: osctl launch{f' {stage}' if stage else ''}")
     return found[-1]
 
 
-def fetched(workspace: Workspace, committed: Committed) -> Path:
-    """Folder of a committed checkpoint. Its name is the manifest's digest: what lies there was verified once when it came, file by file."""
-    workspace.lend_imports_of(committed)
-    folder = home() / "cache" / committed.manifest_digest
+def fetched(workspace: Workspace, committed: Committed) -> tuple[Path, Host]:
+    """The folder of a committed checkpoint, and this machine as its reader finds its encoders.
+
+    The folder is named by the manifest's digest: each file in it was verified once, when it came. Raises Refused, Unreachable.
+    """
+    host = workspace.told_of_imports_of(committed)
+    folder = host.home / "cache" / committed.manifest_digest
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         workspace.ledger.fetch(committed.manifest, committed.manifest_digest, folder)
-    return folder
+    return folder, host

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Annotated, Any
 
 import typer
 
+from opensora.printable import several
 from orchestrator.cli import options, output
-from orchestrator.cli.workspace import Workspace, home
+from orchestrator.cli.subject import opened
+from orchestrator.cli.typed import Command
 
 app = typer.Typer(no_args_is_help=True, help="Imported weights and encoders: in the store by digest, with their source and licence.")
 
 
-@app.command()
+@app.command(cls=Command)
 def add(
     name: Annotated[
         str, typer.Argument(help="What to call it: lower-case letters, digits, '-' and '.'. A stage then says `weights: NAME`.")
@@ -35,49 +36,52 @@ def add(
 
     Examples: osctl weights add pixart ./PixArt-XL-2-512x512.pth          osctl weights add t5 owner/t5@main --as text --licence apache-2.0
     """
-    from orchestrator import imports
-    from orchestrator.adapters.import_sources import ImportSources
     from orchestrator.errors import NotFound, Refused, UsageError
+    from orchestrator.inputs import imports
+    from orchestrator.inputs.import_sources import ImportSources
+    from orchestrator.pipelines.host import Host
     from orchestrator.redact import holds_credentials, typed
 
     imports.check_name(name)
     if role not in (None, "weights", "autoencoder", "text"):
         raise UsageError(f"--as {typed(role or '')}: is none of weights, autoencoder, text. Name one of them")
-    if holds_credentials(source, os.environ) or holds_credentials(licence or "", os.environ):
+    host = Host.here()
+    env = host.env
+    if holds_credentials(source, env) or holds_credentials(licence or "", env):
         raise UsageError(f"weights add {name}: holds credentials, and would be written into the store. Put them into the environment")
-    opened = Workspace.open(file, store=store).store
+    store_ = opened(file, store=store, host=host).store
     try:
-        found = ImportSources(home()).look(source, role, renew=True)  # type: ignore[arg-type]
+        found = ImportSources(host.home, env).fetch(source, role, renew=True)  # type: ignore[arg-type]
     except NotFound:
         raise Refused(f"weights add {name}: {typed(source)} is not there, as seen from this machine. Correct the source") from None
     if sha256 is not None and sha256.lower() not in (one.sha256 for one in found.imported.files.values()):
         digests = ", ".join(f"{each} {one.sha256}" for each, one in found.imported.files.items())
         raise Refused(f"weights add {name}: no file has sha256 {sha256}; found: {digests}. Nothing was written; check the source")
-    opened.probe()
-    digest = imports.put(opened, found.imported, found.files)
+    store_.probe()
+    digest = imports.put(store_, found.imported, found.files)
     origin = imports.Source(
         manifest=digest, role=found.role, source=found.source, licence=licence or found.licence, time=time.time(), holder=imports.holder()
     )
-    imports.add_source(opened, origin)
-    one = imports.add_source(opened, origin.model_copy(update={"name": name}))
+    imports.add_source(store_, origin)
+    one = imports.add_source(store_, origin.model_copy(update={"name": name}))
     if one.licence is None:
         output.note(f"{name}: its source says no licence; note it with --licence")
-    output.note(f"{name}: {len(found.files)} files, {found.imported.size / 1e6:,.2f} MB, from {found.source}")
+    output.note(f"{name}: {several(len(found.files), 'file')}, {found.imported.size / 1e6:,.2f} MB, from {found.source}")
     output.emit(_row(one), output_, _COLUMNS)
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_(file: options.File = None, store: options.Store = None, output_: options.Output = output.Format.table) -> None:
     """The imports that have a name in a store.
 
     Example: osctl weights list --store s3://bucket/runs
     """
-    from orchestrator import imports
+    from orchestrator.inputs import imports
 
-    opened = Workspace.open(file, store=store).store
-    rows = [_row(one) for one in imports.named(opened)]
+    store_ = opened(file, store=store).store
+    rows = [_row(one) for one in imports.named(store_)]
     if not rows:
-        output.note(f"no imports in {opened.url}. Bring one in with: osctl weights add NAME SOURCE")
+        output.note(f"no imports in {store_.url}. Bring one in with: osctl weights add NAME SOURCE")
     output.emit(rows, output_, _COLUMNS)
 
 

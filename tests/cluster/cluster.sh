@@ -8,6 +8,7 @@ K=$(realpath -m "$cache/cluster")
 # run: pids, sockets · log · etcd, kubelet, containerd, s3: state, gone after `WIPE=1 down`
 B=$K/bin C=$K/conf R=$K/run
 servers="kubelet kwok coredns versitygw kube-proxy kube-scheduler kube-controller-manager kube-apiserver etcd containerd" # in the order of stopping
+operators="training-operator jobset trainer kueue kuberay" # Deployments, each in the one namespace that operator_at says
 ADDRESS=10.89.0.1 # of the machine as its pods see it; on a bridge of its own (kub0), so that nothing listens to the outside
 S3_PORT=9000
 export KUBECONFIG=$C/admin.kubeconfig PATH=$B:$PATH
@@ -30,6 +31,19 @@ ctr_() { ctr -a "$R/containerd.sock" -n k8s.io "$@"; }
 pid_of() { # NAME: prints the process id of a running server; a pid that another program has by now does not count
   local p; p=$(cat "$R/$1.pid" 2>/dev/null) && [ -n "$p" ] || return 1
   case $(readlink "/proc/$p/exe" 2>/dev/null) in */"$1"|*/"$1"-v*|*/"$1 (deleted)") echo "$p" ;; *) return 1 ;; esac; }
+
+operator_at() { # NAME: prints namespace and Deployment
+  case $1 in
+    training-operator) echo kubeflow training-operator ;;
+    jobset) echo jobset-system jobset-controller-manager ;;
+    trainer) echo kubeflow-system kubeflow-trainer-controller-manager ;;
+    kueue) echo kueue-system kueue-controller-manager ;;
+    kuberay) echo kuberay-system kuberay-operator ;;
+    *) return 1 ;;
+  esac; }
+
+runs_as() { # NAME COMMAND...: it runs, and with these arguments
+  local p; p=$(pid_of "$1") && shift && [ "$(tr '\0' ' ' <"/proc/$p/cmdline")" = "$* " ]; }
 
 start() { # NAME COMMAND...: unless it runs
   local name=$1; shift

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from cluster.kube_rig import allow_trainers, client, folder_ledger
 
-from orchestrator.adapters.kube.api import Api
-from orchestrator.ledger import Ledger
+from orchestrator.kube.client import Api
+from orchestrator.ledger.store import Ledger
 
 
 @pytest.fixture

@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 from tiny_attempts import CONFIG
 
-from orchestrator.adapters.folder import FolderStore
-from orchestrator.adapters.kube.api import Api
-from orchestrator.adapters.kube.backend import KubeBackend
-from orchestrator.cluster import ClusterProfile
-from orchestrator.config import Pipeline, Stage, StageSpec
-from orchestrator.document import read, validate
+from orchestrator.driver.runner import Detached, Result, Runner
 from orchestrator.errors import OsctlError
-from orchestrator.ledger import Ledger
+from orchestrator.kube.backend import KubeBackend
+from orchestrator.kube.client import Api
+from orchestrator.kube.nodes import KubeNodes
+from orchestrator.ledger.records import Event, Intent
+from orchestrator.ledger.store import Ledger
+from orchestrator.pipelines.coming import profile_of_attempt
 from orchestrator.ports import Life
-from orchestrator.records import Event
-from orchestrator.runner import Detached, Result, Runner
+from orchestrator.recipe.cluster_profile import ClusterProfile
+from orchestrator.recipe.pipeline import Pipeline, Stage, StageSpec
+from orchestrator.recipe.yaml_file import read, validate
+from orchestrator.stores.folder import FolderStore
 
 REPOSITORY = Path(__file__).parents[2]
 STORE = "s3://osctl-test/runs"
@@ -36,6 +38,11 @@ def until(holds: Callable[[], bool], what: str, patience_s: float = 60.0) -> Non
     while not holds():
         assert time.monotonic() < deadline, f"{what}: not within {patience_s} s"
         time.sleep(0.05)
+
+
+def unschedulable(pod: dict[str, Any]) -> bool:
+    """The scheduler has looked at it, and keeps no node for it until the rest of its gang comes."""
+    return any(one["type"] == "PodScheduled" and one["status"] == "False" for one in pod["status"].get("conditions", []))
 
 
 @contextmanager
@@ -99,9 +106,11 @@ class Drive:
     @classmethod
     @contextmanager
     def of(cls, of: Pipeline, ledger: Ledger, api: Api) -> Iterator[Drive]:
-        assert of.cluster is not None
-        backend = KubeBackend(ledger.store, api, of.cluster, STORE, pipeline=of.name)
-        runner = Runner(of, ledger, backend)
+        profile = of.cluster
+        assert profile is not None
+        in_pool: Callable[[Intent], ClusterProfile] = lambda intent: profile_of_attempt(ledger, of, intent) or profile  # noqa: E731
+        backend = KubeBackend(ledger.store, api, profile, STORE, pipeline=of.name, profile_of=in_pool)
+        runner = Runner(of, ledger, backend, nodes=KubeNodes(api, profile))
         drive = cls(ledger, backend, runner)
         runner.on_event = drive.events.append
         drive.thread = threading.Thread(target=drive._run, name="driver", daemon=True)
@@ -120,6 +129,17 @@ class Drive:
         except OsctlError as error:
             self.fault = error
 
+    def counts_looks(self) -> Callable[[], int]:
+        """How often the driver has looked at an attempt since now."""
+        observe, looks = self.backend.observe, [0]
+
+        def counted(run_key: str) -> Life:
+            looks[0] += 1
+            return observe(run_key)
+
+        self.backend.observe = counted  # type: ignore[method-assign]
+        return lambda: looks[0]
+
     def ends(self, patience_s: float = 60.0) -> Result:
         self.thread.join(patience_s)
         assert not self.thread.is_alive(), f"still driving after {patience_s} s: {[event.detail for event in self.events][-5:]}"
@@ -130,8 +150,8 @@ class Drive:
 
     def key(self, stage: str, number: int = 1) -> str | None:
         """Run key of an attempt, once it is intended."""
-        for inputs in self.ledger.inputs_of(stage):
-            intent = self.ledger.intent(stage, inputs, number)
+        for inputs_digest in self.ledger.inputs_of(stage):
+            intent = self.ledger.intent(stage, inputs_digest, number)
             if intent is not None:
                 return intent.run_key
         return None
@@ -142,9 +162,9 @@ class Drive:
 
     def outcomes(self, stage: str) -> list[str]:
         found = []
-        for inputs in self.ledger.inputs_of(stage):
-            for number in self.ledger.attempts(stage, inputs):
-                outcome = self.ledger.outcome(stage, inputs, number)
+        for inputs_digest in self.ledger.inputs_of(stage):
+            for number in self.ledger.attempts(stage, inputs_digest):
+                outcome = self.ledger.outcome(stage, inputs_digest, number)
                 found.append(outcome.class_ if outcome else "open")
         return found
 

@@ -117,7 +117,7 @@ def installed(cluster: Cluster, folder: Path, *, mlflow: bool, **profile: Any) -
         yield Site(cluster, namespace, folder / "cluster.yaml", store)
     finally:
         cluster.kubectl("delete", "namespace", namespace, "--wait=false")
-        for kind in ("jobs", "pytorchjobs"):
+        for kind in ("jobs", "pytorchjobs", "trainjobs"):
             cluster.kubectl("-n", namespace, "delete", kind, "--all", "--wait=false", check=False)
         cluster.kubectl("-n", namespace, "delete", "pods", "--all", "--grace-period=1", check=False, timeout_s=120)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import Cluster
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.cluster("gpus")
 
 SAFE = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
 SAFE_POD = {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
@@ -70,7 +70,7 @@ def run(cluster: Cluster, namespace: str, image: str, script: str, **env: str) -
     def over() -> bool:
         return cluster.kubectl("-n", namespace, "get", "pod", "probe", "-o", "jsonpath={.status.phase}") in ("Succeeded", "Failed")
 
-    assert eventually(over, 90), cluster.kubectl("-n", namespace, "describe", "pod", "probe")
+    assert eventually(over, 240), cluster.kubectl("-n", namespace, "describe", "pod", "probe")
     return cluster.kubectl("-n", namespace, "logs", "probe")
 
 
@@ -157,18 +157,3 @@ def test_the_slim_image_has_the_cli_and_no_torch(cluster: Cluster, namespace: st
     )
     script = " && ".join((*commands, "echo slim"))
     assert run(cluster, namespace, cluster.driver_image, script).split()[-1] == "slim"
-
-
-def test_a_server_that_was_stopped_comes_back_to_the_same_cluster(cluster: Cluster) -> None:
-    before = cluster.kubectl("get", "namespace", "kube-system", "-o", "jsonpath={.metadata.uid}")
-    cluster.stop("kube-apiserver")
-    assert "refused" in cluster.kubectl("get", "nodes", check=False)
-    cluster.start()
-    assert cluster.kubectl("get", "namespace", "kube-system", "-o", "jsonpath={.metadata.uid}") == before
-
-
-def test_the_operator_can_be_stopped_and_its_webhook_then_refuses(cluster: Cluster, namespace: str) -> None:
-    cluster.stop("training-operator")
-    assert "failed calling webhook" in apply(cluster, namespace, gang("nobody", 1), check=False)
-    cluster.start()
-    assert "created" in apply(cluster, namespace, gang("somebody", 1))

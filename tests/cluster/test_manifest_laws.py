@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,12 +24,16 @@ from pod_security import violations
 from tiny_recipe import Osctl
 from written_ledger import Writer
 
-from orchestrator import config, manifest
-from orchestrator.adapters.folder import FolderStore
-from orchestrator.adapters.kube.api import Api
-from orchestrator.cluster import ClusterProfile
 from orchestrator.errors import OsctlError, Refused
-from orchestrator.ledger import Ledger
+from orchestrator.kube import manifest, operator, yaml_text
+from orchestrator.kube.client import Api
+from orchestrator.kube.diff import job_differences
+from orchestrator.kube.jobs import driver_job
+from orchestrator.labels import Annotation
+from orchestrator.ledger.store import Ledger
+from orchestrator.recipe import adapt, files, resolve
+from orchestrator.recipe.cluster_profile import ClusterProfile
+from orchestrator.stores.folder import FolderStore
 
 pytestmark = pytest.mark.cluster
 
@@ -92,13 +97,69 @@ def said(api: Api, kind: str, body: dict[str, Any]) -> str | None:
 
 
 def test_every_valid_spec_is_accepted_by_schema_webhook_and_pod_security(api: Api) -> None:
+    assert refused(api, 200) == []
+
+
+@pytest.mark.prove("specs-on-a-server")
+@pytest.mark.timeout(2700)
+def test_two_thousand_valid_specs_are_accepted_as_train_jobs(api: Api) -> None:
+    assert refused_train_jobs(api, 2000) == []
+
+
+def test_every_valid_spec_is_accepted_as_a_train_job(api: Api) -> None:
+    assert refused_train_jobs(api, 60) == []
+
+
+def refused_train_jobs(api: Api, number: int) -> list[tuple[Spec, str]]:
+    """Trainer's webhook looks for a TrainJob's runtime, so each runtime is really there while its job is sent as a dry run."""
+    kind = operator.TRAIN_JOB
+
+    def verdict(spec: Spec) -> tuple[Spec, str | None]:
+        *beside, job = objects = kind.objects(spec.intent, spec.profile, spec.store_url, exclude_nodes=spec.exclude_nodes)
+        try:
+            made = [(kind.plurals[one["kind"]], api.create(kind.plurals[one["kind"]], one)["metadata"]) for one in beside]
+        except OsctlError as error:
+            return spec, str(error)
+        try:
+            deadline = time.monotonic() + 10
+            while (why := said(api, "trainjobs", job)) is not None and kind.is_early(why) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            return spec, why or said(api, "pods", kind.pods(objects)[-1])
+        finally:
+            for plural, about in made:
+                api.delete(plural, about["name"], uid=about["uid"])
+
+    by_run = {(spec.store_url, spec.intent.run_key): spec for spec in drawn(number)}  # those of one name would meet on the server
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [(spec, why) for spec, why in pool.map(verdict, by_run.values()) if why is not None]
+
+
+def test_the_server_keeps_a_train_job_and_its_runtime_as_they_were_sent(api: Api) -> None:
+    spec = published()
+    kept = []
+    objects = operator.TRAIN_JOB.objects(spec.intent, spec.profile, spec.store_url)
+    for one in objects[:-1]:
+        kept.append(api.create(operator.TRAIN_JOB.plurals[one["kind"]], one, dry_run=True))
+        assert kept[-1]["spec"] == one["spec"], one["kind"]
+        assert kept[-1]["metadata"]["annotations"] == one["metadata"]["annotations"]
+    assert job_differences([*kept, objects[-1]], objects) == []
+
+
+@pytest.mark.prove("specs-on-a-server")
+@pytest.mark.timeout(2700)
+def test_two_thousand_valid_specs_are_accepted(api: Api) -> None:
+    assert refused(api, 2000) == []
+
+
+def refused(api: Api, number: int) -> list[tuple[Spec, str]]:
+    """Of so many random specs, those that the server does not take, with its words."""
+
     def verdict(spec: Spec) -> tuple[Spec, str | None]:
         job = rendered(spec)
         return spec, said(api, "pytorchjobs", job) or said(api, "pods", manifest.pods(job)[-1])
 
     with ThreadPoolExecutor(THREADS) as pool:
-        refused = [(spec, why) for spec, why in pool.map(verdict, drawn(2000)) if why is not None]
-    assert refused == []
+        return [(spec, why) for spec, why in pool.map(verdict, drawn(number)) if why is not None]
 
 
 @pytest.mark.parametrize("stage", [stage.name for stage in manifest_specs.open_sora().stages])
@@ -109,7 +170,7 @@ def test_the_published_stages_and_their_driver_are_accepted(stage: str, api: Api
     job = rendered(Spec(intent, published().profile, "s3://open-sora/runs"))
     assert said(api, "pytorchjobs", job) is None
     assert [said(api, "pods", pod) for pod in manifest.pods(job)] == [None] * resources.nodes
-    driver = manifest.driver_job(pipeline.model_copy(update={"cluster": published().profile}), "s3://open-sora/runs", 1, 1, [stage])
+    driver = driver_job(pipeline.model_copy(update={"cluster": published().profile}), "s3://open-sora/runs", 1, 1, [stage])
     assert said(api, "jobs", driver) is None
     assert said(api, "pods", manifest.pods(driver)[0]) is None
 
@@ -129,7 +190,7 @@ def worker(job: dict[str, Any]) -> dict[str, Any]:
         (lambda job: worker(job).update(replicas=0), "replicas"),
         (lambda job: job["spec"]["elasticPolicy"].update(nProcPerNode=8), "nprocPerNode"),
         (lambda job: worker(job)["template"]["spec"]["containers"][0]["env"].append({"name": "A", "value": 1.0e3}), "value"),
-        (lambda job: worker(job)["template"]["spec"]["containers"][0]["resources"]["limits"].update(cpu="many"), "cpu"),
+        (lambda job: worker(job)["template"]["spec"]["containers"][0]["resources"]["limits"].update(cpu="many"), "quantities must match"),
     ],
 )
 def test_a_broken_job_is_refused_so_the_check_can_fail(breaks: Callable[[dict[str, Any]], Any], words: str, api: Api) -> None:
@@ -157,7 +218,7 @@ def test_the_server_keeps_what_it_was_sent(api: Api) -> None:
     assert kept["spec"] == job["spec"]
     assert kept["metadata"]["labels"] == job["metadata"]["labels"]
     assert kept["metadata"]["annotations"] == job["metadata"]["annotations"]
-    assert manifest.differences(kept, job) == []
+    assert job_differences([kept], [job]) == []
 
 
 def test_kubectl_reads_hostile_words_as_we_wrote_them(api: Api, cluster: Any) -> None:
@@ -168,7 +229,7 @@ def test_kubectl_reads_hostile_words_as_we_wrote_them(api: Api, cluster: Any) ->
         profile = spec.profile.model_copy(update={"nccl_ib_hca": word, "s3_region": word})
         intent = manifest_specs.intent("no", "null", "1e3e1e3e1e3e", number + 1, 2, 8)
         jobs.append(manifest.pytorch_job(intent, profile, f"/mnt/{word}"))
-    told = cluster.kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", stdin=manifest.dump(jobs))
+    told = cluster.kubectl("create", "--dry-run=server", "-o", "json", "-f", "-", stdin=yaml_text.dump(jobs))
     objects = json.loads("[" + told.replace("}\n{", "},{") + "]")
     for job, read in zip(jobs, objects, strict=True):
         assert read["spec"] == job["spec"]
@@ -176,7 +237,7 @@ def test_kubectl_reads_hostile_words_as_we_wrote_them(api: Api, cluster: Any) ->
 
 
 def test_what_osctl_prints_is_what_kubectl_apply_takes(api: Api, cluster: Any, tmp_path: Path) -> None:
-    profile = yaml.safe_load((config.shipped_folder() / "clusters/h800-64.yaml").read_text()) | {"namespace": NAMESPACE}
+    profile = yaml.safe_load((files.shipped_folder() / "clusters/h800-64.yaml").read_text()) | {"namespace": NAMESPACE}
     (tmp_path / "here.yaml").write_text(yaml.safe_dump(profile))
     printed = Osctl(tmp_path)("render", "-f", "open-sora-1.0", "--cluster", "here.yaml", "--store", "store", "--driver").stdout
     said = cluster.kubectl("apply", "--dry-run=server", "-f", "-", stdin=printed)
@@ -188,12 +249,12 @@ def test_what_osctl_prints_is_what_kubectl_apply_takes(api: Api, cluster: Any, t
 
 def test_diff_says_what_a_change_means_for_the_job_that_runs(api: Api, cluster: Any, tmp_path: Path) -> None:
     profile = {"namespace": NAMESPACE, "service_account": "default-of-tests", "queue": "kueue", "kueue_queue": "none-lets-it-go"}
-    content = yaml.safe_load((config.shipped_folder() / "clusters/kind-cpu.yaml").read_text()) | profile
+    content = yaml.safe_load((files.shipped_folder() / "clusters/kind-cpu.yaml").read_text()) | profile
     (tmp_path / "here.yaml").write_text(yaml.safe_dump(content))
     tiny_recipe.write(tmp_path, stages=1, backend="kubernetes", cluster="here.yaml", flush_s=5.0)
     osctl = Osctl(tmp_path, {"KUBECONFIG": str(cluster.kubeconfig)})
     store = str(tmp_path / ".osctl/store")
-    pipeline = config.on_devices(config.load(tmp_path / "osctl.yaml"), 0)
+    pipeline = adapt.on_devices(resolve.load(tmp_path / "osctl.yaml"), 0)
     assert pipeline.cluster is not None
 
     writer = Writer(Ledger(FolderStore(Path(store)), "tiny"), pipeline)
@@ -217,7 +278,7 @@ def test_diff_says_what_a_change_means_for_the_job_that_runs(api: Api, cluster: 
     api.patch(
         "pytorchjobs",
         job["metadata"]["name"],
-        {"metadata": {"annotations": {manifest.STORE: "s3://someone/else"}}},
+        {"metadata": {"annotations": {Annotation.STORE: "s3://someone/else"}}},
         uid=job["metadata"]["uid"],
     )
     assert "was not made by osctl for tiny/stage1@" in osctl("diff", expect=4).stderr

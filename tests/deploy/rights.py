@@ -6,15 +6,21 @@ Rights = dict[tuple[str, str], tuple[str, ...]]
 """(API group, resource) → verbs."""
 
 READ, WATCH = ("get", "list"), ("get", "list", "watch")
+OWN = (*WATCH, "create", "patch", "delete")
 OF_DRIVER: Rights = {
-    ("kubeflow.org", "pytorchjobs"): (*WATCH, "create", "patch", "delete"),
+    ("kubeflow.org", "pytorchjobs"): OWN,
+    ("trainer.kubeflow.org", "trainjobs"): OWN,
+    ("trainer.kubeflow.org", "trainingruntimes"): OWN,
+    ("jobset.x-k8s.io", "jobsets"): (*WATCH, "delete"),
     ("", "pods"): (*WATCH, "delete"),
     ("", "pods/log"): ("get",),
     ("", "events"): WATCH,
     ("", "resourcequotas"): READ,
-    ("scheduling.x-k8s.io", "podgroups"): WATCH,
-    ("kueue.x-k8s.io", "workloads"): READ,
-    ("kueue.x-k8s.io", "localqueues"): READ,
+    ("scheduling.x-k8s.io", "podgroups"): OWN,
+    ("kueue.x-k8s.io", "workloads"): WATCH,
+    ("kueue.x-k8s.io", "localqueues"): WATCH,
+    ("visibility.kueue.x-k8s.io", "localqueues/pendingworkloads"): ("get",),
 }
-OF_USER: Rights = {**OF_DRIVER, ("batch", "jobs"): (*WATCH, "create", "delete")}
+ASKED = (*WATCH, "create", "delete")
+OF_USER: Rights = {**OF_DRIVER, ("batch", "jobs"): ASKED, ("ray.io", "rayjobs"): ASKED}
 OF_TRAINER: Rights = {}

@@ -16,12 +16,13 @@ from deploy.rendering import CHART, OVERLAYS, REPOSITORY, Manifest, chart, ci, h
 from deploy.restricted import pods, weaknesses
 from pod_security import violations
 
-from orchestrator.cluster import ClusterProfile
-from orchestrator.config import shipped_folder
-from orchestrator.document import read, validate
+from orchestrator.recipe.cluster_profile import ClusterProfile
+from orchestrator.recipe.files import shipped_folder
+from orchestrator.recipe.yaml_file import read, validate
 
 SITES = sorted(path.stem for path in CHART.glob("ci/*.yaml"))
 COMPARED = ("ServiceAccount", "Role", "RoleBinding", "NetworkPolicy")
+QUEUES = ("ResourceFlavor", "ClusterQueue", "LocalQueue", "WorkloadPriorityClass")
 OTHER = "registry.example.com/other@sha256:" + "2" * 64
 
 
@@ -78,8 +79,48 @@ def test_accounts_roles_and_policies_are_those_of_kustomize(helm: Path, kubectl:
     for manifest in ours.values():
         if manifest["kind"] == "ServiceAccount":
             manifest["metadata"].pop("annotations", None)  # workload identity is the site's
-    assert len(source) == 12
+    assert len(source) == 14
     assert ours == source
+
+
+def test_queues_are_those_of_kustomize(helm: Path, kubectl: Path) -> None:
+    def said(objects: list[Manifest]) -> dict[tuple[str, str], Manifest]:
+        return {identity(manifest): as_text(plain(manifest)) for manifest in objects if manifest["kind"] in QUEUES}
+
+    source = said(kustomize(kubectl, OVERLAYS / "h800-64-kueue"))
+    assert {kind for kind, _ in source} == set(QUEUES)
+    assert said(_rendered(helm, "h800-64-kueue")) == source
+
+
+def as_text(value: Any) -> Any:
+    """The same with numbers as text: Helm's values hold 1024 where k8s/ has "1024"."""
+    if isinstance(value, dict):
+        return {key: as_text(each) for key, each in value.items()}
+    return [as_text(each) for each in value] if isinstance(value, list) else str(value)
+
+
+def test_no_queue_is_made_unless_asked_for(helm: Path) -> None:
+    values = merged(ci("h800-64-kueue"), {"kueue": {"create": False}})
+    assert not [manifest for manifest in chart(helm, values) if manifest["kind"] in QUEUES]
+
+
+def test_queues_of_two_teams_say_what_their_values_say(helm: Path) -> None:
+    flavors = [{"name": "h800", "quota": {"nvidia.com/gpu": 32}, "borrowing": {"nvidia.com/gpu": 0}, "lending": {"nvidia.com/gpu": 16}}]
+    queues = [
+        {"name": "one", "cohort": "all", "weight": 2, "flavors": flavors, "strategy": "StrictFIFO"},
+        {"name": "two", "cohort": "all", "flavors": flavors, "namespaces": ["a", "b"], "preemption": {"withinClusterQueue": "Never"}},
+    ]
+    locals_ = [{"name": "train", "clusterQueue": "one", "weight": "0.5"}]
+    objects = chart(helm, merged(ci("base"), {"kueue": {"create": True, "clusterQueues": queues, "localQueues": locals_}}))
+    one, two = (named(objects, "ClusterQueue", name)["spec"] for name in ("one", "two"))
+    assert (one["cohortName"], one["fairSharing"], two["fairSharing"]) == ("all", {"weight": "2"}, {"weight": "1"})
+    assert one["queueingStrategy"] == "StrictFIFO"
+    assert two["namespaceSelector"]["matchExpressions"][0]["values"] == ["a", "b"]
+    assert two["preemption"] == {"withinClusterQueue": "Never"}
+    assert one["resourceGroups"][0]["flavors"][0]["resources"] == [
+        {"name": "nvidia.com/gpu", "nominalQuota": "32", "borrowingLimit": "0", "lendingLimit": "16"}
+    ]
+    assert named(objects, "LocalQueue", "train")["spec"] == {"clusterQueue": "one", "fairSharing": {"weight": "0.5"}}
 
 
 def test_every_chart_object_lies_in_the_releases_namespace(helm: Path) -> None:
@@ -220,6 +261,20 @@ REFUSED = {
     ),
     "keys in the store's URL": ({"store": "s3://AKIA:hunter2@osctl/runs"}, "store: holds credentials"),
     "keys in MLflow's store": ({"mlflow": {"artifacts": "s3://AKIA:hunter2@mlflow"}}, "mlflow.artifacts: holds credentials"),
+    "flavors with quotas of different resources": (
+        {
+            "kueue": {
+                "create": True,
+                "clusterQueues": [
+                    {"name": "q", "flavors": [{"name": "a", "quota": {"cpu": 1}}, {"name": "b", "quota": {"memory": "1Gi"}}]},
+                ],
+            }
+        },
+        "name the same resources in both",
+    ),
+    "a quota that is no quantity": (
+        {"kueue": {"clusterQueues": [{"name": "q", "flavors": [{"name": "a", "quota": {"cpu": "four"}}]}]}}, "cpu",
+    ),
     "a price that is no number": ({"profile": {"price": {"usd_per_hour": "two", "source": "us", "date": "2026-11-01"}}}, "usd_per_hour"),
 }  # fmt: skip
 

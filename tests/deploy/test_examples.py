@@ -21,7 +21,9 @@ def test_examples_are_what_osctl_render_prints(tmp_path: Path) -> None:
 
 
 def test_examples_pods_are_restricted() -> None:
-    for path in EXAMPLES.iterdir():
+    examples = sorted(EXAMPLES.iterdir())
+    assert examples
+    for path in examples:
         found = [(manifest["kind"], pod) for manifest in yaml.safe_load_all(path.read_text()) for _, pod in pods(manifest)]
         assert [kind for kind, _ in found].count("Job") == 1 and len(found) >= 4
         for kind, pod in found:

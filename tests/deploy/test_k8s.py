@@ -6,6 +6,9 @@ Network policies are only looked at: no cluster of these tests enforces them.
 from __future__ import annotations
 
 import ipaddress
+import itertools
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,14 +21,26 @@ from deploy.rights import OF_DRIVER, OF_USER, Rights
 from manifest_specs import intent, open_sora
 from pod_security import violations
 
-from orchestrator.cli.doctor import KUEUE_RIGHTS, RIGHTS
-from orchestrator.cluster import ClusterProfile
-from orchestrator.config import shipped_folder
-from orchestrator.document import read, validate
-from orchestrator.manifest import driver_job, pytorch_job
+from orchestrator.kube.jobs import driver_job
+from orchestrator.kube.manifest import pytorch_job
+from orchestrator.kube.nodes import quantity
+from orchestrator.kube.operator import OPERATORS
+from orchestrator.kube.prepare_job import prepare_job
+from orchestrator.pipelines.cluster_checks import KUEUE_RIGHTS, RAY_RIGHTS, RIGHTS
+from orchestrator.recipe.cluster_profile import ClusterProfile
+from orchestrator.recipe.files import shipped_folder
+from orchestrator.recipe.yaml_file import read, validate
 
 SITES = sorted(path.parent.name for path in OVERLAYS.glob("*/kustomization.yaml"))
+QUEUES = {"ResourceFlavor", "ClusterQueue", "LocalQueue", "WorkloadPriorityClass"}
 METADATA_SERVER = ipaddress.ip_address("169.254.169.254")
+
+OF_OPERATORS = list(itertools.chain.from_iterable(one.rights for one in OPERATORS))
+
+
+def test_the_shipped_overlays_are_found() -> None:
+    """Else the tests below would pass by looking at nothing."""
+    assert SITES == ["h800-64", "h800-64-kueue", "test"]
 
 
 @pytest.fixture(scope="module", params=["base", *SITES])
@@ -60,29 +75,83 @@ def addresses(policy: Manifest) -> Iterator[tuple[dict[str, Any], list[dict[str,
 
 
 def test_every_kustomization_that_needs_no_network_builds(kubectl: Path) -> None:
-    for found in sorted(REPOSITORY.glob("k8s/**/kustomization.yaml")):
-        if "https://" not in found.read_text():
-            assert kustomize(kubectl, found.parent), found
+    local = [path for path in sorted(REPOSITORY.glob("k8s/**/kustomization.yaml")) if "https://" not in path.read_text()]
+    assert len(local) > 3
+    for found in local:
+        assert kustomize(kubectl, found.parent), found
+
+
+def test_the_overlay_of_another_namespace_that_the_page_shows_leaves_nothing_in_osctl(kubectl: Path, tmp_path: Path) -> None:
+    shown = re.findall(
+        r"```yaml\n# kustomization.yaml, in a folder team-a[^\n]*\n(.*?)```", (REPOSITORY / "docs/cluster.md").read_text(), re.DOTALL
+    )
+    assert len(shown) == 1
+    shutil.copytree(REPOSITORY / "k8s", tmp_path / "k8s")
+    (tmp_path / "k8s/overlays/team-a").mkdir()
+    (tmp_path / "k8s/overlays/team-a/kustomization.yaml").write_text(shown[0])
+    objects = kustomize(kubectl, tmp_path / "k8s/overlays/team-a")
+    assert set(of_kind(objects, "Namespace")) == {"team-a"}
+    for one in objects:
+        assert one["metadata"].get("namespace") in (None, "team-a"), identity(one)
+        assert {subject.get("namespace") for subject in one.get("subjects", ())} <= {None, "team-a"}, identity(one)
+
+
+def version_in_cluster(module: str, of: str) -> str:
+    """The version of a Go module that the test cluster runs."""
+    return (REPOSITORY / f"tests/cluster/go/{of}/go.mod").read_text().partition(f"{module} ")[2].split()[0]
 
 
 def test_the_operator_is_pinned_and_schedules_gangs() -> None:
     """Its remote base cannot be fetched here; tests/cluster runs the same version with the same flags."""
     (base,) = yaml.safe_load((REPOSITORY / "k8s/operator/kustomization.yaml").read_text())["resources"]
-    version = (
-        (REPOSITORY / "tests/cluster/go/training-operator/go.mod")
-        .read_text()
-        .partition("github.com/kubeflow/training-operator ")[2]
-        .split()[0]
+    assert base.endswith(f"?ref={version_in_cluster('github.com/kubeflow/training-operator', 'training-operator')}")
+    ours, tested = (
+        (REPOSITORY / folder / "kustomization.yaml").read_text() for folder in ("k8s/operator", "tests/cluster/conf/training-operator")
     )
-    assert base.endswith(f"?ref={version}")
-    ours, tested = ((REPOSITORY / folder / "kustomization.yaml").read_text() for folder in ("k8s/operator", "tests/cluster/conf/operator"))
     for flag in ("--enable-scheme=pytorchjob", "--gang-scheduler-name="):
         assert flag in ours and flag in tested
 
 
+@pytest.mark.parametrize(("name", "module"), [("trainer", "github.com/kubeflow/trainer/v2"), ("kueue", "sigs.k8s.io/kueue")])
+def test_trainer_and_kueue_are_those_of_the_test_cluster(name: str, module: str) -> None:
+    """Their remote bases cannot be fetched here."""
+    (base,) = yaml.safe_load((REPOSITORY / "k8s" / name / "kustomization.yaml").read_text())["resources"]
+    assert re.search(rf"[=/]{re.escape(version_in_cluster(module, name))}(/|$)", base)
+
+
+def test_kueues_settings_replace_its_own_and_are_those_that_were_tried(
+    kubectl: Path, tmp_path: Path, require: Callable[[str, str], NoReturn]
+) -> None:
+    """On the manifests of the same version that tests/cluster/build takes out of Kueue's module."""
+    manifests = CACHE / "manifests/kueue.yaml"
+    if not manifests.exists():
+        require("cluster", "no manifests of Kueue; tests/cluster/build brings them")
+    (tmp_path / "manifests.yaml").write_text(manifests.read_text())
+    (tmp_path / "settings.yaml").write_text((REPOSITORY / "k8s/kueue/settings.yaml").read_text())
+    ours = yaml.safe_load((REPOSITORY / "k8s/kueue/kustomization.yaml").read_text())
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump({**ours, "resources": ["manifests.yaml"]}))
+    patched = of_kind(kustomize(kubectl, tmp_path), "ConfigMap")["kueue-manager-config"]["data"]
+    settings = yaml.safe_load(patched["controller_manager_config.yaml"])
+    tested = yaml.safe_load((REPOSITORY / "tests/cluster/conf/kueue/controller_manager_config.yaml").read_text())
+    for key in ("apiVersion", "manageJobsWithoutQueueName", "integrations", "fairSharing"):
+        assert settings[key] == tested[key], key
+
+
+def test_the_queues_cover_what_an_attempt_requests_and_hold_the_published_gang(kubectl: Path) -> None:
+    """Kueue never admits a job that requests what its ClusterQueue does not name."""
+    (queue,) = of_kind(kustomize(kubectl, OVERLAYS / "h800-64-kueue"), "ClusterQueue").values()
+    (group,) = queue["spec"]["resourceGroups"]
+    job = pytorch_job(intent("open-sora-1.0", "stage2", "0" * 12, 8, 8, 8), profile("h800-64"), "s3://osctl/runs")
+    requests = [pod["spec"]["containers"][0]["resources"]["requests"] for _, pod in pods(job)] * 8
+    quota = {one["name"]: one["nominalQuota"] for one in group["flavors"][-1]["resources"]}
+    for name in requests[0]:
+        assert sum(quantity(one[name]) for one in requests) <= quantity(quota[name]), name
+    assert all([one["name"] for one in flavor["resources"]] == group["coveredResources"] for flavor in group["flavors"])
+
+
 def test_the_operators_patch_fits_its_deployment(kubectl: Path, tmp_path: Path, require: Callable[[str, str], NoReturn]) -> None:
     """On the Deployment of the same version that tests/cluster/build takes out of the operator's module."""
-    deployment = CACHE / "manifests/operator/deployment.yaml"
+    deployment = CACHE / "manifests/training-operator/deployment.yaml"
     if not deployment.exists():
         require("cluster", "no manifests of the operator; tests/cluster/build brings them")
     ours = yaml.safe_load((REPOSITORY / "k8s/operator/kustomization.yaml").read_text())
@@ -102,7 +171,7 @@ def test_the_verbs_are_these_and_no_others(site: list[Manifest]) -> None:
 
 
 def test_a_person_needs_what_doctor_looks_for() -> None:
-    assert {(group, resource): verbs for group, resource, verbs in (*RIGHTS, *KUEUE_RIGHTS)} == OF_USER
+    assert {(group, resource): verbs for group, resource, verbs in (*RIGHTS, *OF_OPERATORS, *KUEUE_RIGHTS, *RAY_RIGHTS)} == OF_USER
 
 
 def test_roles_are_bound_to_the_driver_and_to_a_group_and_to_nobody_else(site: list[Manifest]) -> None:
@@ -140,8 +209,8 @@ def test_no_policy_opens_to_everything(site: list[Manifest]) -> None:
             assert rule.get("from"), name
         for rule in policy["spec"].get("egress", []):
             assert rule.get("to"), name
-            among_trainers = rule["to"] == [{"podSelector": {"matchLabels": {"osctl/role": "trainer"}}}]
-            assert rule.get("ports") or among_trainers, name
+            among_themselves = rule["to"] == [{"podSelector": policy["spec"]["podSelector"]}] and name in ("osctl-trainer", "osctl-prepare")
+            assert rule.get("ports") or among_themselves, name
         for rule in [*policy["spec"].get("ingress", []), *policy["spec"].get("egress", [])]:
             for peer in rule.get("from", rule.get("to")):
                 assert all(peer.values()), f"{name}: {peer} selects everything"
@@ -155,14 +224,14 @@ def test_no_pod_reaches_the_clouds_metadata_server(site: list[Manifest]) -> None
             assert not open_to_it, f"{name}: {block}"
 
 
-def test_the_api_server_is_open_to_the_driver_alone(site: list[Manifest]) -> None:
+def test_the_api_server_is_open_to_the_driver_and_to_the_head_of_ray_alone(site: list[Manifest]) -> None:
     open_to = {
         name
         for name, policy in of_kind(site, "NetworkPolicy").items()
         for _, ports in addresses(policy)
         if {"protocol": "TCP", "port": 6443} in ports
     }
-    assert open_to == {"osctl-driver"}
+    assert open_to == {"osctl-driver", "osctl-prepare-head"}
 
 
 def test_mlflow_is_open_to_the_driver_and_to_no_trainer(site: list[Manifest]) -> None:
@@ -187,7 +256,8 @@ def test_an_overlay_opens_every_door_that_the_base_has(kubectl: Path, name: str)
 def test_an_overlay_changes_addresses_and_the_group_and_adds_quota_and_priority(kubectl: Path, name: str) -> None:
     base = {identity(manifest): manifest for manifest in kustomize(kubectl, OVERLAYS.parent / "base")}
     overlay = {identity(manifest): manifest for manifest in kustomize(kubectl, OVERLAYS / name)}
-    assert {kind for kind, _ in overlay.keys() - base.keys()} == {"ResourceQuota", "PriorityClass"}
+    queues = QUEUES if name.endswith("-kueue") else set()
+    assert {kind for kind, _ in overlay.keys() - base.keys()} == {"ResourceQuota", "PriorityClass"} | queues
     assert not base.keys() - overlay.keys()
     assert {kind for (kind, each), manifest in overlay.items() if base.get((kind, each), manifest) != manifest} == {
         "RoleBinding",
@@ -200,8 +270,9 @@ def test_policies_select_the_pods_that_manifests_make(h800: list[Manifest]) -> N
     site, pipeline = profile("h800-64"), open_sora().model_copy(update={"cluster": profile("h800-64")})
     trainer = pytorch_job(intent("open-sora-1.0", "stage2", "0" * 12, 1, 8, 8), site, "s3://osctl/runs")
     driver = driver_job(pipeline, "s3://osctl/runs", 1, 1, ["stage2"])
+    prepare = prepare_job(site, "s3://osctl/runs", "mine", "0" * 16, 1)
     policies = of_kind(h800, "NetworkPolicy")
-    for manifest, name in ((trainer, "osctl-trainer"), (driver, "osctl-driver")):
+    for manifest, name in ((trainer, "osctl-trainer"), (driver, "osctl-driver"), (prepare, "osctl-prepare")):
         selector = policies[name]["spec"]["podSelector"]["matchLabels"]
         assert [selector.items() <= pod["metadata"]["labels"].items() for _, pod in pods(manifest)] == [True]
 
@@ -221,7 +292,9 @@ def test_what_manifests_name_is_there(h800: list[Manifest]) -> None:
 def test_manifests_pods_pass_the_same_checks_as_the_charts() -> None:
     site, pipeline = profile("h800-64"), open_sora().model_copy(update={"cluster": profile("h800-64")})
     trainer = pytorch_job(intent("open-sora-1.0", "stage2", "0" * 12, 1, 8, 8), site, "s3://osctl/runs")
-    for manifest, token in ((trainer, False), (driver_job(pipeline, "s3://osctl/runs", 1, 1, ["stage2"]), True)):
+    driver = driver_job(pipeline, "s3://osctl/runs", 1, 1, ["stage2"])
+    prepare = prepare_job(site, "s3://osctl/runs", "mine", "0" * 16, 1)
+    for manifest, token in ((trainer, False), (driver, True), (prepare, False)):
         for _, pod in pods(manifest):
             assert not violations(pod) and not weaknesses(pod, token=token)
 

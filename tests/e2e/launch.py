@@ -1,8 +1,8 @@
-"""A launcher that can be made to die at a chosen side effect: `python tests/e2e/launch.py ROOT [--die KIND:WHEN] [--ttl SECONDS]`.
+"""A launcher that meets a chosen fate at a chosen effect: `python tests/e2e/launch.py ROOT [--die WHAT:WHEN] [--ttl SECONDS]`.
 
 Runs the real `Runner` on ROOT/store with the real local backend, the pipeline from ROOT/pipeline.json. Prints the result as JSON and
 leaves with its exit code. `--die outcome:before` kills this very process by SIGKILL before its first write of an outcome,
-`--die 7:after` after its seventh effect of any kind. The counting stands outside: what is tested has no code for tests.
+`--die 7:after` after its seventh effect of any kind, `--die 7:lost` loses the answer of that one (tests/e2e/fates.py).
 """
 
 from __future__ import annotations
@@ -10,71 +10,54 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from orchestrator.adapters.folder import FolderStore
-from orchestrator.adapters.local import LocalBackend
-from orchestrator.config import Pipeline
+from fates import Fate, named
+
+from orchestrator.driver.runner import LEASE_TTL_S, Runner
+from orchestrator.effects import Effect, watched_by
 from orchestrator.errors import OsctlError
-from orchestrator.ledger import Ledger
-from orchestrator.runner import LEASE_TTL_S, Runner
+from orchestrator.ledger.store import Ledger
+from orchestrator.local.backend import LocalBackend
+from orchestrator.ports import Store
+from orchestrator.recipe.pipeline import Pipeline
+from orchestrator.stores.folder import FolderStore
 
 
-class Effects:
-    """Counts effects, and dies at the chosen one."""
+class Launcher(Fate):
+    """Tells the watcher (`agents.log`) of each agent that is started, before anything can befall the launcher."""
 
-    def __init__(self, die: str, log: Path):
-        self.what, _, self.when = die.partition(":")
-        self.count = 0
-        self.log = log
+    def __init__(self, fate: str, root: Path):
+        super().__init__(fate, root / "effects.log")
+        self._agents = root / "agents.log"
 
-    def around(self, kind: str, call: Any, *arguments: Any) -> Any:
-        self.count += 1
-        mine = self.what in (kind, str(self.count))
-        if mine and self.when == "before":
-            self.end(kind)
-        answer = call(*arguments)
-        with self.log.open("a") as log:
-            log.write(f"{kind}\n")
-        if mine:
-            self.end(kind)
-        return answer
-
-    def end(self, kind: str) -> None:
-        with self.log.open("a") as log:
-            log.write(f"died {self.when} {kind}\n")
-        os.kill(os.getpid(), signal.SIGKILL)
+    def after(self, effect: Effect, answer: object) -> None:
+        if isinstance(answer, subprocess.Popen):
+            with self._agents.open("a") as log:
+                log.write(f"{effect.subject.replace('/', '_')} {answer.pid}\n")
+        super().after(effect, answer)
 
 
-class Watched:
-    """A store or backend whose effects are counted."""
+class Named:
+    """A store whose writes are named by what is written."""
 
-    def __init__(self, inner: Any, effects: Effects):
-        self.inner, self.effects = inner, effects
+    def __init__(self, inner: Any):
+        self.inner = inner
 
     def __getattr__(self, name: str) -> Any:
-        call = getattr(self.inner, name)
-        if name == "create":
-            return lambda key, data: self.effects.around(kind_of(key, data), call, key, data)
-        if name == "replace":
-            return lambda key, data, etag: self.effects.around(turn_of(data), call, key, data, etag)
-        if name == "submit":
-            return lambda *arguments: self.effects.around(name, self.submit_and_tell, *arguments)
-        if name in ("drain", "kill"):
-            return lambda *arguments: self.effects.around(name, call, *arguments)
-        return call
+        return getattr(self.inner, name)
 
-    def submit_and_tell(self, intent_key: str, run_key: str) -> None:
-        """Tells the watcher whom to watch, before anything can befall the launcher."""
-        self.inner.submit(intent_key, run_key)
-        child = self.inner._children.get(run_key)
-        if child is not None:
-            with (self.effects.log.parent / "agents.log").open("a") as log:
-                log.write(f"{self.inner.run_dir(run_key).name} {child.process.pid}\n")
+    def create(self, key: str, data: bytes) -> Any:
+        with named(kind_of(key, data)):
+            return self.inner.create(key, data)
+
+    def replace(self, key: str, data: bytes, etag: str) -> Any:
+        with named(turn_of(data)):
+            return self.inner.replace(key, data, etag)
 
 
 def kind_of(key: str, data: bytes) -> str:
@@ -101,14 +84,14 @@ def main() -> int:
     root: Path = options.root
     pipeline = Pipeline.model_validate_json((root / "pipeline.json").read_bytes())
     store = FolderStore(root / "store")
-    effects = Effects(options.die, root / "effects.log")
-    ledger = Ledger(Watched(store, effects), pipeline.name)
-    backend = Watched(LocalBackend(store.url, options.home or root, options=options.agent.split()), effects)
+    ledger = Ledger(cast(Store, Named(store)), pipeline.name)
+    backend = LocalBackend(store.url, options.home or root, options=options.agent.split())
     runner = Runner(pipeline, ledger, backend, lease_ttl_s=options.ttl)
     signal.signal(signal.SIGINT, lambda *_: runner.drain())
     signal.signal(signal.SIGTERM, lambda *_: runner.kill())
     try:
-        result = runner.run(options.targets or None)
+        with watched_by(Launcher(options.die, root)):
+            result = runner.run(options.targets or None)
     except OsctlError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

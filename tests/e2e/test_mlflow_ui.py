@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 from written_ledger import Writer, pipeline
 
-from orchestrator.adapters import mlflow_ui, open_store
-from orchestrator.adapters.tracking import open_tracker
-from orchestrator.cost import account
-from orchestrator.ledger import Ledger
-from orchestrator.prices import load_prices
-from orchestrator.projection import Facts, project
+from orchestrator.accounting.cost import account
+from orchestrator.ledger.store import Ledger
+from orchestrator.recipe.prices import load_prices
+from orchestrator.stores import open_store
+from orchestrator.tracking import ui as mlflow_ui
+from orchestrator.tracking.client import open_tracker
+from orchestrator.tracking.facts import Facts
+from orchestrator.tracking.sync import Sync
 
 pytestmark = [pytest.mark.long, pytest.mark.browser, pytest.mark.timeout(600)]
 
@@ -40,7 +43,7 @@ def served(chromium: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) 
     story.three_stages()
     tracker = open_tracker("sqlite", home)
     assert tracker is not None
-    facts = project(story.ledger, tracker, load_prices)
+    facts = Sync(story.ledger, tracker, load_prices).update()
     assert facts is not None
     with (home / "server.log").open("wb") as log:
         server = mlflow_ui.start(tracker.url, home / "mlartifacts", log=log)
@@ -168,6 +171,23 @@ def draw(page: Page, metrics: tuple[str, ...]) -> None:
     box.send_keys(Keys.ESCAPE)
     for name in metrics:
         page.find(f"//*[name()='text'][normalize-space()='{name}']")
+
+
+def test_the_page_of_a_run_says_who_made_it_from_what_and_what_it_is(
+    served: tuple[mlflow_ui.Server, Facts], browser: Any, tmp_path: Path
+) -> None:
+    server, facts = served
+    number = mlflow_ui.experiment_id(server.url, facts.pipeline.experiment)
+    page = Page(browser)
+    browser.get(f"{mlflow_ui.experiment_page(server.url, number or '')}")
+    page.click(row("demo") + "//a[normalize-space()='demo']")
+    page.find("//table[.//th[normalize-space()='stage']]//td[normalize-space()='stage3']")
+    page.close_assistant()
+    assert page.find(f"//*[normalize-space()='{getpass.getuser()}']") and page.find(
+        "//*[contains(normalize-space(), 'osctl launch -f demo')]"
+    )
+    picture = Path(os.environ.get("OSCTL_SCREENSHOT_RUN") or tmp_path / "mlflow-run.png")
+    assert browser.save_screenshot(str(picture)) and picture.stat().st_size > 20_000
 
 
 def test_the_address_of_the_comparison_opens_it(served: tuple[mlflow_ui.Server, Facts], browser: Any) -> None:

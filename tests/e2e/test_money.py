@@ -20,11 +20,12 @@ from one_bill import agree, cents
 from tiny_recipe import Osctl
 from written_ledger import Writer, pipeline
 
-from orchestrator.adapters import mlflow_ui, open_store
-from orchestrator.cluster import ClusterProfile
-from orchestrator.config import shipped_folder
-from orchestrator.ledger import Ledger
-from orchestrator.prices import load_prices, price_of
+from orchestrator.ledger.store import Ledger
+from orchestrator.recipe.cluster_profile import ClusterProfile
+from orchestrator.recipe.files import shipped_folder
+from orchestrator.recipe.prices import load_prices, price_of
+from orchestrator.stores import open_store
+from orchestrator.tracking import ui as mlflow_ui
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -53,11 +54,11 @@ def price_list(path: Path, usd: str) -> Path:
 
 def test_a_price_list_that_changes_between_two_attempts_changes_no_old_bill(tmp_path: Path, server: str) -> None:
     """A device-second costs $1 for the first attempt, $2 for the second, and nothing by the list that is there when the bill is read."""
-    trainer = [sys.executable, STAND_IN, "{run_dir}", "{devices}", "--step-ms", "30"]
+    trainer = [sys.executable, STAND_IN, "{run_dir}", "{devices}", "--step-ms", "20"]
     folder = tiny_recipe.write(
         tmp_path / "recipe",
         stages=1,
-        changes={"steps": 800, "checkpoint": {"every_steps": 40}},
+        changes={"steps": 300, "checkpoint": {"every_steps": 30}},
         trainer=trainer,
         tracking=server,
         name="two",
@@ -126,7 +127,7 @@ def test_books_that_do_not_balance_are_printed_with_a_remark(tmp_path: Path) -> 
     intent = story.begin("stage1")
     story.train(intent, 30)
     story.close(intent, "lost")
-    Path(story.ledger.store.url, story.ledger.keys.journal("stage1", intent.inputs, 1, 0, 2)).unlink()
+    Path(story.ledger.store.url, story.ledger.keys.journal("stage1", intent.inputs_digest, 1, 0, 2)).unlink()
     osctl = Osctl(tiny_recipe.write(tmp_path / "recipe", name="gap"))
     done = osctl("cost", "--store", str(store), "-o", "json")
     (row, *_) = json.loads(done.stdout)

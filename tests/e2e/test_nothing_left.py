@@ -14,12 +14,14 @@ import pytest
 from tiny_recipe import Osctl, write
 
 
-@pytest.fixture
-def osctl(tmp_path: Path) -> Osctl:
-    temporary = tmp_path / "temporary"
+@pytest.fixture(scope="module")
+def osctl(tmp_path_factory: pytest.TempPathFactory) -> Osctl:
+    """One recipe under plain torchrun, for the tests of this file one after the other."""
+    home = tmp_path_factory.mktemp("home")
+    temporary = home / "temporary"
     temporary.mkdir()
-    folder = write(tmp_path / "recipe", devices=1, stages=1)
-    return Osctl(folder, {"TMPDIR": str(temporary), "HOME": str(tmp_path)})
+    folder = write(home / "recipe", devices=1, stages=1)
+    return Osctl(folder, {"TMPDIR": str(temporary), "HOME": str(home)})
 
 
 def lying_about(osctl: Osctl) -> list[str]:
@@ -45,24 +47,14 @@ def partial_exports(osctl: Osctl) -> list[Path]:
 
 
 @pytest.mark.long
-def test_a_launch_an_encode_an_export_and_a_sample_leave_nothing(osctl: Osctl) -> None:
+def test_commands_leave_nothing_and_what_a_killed_one_left_goes_with_the_next(osctl: Osctl) -> None:
+    """Encode, launch, export and sample, each of them killed and then typed again."""
+    hidden = osctl.folder / ".osctl"
+    killed(osctl, ("encode",), lambda: any(hidden.glob("latents/.*.partial")))
     osctl("encode")
+    killed(osctl, ("launch", "-q", "--set", "stage1.steps=100000"), lambda: any((hidden / "runs").rglob("metrics.jsonl")))
     osctl("launch", "-q")
-    osctl("export", "out")
-    osctl("sample", "a digit 3 moving left", "--out", "three.mp4")
-    assert lying_about(osctl) == []
-    asked_for = [".osctl", "osctl.yaml", "out", "stage1.yaml", "three.mp4"]
-    assert sorted(path.name for path in osctl.folder.iterdir()) == asked_for
-
-
-@pytest.mark.long
-def test_what_a_killed_command_left_goes_with_the_next(osctl: Osctl) -> None:
-    metrics = osctl.folder / ".osctl/runs"
-    killed(osctl, ("encode",), lambda: any((osctl.folder / ".osctl").glob("latents/.*.partial")))
-    osctl("encode")
-    killed(osctl, ("launch", "-q", "--set", "stage1.steps=100000"), lambda: any(metrics.rglob("metrics.jsonl")))
-    osctl("launch", "-q")
-    for name in ("first", "second", "a name of " + 60 * "x"):
+    for name in ("first", "a name of " + 60 * "x"):
         killed(osctl, ("export", name), lambda: bool(partial_exports(osctl)))
     left = len(partial_exports(osctl))
     osctl("export", "out")
@@ -71,6 +63,8 @@ def test_what_a_killed_command_left_goes_with_the_next(osctl: Osctl) -> None:
     killed(osctl, ("sample", "a digit 3 moving left", "--out", "three.mp4"), lambda: time.monotonic() > began + 1.5)
     osctl("sample", "a digit 3 moving left", "--out", "three.mp4")
     assert lying_about(osctl) == []
+    asked_for = [".osctl", "launch.log", "osctl.yaml", "out", "stage1.yaml", "three.mp4", "three.mp4.json"]
+    assert sorted(path.name for path in osctl.folder.iterdir()) == asked_for
 
 
 @pytest.mark.long

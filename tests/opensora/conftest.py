@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from opensora import checkpoint, train
+from opensora import train
+from opensora.checkpoint import reader as checkpoint
 from opensora.config import StageConfig, write_stage
-from opensora.data.latents import Prepared, prepare
-from opensora.ranks import Ranks
-from opensora.run_directory import RunDirectory
+from opensora.distributed.ranks import Ranks
+from opensora.latents.cache import prepare
+from opensora.latents.prepared import Prepared
+from opensora.training.run_directory import RunDirectory
+from opensora.training.start import find_start
+from opensora.training.trainer import DrainRequest, Trainer
 
 torch.set_num_threads(1)
 
@@ -73,7 +77,7 @@ def make_run(tmp_path: Path) -> Callable[..., RunDirectory]:
 
 
 @pytest.fixture
-def make_trainer() -> Callable[..., train.Trainer]:
+def make_trainer() -> Callable[..., Trainer]:
     """make_trainer(run, rank=0, world=1): all pieces of a stage in this process, nothing trained yet.
 
     More ranks than one do not hear each other: each steps with its own gradients.
@@ -83,11 +87,11 @@ def make_trainer() -> Callable[..., train.Trainer]:
         def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
             return tensor
 
-    def make(run: RunDirectory, rank: int = 0, world: int = 1) -> train.Trainer:
+    def make(run: RunDirectory, rank: int = 0, world: int = 1) -> Trainer:
         stage, ranks = run.stage(), Deaf(rank, world, torch.device("cpu"))
-        start = train.find_start(run, stage, world)
+        start = find_start(run, stage, world)
         prepared = Prepared.open(prepare(stage, run.latents, start.encoders), stage)
-        return train.Trainer(run, stage, ranks, train.Notice(), prepared, start)
+        return Trainer(run, stage, ranks, DrainRequest(), prepared, start)
 
     return make
 
@@ -98,7 +102,7 @@ def complete(make_run: Callable[..., RunDirectory]) -> Callable[..., Path]:
 
     def finish(stage: StageConfig, *, parent: Path | None = None) -> Path:
         run = make_run(stage, parent=parent)
-        assert train.run_reported(run, train.Notice()) == 0
+        assert train.run_reported(run, DrainRequest()) == 0
         return checkpoint.directory(run.checkpoints, stage.steps)
 
     return finish

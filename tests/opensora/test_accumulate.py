@@ -13,21 +13,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from opensora import checkpoint, train
+from opensora import train
+from opensora.checkpoint import reader as checkpoint
 from opensora.config import StageConfig
-from opensora.data.loader import Batch
-from opensora.objective import Network, Objective
-from opensora.run_directory import RunDirectory
+from opensora.diffusion.objective import Network, Objective
+from opensora.errors import NotFinite
+from opensora.latents.loader import Batch
+from opensora.training.run_directory import RunDirectory
+from opensora.training.trainer import DrainRequest, Trainer
 
 Stages = Callable[..., StageConfig]
 Runs = Callable[..., RunDirectory]
-Trainers = Callable[..., train.Trainer]
+Trainers = Callable[..., Trainer]
 
 CLIPS = {"source": {"kind": "digits", "clips": 64}}
 
 
 def in_process(run: RunDirectory) -> dict[str, Any]:
-    train.run_reported(run, train.Notice())
+    train.run_reported(run, DrainRequest())
     return result(run)
 
 
@@ -133,7 +136,7 @@ def test_a_drain_between_two_parts_saves_after_the_whole_step(tiny_stage: Stages
     trainer = make_trainer(run)
 
     def ask() -> None:
-        trainer.notice.given = len(recorder.given) >= 5
+        trainer.drain.made = len(recorder.given) >= 5
 
     recorder = trainer.objective = Recorder(trainer.objective, then=ask)  # type: ignore[assignment]
     assert trainer.train()
@@ -148,7 +151,7 @@ def test_a_number_that_is_not_finite_in_one_part_ends_the_step(
     run = make_run(tiny_stage(data=CLIPS, accumulate=3))
     trainer = make_trainer(run)
     trainer.objective = Recorder(trainer.objective, spoilt=3 + part)  # type: ignore[assignment]
-    with pytest.raises(train.NotFinite, match="step 2: loss nan"):
+    with pytest.raises(NotFinite, match="step 2: loss nan"):
         trainer.train()
     trainer.saver.wait()
     assert [path.name for path in checkpoint.finished(run.checkpoints)] == ["step-00000001"]
@@ -168,7 +171,7 @@ def test_ranks_and_parts_of_one_product_take_the_same_steps(tiny_stage: Stages, 
     again = make_run(tiny_stage(**same, accumulate=2), resume=at(two, 4))
     gang.run(2, "-m", "opensora.train", str(again.path))
     one = make_run(tiny_stage(**same, accumulate=4), resume=at(two, 4))
-    with caplog.at_level(logging.INFO, "opensora.train"):
+    with caplog.at_level(logging.INFO, "opensora.training"):
         assert in_process(one)["status"] == "completed"
     assert "resumed on 1 of 2 ranks with accumulate 4 instead of 2, not bitwise" in caplog.text
 
@@ -251,7 +254,7 @@ def test_a_resume_is_refused_where_identity_differs(
 def test_the_log_says_that_a_resume_is_not_bitwise_and_why(
     half_way: Path, tiny_stage: Stages, make_run: Runs, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "opensora.train"):
+    with caplog.at_level(logging.INFO, "opensora.training"):
         in_process(make_run(tiny_stage(loss_spike=None), resume=half_way))
         assert "bitwise" not in caplog.text
         in_process(make_run(tiny_stage(batch_size=2, accumulate=2), resume=half_way))
@@ -271,11 +274,11 @@ def test_each_size_of_clips_is_said_and_that_a_step_takes_more_than_there_are(
     (folder / "captions.csv").write_text("\n".join(rows))
     sizes = [{"frames": 1, "height": 16, "width": 16, "batch_size": 2}, {"frames": 1, "height": 32, "width": 8, "batch_size": 2}]
     data = {"source": {"kind": "folder", "path": str(folder)}, "buckets": sizes}
-    with caplog.at_level(logging.INFO, "opensora.train"):
+    with caplog.at_level(logging.INFO, "opensora.training"):
         assert in_process(make_run(tiny_stage(data=data, accumulate=2)))["status"] == "completed"
     for line in (
         "clips      5 of 1x16x16 pixels, 1x4 tokens",
-        "clips      3 of 1x32x8 pixels, 1x4 tokens; 0 skipped",
+        "clips      3 of 1x32x8 pixels, 1x4 tokens; 0 left out",
         "batch      2 x 1 ranks x 2 parts of 1x16x16",
         "batch      2 x 1 ranks x 2 parts of 1x32x8",
         "warning    bucket 1x32x8 has 3 clips, a step takes 4: each step holds a clip more than once",

@@ -12,9 +12,10 @@ import pytest
 
 from opensora import train
 from opensora.config import StageConfig, write_stage
-from opensora.data.latents import prepare
 from opensora.encode import Progress, clock, main
-from opensora.run_directory import RunDirectory
+from opensora.latents.cache import prepare
+from opensora.training.run_directory import RunDirectory
+from opensora.training.trainer import DrainRequest
 
 TinyStage = Callable[..., StageConfig]
 
@@ -48,7 +49,7 @@ def test_a_run_takes_what_was_encoded_for_all(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     monkeypatch.setenv("OSCTL_LATENTS", str(tmp_path / "cache"))
     run = make_run(tiny_stage())
-    assert train.run_reported(run, train.Notice()) == 0
+    assert train.run_reported(run, DrainRequest()) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
     assert not (run.path / "latents").exists()
 

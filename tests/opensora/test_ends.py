@@ -17,14 +17,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gang
 import pytest
 import torch
 
-from opensora import checkpoint, train
+from opensora import train
+from opensora.checkpoint import reader as checkpoint
 from opensora.config import StageConfig
-from opensora.data.latents import Prepared, prepare
-from opensora.data.loader import Loader
-from opensora.run_directory import RunDirectory
+from opensora.latents.cache import prepare
+from opensora.latents.loader import Loader
+from opensora.latents.prepared import Prepared
+from opensora.training.run_directory import RunDirectory
+from opensora.training.trainer import DrainRequest
 
 Stages = Callable[..., StageConfig]
 Runs = Callable[..., RunDirectory]
@@ -34,9 +38,9 @@ PATIENCE_S = 120.0
 SHARD = "bucket-0.safetensors"
 
 
-def in_process(run: RunDirectory, notice: train.Notice | None = None) -> dict[str, Any]:
+def in_process(run: RunDirectory, drain: DrainRequest | None = None) -> dict[str, Any]:
     """Run the stage as one rank in this process; its result."""
-    train.run_reported(run, notice or train.Notice())
+    train.run_reported(run, drain or DrainRequest())
     return result(run)
 
 
@@ -63,7 +67,7 @@ def assert_goes_on(run: RunDirectory, stage: StageConfig, make_run: Runs, *, wor
     """The last checkpoint is whole, everything in it is finite, and another run of the stage takes the next step from it."""
     last = checkpoint.latest(run.checkpoints)
     assert last is not None
-    reader = checkpoint.open_(last)
+    reader = checkpoint.Reader(last)
     assert reader.record.world_size == world
     assert all(tensor.isfinite().all() for part in checkpoint.TENSORS for tensor in reader.part(part).values())
     again = make_run(stage.model_copy(update={"accumulate": world}), resume=last)  # one rank, the same global batch
@@ -102,6 +106,7 @@ def _begin_of_latents(path: Path) -> int:
         return 8 + length + int(json.loads(file.read(length))["latents"]["data_offsets"][0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("factor", "loss", "world"), [(float("nan"), "nan", 2), (1e19, "inf", 1)])
 def test_a_loss_that_is_not_finite_ends_with_the_step_and_the_rank_that_saw_it(
     factor: float, loss: str, world: int, tiny_stage: Stages, make_run: Runs
@@ -112,8 +117,8 @@ def test_a_loss_that_is_not_finite_ends_with_the_step_and_the_rank_that_saw_it(
     if world == 1:
         in_process(run)
     else:
-        with two_ranks(run):
-            pass
+        for rank in gang.start(world, "-m", "opensora.train", str(run.path)):
+            rank.communicate(PATIENCE_S)
     ended = result(run)
     assert (ended["status"], ended["class"], ended["rank"], ended["step"]) == ("failed", "nan", world - 1, 5)
     assert ended["reason"].startswith(f"step 6: loss {loss} ")
@@ -169,6 +174,7 @@ def data_bytes(pid: int) -> int:
     return int(line.split()[1]) * 1024
 
 
+@pytest.mark.long
 def test_a_rank_without_memory_says_so(tiny_stage: Stages, make_run: Runs) -> None:
     """While it trains, one of two ranks is forbidden to grow beyond half of what a step takes and gives back."""
     stage = tiny_stage(
@@ -206,6 +212,7 @@ cp -a "$2"/. "$1"
 """
 
 
+@pytest.mark.long
 def test_a_full_disk_says_so_and_keeps_what_was_saved(
     tiny_stage: Stages, make_run: Runs, tmp_path: Path, require: Callable[[str, str], None]
 ) -> None:
@@ -224,23 +231,24 @@ def test_a_full_disk_says_so_and_keeps_what_was_saved(
     assert saved[-1] <= ended["step"] <= saved[-1] + 2, "said at the next step"
     assert str(disk) in ended["reason"] and "No space left" in ended["reason"]
     for path in checkpoint.finished(run.checkpoints):
-        checkpoint.open_(path)
+        checkpoint.Reader(path)
     assert_goes_on(run, stage, make_run)
 
 
-class Between(train.Notice):
-    """Does something to the run after a step: a notice is asked for once in each."""
+class Between(DrainRequest):
+    """Does something to the run after a step: a drain is asked for once in each."""
 
     def __init__(self, run: RunDirectory, step: int, deed: Callable[[], None]) -> None:
         self._run, self._step, self._deed = run, step, deed
 
     @property
-    def given(self) -> bool:  # type: ignore[override]
+    def made(self) -> bool:  # type: ignore[override]
         if self._run.step == self._step:
             self._deed()
         return False
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", [SHARD, "captions.safetensors"])
 def test_a_cache_that_somebody_cuts_ends_as_broken_data(file: str, tiny_stage: Stages, make_run: Runs) -> None:
     stage = tiny_stage(steps=9)

@@ -12,10 +12,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from opensora import checkpoint, saver, train
+from opensora import train
+from opensora.checkpoint import reader as checkpoint
+from opensora.checkpoint import writer as saver
 from opensora.config import StageConfig
-from opensora.data.loader import Loader
-from opensora.run_directory import RunDirectory
+from opensora.latents.loader import Loader
+from opensora.training.run_directory import RunDirectory
+from opensora.training.trainer import DrainRequest
 
 Stages = Callable[..., StageConfig]
 Runs = Callable[..., RunDirectory]
@@ -36,7 +39,7 @@ NAMES = [f"{type(fault).__name__}{getattr(fault, 'errno', None) or ''}" for faul
 
 
 def in_process(run: RunDirectory) -> dict[str, Any]:
-    assert train.run_reported(run, train.Notice()) in (0, 1)
+    assert train.run_reported(run, DrainRequest()) in (0, 1)
     content: dict[str, Any] = json.loads((run.path / "result.json").read_text())
     return content
 
@@ -46,12 +49,12 @@ def test_there_are_thirty_kinds_of_them() -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
-@pytest.mark.parametrize("place", ["copy", "_write"])
+@pytest.mark.parametrize("place", ["copy", "write"])
 def test_a_fault_in_the_thread_that_saves_ends_the_stage(
     place: str, fault: BaseException, tiny_stage: Stages, make_run: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the last checkpoint, after which no step would notice."""
-    where = saver._Image if place == "copy" else saver
+    where = saver.Image if place == "copy" else saver
     real, calls = getattr(where, place), []
 
     def fail(*arguments: Any) -> None:

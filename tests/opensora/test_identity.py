@@ -8,6 +8,7 @@ import pytest
 from opensora import identity
 from opensora.config import (
     ADDED,
+    ADDED_TO_DATA,
     Activations,
     Bucket,
     CheckpointConfig,
@@ -73,6 +74,7 @@ def test_no_list_names_a_field_that_is_not_there() -> None:
         {"activations": Activations(recompute="full")},
         {"compile": False},
         {"loss_spike": None},
+        {"data": DataConfig(source=DigitsSource(kind="digits", clips=100), frames=4, height=16, width=16, max_left_out=0.9)},
         {"checkpoint": CheckpointConfig(every_steps=7)},
         {"prompts": ("a digit 3 moving left",)},
         {"sampling": SamplingConfig(method="euler", steps=3)},
@@ -153,6 +155,7 @@ def test_known_content_counts_in_place_of_where_it_lies() -> None:
 
 def test_a_field_of_a_later_release_is_not_written_at_its_default() -> None:
     assert not set(ADDED) & set(stage().model_dump())
+    assert not set(ADDED_TO_DATA) & set(stage().model_dump()["data"])
     assert stage(accumulate=2).model_dump()["accumulate"] == 2
     assert StageConfig.model_validate(stage(accumulate=2).model_dump()) == stage(accumulate=2)
 

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import pytest
 import torch
 
-from opensora import checkpoint, sample
+from opensora import sample
 from opensora.config import StageConfig
-from opensora.errors import ParentError
+from opensora.evaluation.saved_model import open_model
 
 PROMPTS = ("a digit 3 moving left", "a digit 7 moving up", "a digit 0 moving down")
 
@@ -18,40 +20,6 @@ PROMPTS = ("a digit 3 moving left", "a digit 7 moving up", "a digit 0 moving dow
 @pytest.fixture
 def trained(tiny_stage: Callable[..., StageConfig], complete: Callable[..., Path]) -> Path:
     return complete(tiny_stage(data={"frames": 4}, optimizer={"warmup_steps": 0, "lr": 0.1}))
-
-
-@pytest.fixture
-def sampler(trained: Path) -> sample.Sampler:
-    return sample.Sampler.open(trained, device=torch.device("cpu"))
-
-
-def test_a_clip_does_not_depend_on_the_clips_beside_it(sampler: sample.Sampler) -> None:
-    together = sampler.generate(PROMPTS, 4, [10, 11, 12])
-    alone = torch.cat([sampler.generate([prompt], 4, [seed]) for prompt, seed in zip(PROMPTS, (10, 11, 12), strict=True)])
-    assert together.shape == (3, 4, 16, 16, 3) and together.dtype == torch.uint8
-    # the last bit of a matrix product may differ with its height, and then a rounding to a byte
-    assert (together.int() - alone.int()).abs().max() <= 1
-    assert torch.equal(together, sampler.generate(PROMPTS, 4, [10, 11, 12]))
-    assert torch.equal(together, sample.draw(sampler, PROMPTS, 4, [10, 11, 12], batch=3))
-
-
-def test_seed_prompt_and_guidance_each_matter(sampler: sample.Sampler) -> None:
-    base = sampler.generate(PROMPTS[:1], 4, [1])
-    assert not torch.equal(base, sampler.generate(PROMPTS[:1], 4, [2]))
-    assert not torch.equal(base, sampler.generate(PROMPTS[1:2], 4, [1]))
-    sampler.sampling = sampler.sampling.model_copy(update={"guidance": 1.0})
-    assert not torch.equal(base, sampler.generate(PROMPTS[:1], 4, [1]))
-
-
-def test_the_average_is_what_is_sampled(trained: Path, sampler: sample.Sampler) -> None:
-    before = sampler.generate(PROMPTS[:1], 4, [1])
-    shutil.copyfile(trained / "ema.safetensors", trained / "model.safetensors")
-    again = sample.Sampler.open(trained, device=torch.device("cpu"))
-    assert torch.equal(before, again.generate(PROMPTS[:1], 4, [1]))
-
-
-def test_weights_serve_other_numbers_of_frames(sampler: sample.Sampler) -> None:
-    assert sampler.generate(PROMPTS[:1], 6, [1]).shape == (1, 6, 16, 16, 3)
 
 
 def test_the_command_needs_the_checkpoint_directory_alone(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,11 +36,30 @@ def test_the_command_needs_the_checkpoint_directory_alone(trained: Path, tmp_pat
     assert sheet.read_bytes().startswith(b"\x89PNG")
 
 
+def test_words_that_the_model_never_saw_are_said(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = open_model(trained, torch.device("cpu")).text.tokens
+    prompt = " ".join(["left"] * kept + ["zebra"] * 3)
+    assert sample.main([str(trained), "--prompt", prompt, "--prompt", PROMPTS[0], "--out", str(tmp_path / "x.png")]) == 0
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"{kept + 3} words, the model saw at most {kept}" in said and "the last 3" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "fact"),
     [
         (["--prompt", "a digit 3 moving sideways", "--out", "x.mp4"], "sideways"),
-        (["--prompt", "a digit 3", "--out", "x.gif"], "x.gif"),
+        (["--prompt", "a digit 3", "--out", "x.avi"], "x.avi: its name ends in none of .mp4, .gif, .png"),
+        (["--prompt", "a digit 3", "--out", "x.mp4", "--height", "1000000", "--width", "1000000"], "GB are free"),
+        (["--prompt", "a digit 3", "--prompt", "a digit 4", "--out", "x.gif"], "2 given"),
+        (["--out", "x.mp4"], "no prompt is given"),
+        (["--prompts", "nowhere.txt", "--out", "x.png"], "nowhere.txt"),
+        (["--prompt", "a digit 3", "--out", "x.mp4", "--height", "16"], "--height 16: without width"),
+        (["--prompt", "a digit 3", "--out", "x.mp4", "--height", "18", "--width", "16"], "--height 18: not a multiple of"),
+        (["--prompt", "a digit 3", "--out", "x.mp4", "--sampler", "ddim"], "--sampler ddim: does not fit a model of flow"),
+        (["--prompt", "a digit 3", "--out", "x.mp4", "--fps", "0"], "--fps 0"),
+        (["--prompt", "a digit 3", "--out", "x.mp4", "--guidance-rescale", "2"], "--guidance-rescale"),
+        (["--prompt", "a digit 3", "--out", "x.mp4", "--guidance-interval", "0.8,0.2"], "0.8 to 0.2"),
+        (["--prompt", "a digit 3", "--out", "x.mp4", "--guidance-interval", "0.8"], "--guidance-interval 0.8: not two numbers"),
         (["--prompt", "a digit 3", "--prompt", "a digit 4", "--out", "x.mp4"], "2 given"),
         (["--prompt", "a digit 3", "--out", "nowhere/x.mp4"], "nowhere"),
         (["--prompt", "a digit 3", "--out", "x.mp4", "--frames", "0"], "--frames 0"),
@@ -96,9 +83,37 @@ def test_a_broken_checkpoint_is_one_line_and_exit_1(trained: Path, tmp_path: Pat
     assert not (tmp_path / "x.mp4").exists()
 
 
-def test_weights_that_do_not_fit_are_refused(trained: Path, tiny_stage: Callable[..., StageConfig], sampler: sample.Sampler) -> None:
-    weights = checkpoint.load(trained, "ema")
-    del weights["null_caption"]
-    other = sample.Sampler(sampler.stage, weights, sampler.autoencoder, sampler.text, device=torch.device("cpu"))
-    with pytest.raises(ParentError, match="null_caption"):
-        other.generate(PROMPTS[:1], 4, [1])
+def test_a_folder_gets_a_video_for_each_prompt_and_each_says_what_it_was_drawn_from(trained: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "drawn"
+    prompts.write_text(f"{PROMPTS[0]}\n\n{PROMPTS[1]}\n")
+    size = ["--height=24", "--width=32", "--frames=2", "--fps=12", "--sampler=heun", "--steps=2"]
+    size += ["--guidance-interval=0.1,0.8", "--guidance-rescale=0.5"]
+    size += ["--negative", PROMPTS[2]]
+    assert sample.main([str(trained), "--prompts", str(prompts), "--out", str(out), "--seed", "5", *size, "--about", '{"run": "a1"}']) == 0
+    first, second = sorted(out.glob("*.mp4"))
+    assert (first.name, second.name) == ("0-a-digit-3-moving-left.mp4", "1-a-digit-7-moving-up.mp4")
+    beside = json.loads(second.with_name(f"{second.name}.json").read_text())
+    wanted: dict[str, Any] = {"prompt": PROMPTS[1], "negative": PROMPTS[2], "seed": 6, "sampler": "heun", "steps": 2}
+    wanted |= {"frames": 2, "height": 24, "width": 32, "guidance_interval": [0.1, 0.8], "guidance_rescale": 0.5}
+    assert beside == beside | wanted | {"fps": 12.0, "run": "a1", "schema": 1}
+    with av.open(str(second)) as video:
+        assert video.metadata["title"] == PROMPTS[1] and json.loads(video.metadata["comment"]) | {"schema": 1} == beside
+        assert video.streams.video[0].average_rate == 12
+
+
+def test_the_same_values_draw_the_same_file(trained: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "a.gif", tmp_path / "b.gif"]
+    for path in files:
+        assert sample.main([str(trained), "--prompt", PROMPTS[0], "--out", str(path), "--seed", "3"]) == 0
+    assert files[0].read_bytes() == files[1].read_bytes() and files[0].read_bytes().startswith(b"GIF89a")
+
+
+def test_what_is_drawn_is_kept_though_a_later_prompt_cannot_be(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sample.api, "AT_ONCE", 2)
+    prompts = [word for prompt in (*PROMPTS, "a zebra") for word in ("--prompt", prompt)]
+    assert sample.main([str(trained), *prompts, "--out", str(tmp_path / "drawn")]) == 2
+    assert "zebra" in capsys.readouterr().err
+    assert [path.name[0] for path in sorted((tmp_path / "drawn").glob("*.mp4"))] == ["0", "1"]
+    assert len(list((tmp_path / "drawn").iterdir())) == 4, "a video and its .json each, and nothing half"

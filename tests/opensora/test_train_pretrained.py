@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import load_file
 from tiny_encoders import WIDTH, make_autoencoder, make_text
 
-from opensora import checkpoint, sample, train
+from opensora import sample, train
+from opensora.checkpoint import reader as checkpoint
 from opensora.config import StageConfig
-from opensora.data.latents import Prepared
-from opensora.pictures import write_mp4
-from opensora.run_directory import RunDirectory
+from opensora.evaluation.saved_model import open_model
+from opensora.evaluation.video_files import write_mp4
+from opensora.latents.prepared import Prepared
+from opensora.training.run_directory import RunDirectory
+from opensora.training.trainer import DrainRequest
 
 CAPTIONS = ("a bright square", "Тёмный <b>квадрат</b>", "一个方块", "a square that grows and grows and grows")
 FRAMES = 2
@@ -52,7 +55,7 @@ def test_a_stage_trains_on_published_encoders_and_draws_from_its_checkpoint(
     tmp_path: Path, stage: StageConfig, make_run: Callable[..., RunDirectory]
 ) -> None:
     run = make_run(stage)
-    assert train.run_reported(run, train.Notice()) == 0
+    assert train.run_reported(run, DrainRequest()) == 0
     result = json.loads((run.path / "result.json").read_text())
     assert (result["status"], result["step"]) == ("completed", 2)
     assert len(list(run.samples.glob("*.mp4"))) == 1
@@ -72,7 +75,7 @@ def test_a_stage_trains_on_published_encoders_and_draws_from_its_checkpoint(
 
 def test_captions_lie_in_the_cache_at_their_true_lengths(stage: StageConfig, make_run: Callable[..., RunDirectory]) -> None:
     run = make_run(stage)
-    assert train.run_reported(run, train.Notice()) == 0
+    assert train.run_reported(run, DrainRequest()) == 0
     (directory,) = run.latents.iterdir()
     prepared = Prepared.open(directory, stage)
     lengths = dict(zip(prepared.captions, prepared.offsets.diff().tolist(), strict=True))
@@ -95,25 +98,25 @@ def test_a_stage_goes_on_with_its_parents_published_encoders_and_refuses_others_
     shutil.rmtree(tmp_path / "models" / "vae")
     make_autoencoder(tmp_path / "models" / "vae", seed=1)
     run = make_run(child, parent=parent)
-    assert train.run_reported(run, train.Notice()) == 1
+    assert train.run_reported(run, DrainRequest()) == 1
     result = json.loads((run.path / "result.json").read_text())
-    assert result["class"] == "parent" and "another model under the name" in result["reason"]
+    assert result["class"] == "parent" and "another model lies there now" in result["reason"]
     assert sample.main([str(made), "--prompt", "a square", "--out", str(tmp_path / "out.mp4")]) == 1
-    assert "another model under the name" in capsys.readouterr().err
+    assert "another model lies there now" in capsys.readouterr().err
 
 
 def test_imports_serve_wherever_they_were_brought_to(
     tmp_path: Path, stage: StageConfig, make_run: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stage names them; a store has them by digest, and each machine elsewhere. The checkpoint knows the name alone."""
-    from orchestrator import imports
-    from orchestrator.adapters.folder import FolderStore
-    from orchestrator.adapters.import_sources import ImportSources
+    from orchestrator.inputs import imports
+    from orchestrator.inputs.import_sources import ImportSources
+    from orchestrator.stores.folder import FolderStore
 
     store, sources = FolderStore(tmp_path / "store"), ImportSources(tmp_path / "home")
     digests = {}
     for role in ("autoencoder", "text"):
-        found = sources.look(str(tmp_path / "models"), role)  # type: ignore[arg-type]
+        found = sources.fetch(str(tmp_path / "models"), role)  # type: ignore[arg-type]
         digests[role] = imports.put(store, found.imported, found.files)
     shutil.rmtree(tmp_path / "models")
     named = stage.model_copy(
@@ -133,12 +136,12 @@ def test_imports_serve_wherever_they_were_brought_to(
 
     brought_to("one")
     run = make_run(named)
-    assert train.run_reported(run, train.Notice()) == 0
+    assert train.run_reported(run, DrainRequest()) == 0
     made = checkpoint.directory(run.checkpoints, 2)
     assert "sd-vae" in (made / "stage.yaml").read_text() and str(tmp_path) not in (made / "autoencoder.safetensors").read_text(
         errors="replace"
     )
     shutil.rmtree(tmp_path / "one")
     brought_to("two")
-    drawn = sample.Sampler.open(made, device=torch.device("cpu")).generate(["a bright square"], FRAMES, [0])
+    drawn = open_model(made, torch.device("cpu")).generate(["a bright square"], FRAMES, [0])
     assert drawn.shape[:2] == (1, FRAMES)

@@ -9,8 +9,8 @@ import sys
 import urllib.error
 import urllib.request
 
-from orchestrator.adapters import open_store
 from orchestrator.errors import OsctlError
+from orchestrator.stores import open_store
 
 
 def mlflow(url: str, host: str | None = None) -> int:

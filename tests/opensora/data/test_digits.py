@@ -19,6 +19,10 @@ def data(clips: int = 300, frames: int = 8, size: int = 16, quality: Quality = "
     return DataConfig(source=source, frames=frames, frame_interval=interval, height=size, width=size)
 
 
+def timed() -> DataConfig:
+    return data().model_copy(update={"fps": 8.0})
+
+
 def ink_centroids(clips: torch.Tensor) -> NDArray[np.float64]:
     """(n, T, 2): row and column of the centre of everything brighter than the background."""
     grey = clips[..., 0].double().numpy()
@@ -144,7 +148,7 @@ def test_what_cannot_be_judged_is_refused_with_the_number() -> None:
 
 @pytest.mark.parametrize(
     ("broken", "says"),
-    [(data(size=15), "15x15"), (data(size=14), "14x14"), (data(interval=2), "frame_interval 2")],
+    [(data(size=15), "15x15"), (data(size=14), "14x14"), (data(interval=2), "frame_interval 2"), (timed(), "fps 8: digits")],
 )
 def test_what_cannot_be_drawn_is_refused_with_the_number(broken: DataConfig, says: str) -> None:
     with pytest.raises(ConfigError, match=says):

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
 import shutil
+import threading
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +24,11 @@ from PIL import Image
 
 from opensora.config import Bucket, DataConfig, FolderSource, ManifestSource
 from opensora.data.buckets import Size
-from opensora.data.folder import FileClips, Unusable, decode_frames, fit_frames, probe
+from opensora.data.folder import FileClips
+from opensora.data.screen import Unusable, fit_frames
 from opensora.data.source import none_usable
+from opensora.data.video import decode_frames, probe
+from opensora.dataset.manifest import DataManifest, Row
 from opensora.errors import ConfigError
 
 LENGTHS = {"wheels.mp4": 30, "a/road.mp4": 20, "a/b/crowd, waiting.mp4": 12}
@@ -169,17 +179,16 @@ def test_a_folder_that_gives_no_clip_says_why(folder: Path) -> None:
     [
         ("", "captions.csv: no clips"),
         ("path,text\n", "captions.csv: no clips"),
-        ("wheels.mp4,two wheels\n", "captions.csv:1: the header is wheels.mp4,two wheels"),
-        ("path,caption\nwheels.mp4,x\n", "captions.csv:1: the header is path,caption"),
+        ("clip,words\nwheels.mp4,x\n", "captions.csv:1: the header is clip,words"),
         ("path,text\nwheels.mp4,two, wheels\n", "captions.csv:2: 3 columns, the header has 2"),
-        ("path,text\n\nwheels.mp4\n", "captions.csv:3: 1 columns"),
+        ("path,text\n\nwheels.mp4\n", "captions.csv:3: 1 column,"),
         ("path,text\nwheels.mp4,\n", "captions.csv:2: wheels.mp4 has no text"),
         ("path,text\nwheels.mp4,x\n../secret.mp4,y\n", "captions.csv:3: path '../secret.mp4' does not lie inside"),
         ("path,text\na/../../secret.mp4,y\n", "captions.csv:2: path"),
         ("path,text\n/etc/passwd,y\n", "captions.csv:2: path '/etc/passwd' does not lie inside"),
         ("path,text\nwheels.mp4,x\n./wheels.mp4,y\n", "captions.csv:3: wheels.mp4 is on line 2 already"),
-        ('path,text\nwheels.mp4,"x\n', "captions.csv:2: unexpected end of data"),
-        (b"path,text\nwheels.mp4,caf\xe9\n", "captions.csv: not UTF-8 at byte"),
+        ('path,text\nwheels.mp4,"x\n', "captions.csv:2: the quote that opens here is never closed"),
+        (b"path,text\nwheels.mp4,caf\xe9\n", "captions.csv:2: not UTF-8 at byte 24"),
     ],
 )
 def test_what_is_wrong_in_the_csv_is_named_by_file_and_line(folder: Path, content: str | bytes, says: str) -> None:
@@ -259,12 +268,12 @@ def test_each_file_goes_to_the_bucket_that_fits_it_and_comes_in_its_size(folder:
     assert not clips.skipped
 
 
-def test_each_file_is_asked_for_its_size_once_and_nothing_is_decoded_for_it(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_file_is_asked_for_its_size_once_and_before_that_none(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def counting(file: Any, most: int) -> Size:
+    def counting(file: Any, most: int, fps: Fraction | None) -> Size:
         asked.append(file.name)
-        size = probe(file, 0)  # a decoded frame would be one too many
+        size = probe(file, 1, fps)  # the first frame tells how a file lies on the screen; a second one would be one too many
         assert size == (LENGTHS[str(Path(file.name).relative_to(cut))], 136, 320)
         return size
 
@@ -348,3 +357,74 @@ def test_a_manifest_of_another_length_is_refused_with_both(tmp_path: Path) -> No
         FileClips(manifest(tmp_path / "clips.csv", 366_000))
     with pytest.raises(ConfigError, match=r"none\.csv: no such file"):
         FileClips(manifest(tmp_path / "none.csv", 2))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Layouts and names
+# ------------------------------------------------------------------------------------------------------------------
+
+NFC, NFD = (unicodedata.normalize(form, "café.mp4") for form in ("NFC", "NFD"))
+
+
+def test_captions_beside_the_clips_train_as_a_csv_does(folder: Path) -> None:
+    listed = FileClips(data(folder))
+    (folder / "captions.csv").unlink()
+    for row, caption in zip(LENGTHS, listed.captions, strict=True):
+        (folder / row).with_suffix(".txt").write_text(f"{caption}\r\n")
+    beside = FileClips(data(folder))
+    order = [sorted(LENGTHS).index(name) for name in LENGTHS]
+    assert [beside.captions[place] for place in order] == list(listed.captions) and not beside.remarks
+    assert torch.equal(beside.read(0, 3)[0][order], listed.read(0, 3)[0])
+
+
+@pytest.mark.parametrize(("written", "file"), [(NFC, NFD), (NFD, NFC), ("a\\film.mp4", "a/film.mp4")])
+def test_a_name_in_another_normal_form_finds_its_file(folder: Path, written: str, file: str, tmp_path: Path) -> None:
+    (folder / "wheels.mp4").rename(folder / file)
+    (folder / "captions.csv").write_text(f"path,text\n{written},wheels\ngone.mp4,gone\n")
+    content = (folder / file).read_bytes()
+    wheels = Row(written.replace("\\", "/"), "wheels", len(content), hashlib.sha256(content).hexdigest())
+    recorded = DataManifest((wheels, Row("gone.mp4", "gone", None, None)))
+    clips = FileClips(data(folder), recorded)
+    assert clips.read(0, 2)[1] == [0] and [each for each in clips.remarks if "gone" in each] == [], "what is left out is said as such"
+    (tmp_path / "all.csv").write_text(f"path,text\nclips/{written},relative\n{folder}/{written},absolute\n")
+    table = FileClips(manifest(tmp_path / "all.csv", 2))
+    assert table.read(0, 2)[1] == [0, 1] and torch.equal(table.read(0, 1)[0], clips.read(0, 1)[0])
+    memory = fsspec.filesystem("memory")
+    memory.rm("/names", recursive=True) if memory.exists("/names") else None
+    memory.put(f"{folder}/", "/names/clips/", recursive=True)
+    (tmp_path / "all.csv").write_text(f"path,text\nmemory://names/clips/{written},far\n")
+    assert FileClips(data("memory://names/clips")).read(0, 2)[1] == FileClips(manifest(tmp_path / "all.csv", 1)).read(0, 1)[1] == [0]
+
+
+def test_a_folder_of_a_web_server_is_read_with_and_without_its_index(folder: Path) -> None:
+    (folder / "wheels.mp4").rename(folder / "100% wheels ü.mp4")
+    (folder / "captions.csv").write_text("path,text\n100% wheels ü.mp4,wheels\na/road.mp4,road\n", encoding="utf-8")
+    near = FileClips(data(folder))
+    for lists in (True, False):
+        with served(folder, lists=lists) as address:
+            far = FileClips(data(address))
+            assert (far.captions, far.read(0, 2)[1]) == (near.captions, [0, 1])
+            assert torch.equal(far.read(0, 2)[0], near.read(0, 2)[0])
+            recorded = DataManifest(
+                tuple(Row(path, text, None, "0") for path, text in zip(("100% wheels ü.mp4", "a/road.mp4"), near.captions, strict=True))
+            )
+            assert FileClips(data(address), recorded).digest, "a server that says no sizes changes nothing"
+
+
+@contextmanager
+def served(folder: Path, *, lists: bool) -> Iterator[str]:
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+        def list_directory(self, path: Any) -> Any:
+            return super().list_directory(path) if lists else self.send_error(404)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

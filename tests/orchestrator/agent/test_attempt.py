@@ -15,18 +15,21 @@ from pathlib import Path
 import pytest
 from live_attempts import Attempts, Watcher, assert_books_balance, stage_config, until
 
-from orchestrator.adapters.folder import FolderStore
+from opensora.dataset.usage import Usage, grouped
+from opensora.training.run_directory import RunDirectory as TrainerRunDirectory
 from orchestrator.agent import guard
-from orchestrator.agent.attempt import Attempt, Patience, _who_stands
+from orchestrator.agent.attempt import Attempt, Patience
 from orchestrator.agent.ending import Ending
 from orchestrator.agent.events import TOGETHER_S, Events
+from orchestrator.agent.ranks_watch import who_stands
 from orchestrator.agent.run_directory import Heartbeat, RunDirectory
 from orchestrator.agent.trainer_process import TrainerProcess, command, environment
-from orchestrator.claim import Claim, read_trouble, take_lock
-from orchestrator.clock import AttemptClock
 from orchestrator.errors import Refused, Unreachable
-from orchestrator.ledger import Ledger
-from orchestrator.records import ExitClass, Intent, Outcome, ResumeRef
+from orchestrator.ledger.records import ExitClass, Intent, Outcome, ResumeRef
+from orchestrator.ledger.store import Ledger
+from orchestrator.local.attempt_lock import AgentRecord, read_trouble, take_lock
+from orchestrator.local.clock import AttemptClock
+from orchestrator.stores.folder import FolderStore
 
 
 @pytest.fixture
@@ -62,8 +65,8 @@ def test_a_completed_attempt_is_published_reported_and_accounted_for(attempts: A
     assert (life.exit_code, report.class_, report.step) == (0, "completed", 20)
     assert set(report.evaluation) == {"digit_accuracy", "direction_accuracy"}
     assert attempts.published(intent)[-1] == 20
-    assert attempts.ledger.checkpoints("stage1", intent.inputs)[-1][1].complete
-    assert [key.rpartition("/")[2] for key in attempts.ledger.samples("stage1", intent.inputs, 1)] == ["samples.json"]
+    assert attempts.ledger.checkpoints("stage1", intent.inputs_digest)[-1][1].complete
+    assert [key.rpartition("/")[2] for key in attempts.ledger.samples("stage1", intent.inputs_digest, 1)] == ["samples.json"]
 
     pieces = attempts.journal(intent)
     assert_books_balance(pieces, life, watcher, devices=2)
@@ -74,6 +77,44 @@ def test_a_completed_attempt_is_published_reported_and_accounted_for(attempts: A
     assert not attempts.left_behind(intent)
 
 
+@pytest.mark.long
+def test_what_a_trainer_says_of_its_data_is_in_the_ledger_while_it_trains(attempts: Attempts, tmp_path: Path) -> None:
+    says = tmp_path / "says"
+    says.mkdir()
+    left_out = {f"gone{number}\x1b[31m\udcff.mp4": "No such file" for number in range(18)}
+    usage = Usage(20, 2, grouped(left_out, 18), cut=1, tokens=6, remarks=("rates differ",))
+    TrainerRunDirectory(says, rank=0).tell_usage(usage, left_out)
+    intent = attempts.intend("--step-ms", "100", "--says", str(says))
+    attempts.submit(intent)
+    said = until(lambda: attempts.ledger.clips("stage1", intent.inputs_digest, 1), "word of the data")
+    assert attempts.report(intent) is None
+    assert list(said.sentences()) == usage.sentences()
+    assert said.listing is not None and len(attempts.store.read(said.listing).data.splitlines()) == 19
+    attempts.end(intent)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"clips": "many"}', '{"clips": -1, "used": 2, "reasons": []}', '"\\ud800"'])
+def test_a_trainer_that_says_something_else_of_its_data_is_none_that_says_nothing(attempts: Attempts, tmp_path: Path, content: str) -> None:
+    (tmp_path / "says").mkdir()
+    (tmp_path / "says" / "clips.json").write_text(content)
+    intent = attempts.intend("--says", str(tmp_path / "says"))
+    _, report = attempts.live(intent)
+    assert report.class_ == "completed" and attempts.ledger.clips("stage1", intent.inputs_digest, 1) is None
+
+
+def test_a_sample_that_the_store_will_not_take_is_a_warning_of_the_report(attempts: Attempts, tmp_path: Path) -> None:
+    (tmp_path / "says" / "samples").mkdir(parents=True)
+    for name in ("good.png", "a\x07bell.mp4", *(f"{'x' * 210}{number}.mp4" for number in range(5))):
+        (tmp_path / "says" / "samples" / name).write_bytes(b"a picture")
+    intent = attempts.intend("--says", str(tmp_path / "says"))
+    _, report = attempts.live(intent)
+    assert report.class_ == "completed"
+    assert [key.rpartition("/")[2] for key in attempts.ledger.samples("stage1", intent.inputs_digest, 1)] == ["good.png"]
+    assert len(report.warnings) == 4 and "a\\x07bell.mp4 is not in the store" in report.warnings[0]
+    assert report.warnings[-1].startswith("3 more samples are not in the store")
+
+
+@pytest.mark.long
 def test_a_drained_attempt_leaves_with_143_and_its_successor_ends_with_the_same_weights(attempts: Attempts) -> None:
     unbroken = attempts.intend(stage="unbroken")
     attempts.live(unbroken)
@@ -97,6 +138,7 @@ def test_a_drained_attempt_leaves_with_143_and_its_successor_ends_with_the_same_
     assert attempts.weights(second) == attempts.weights(unbroken)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("failure", "class_", "code", "reason"),
     [
@@ -141,6 +183,7 @@ def test_a_rank_killed_while_it_saves_leaves_the_last_whole_checkpoint(attempts:
     assert attempts.published(intent) == [5]
 
 
+@pytest.mark.long
 def test_a_trainer_that_stays_after_its_last_word_is_ended_and_its_word_counts(attempts: Attempts) -> None:
     intent = attempts.intend("--fail", "linger@99")
     life, report = attempts.live(intent)
@@ -148,6 +191,7 @@ def test_a_trainer_that_stays_after_its_last_word_is_ended_and_its_word_counts(a
     assert not attempts.left_behind(intent)
 
 
+@pytest.mark.long
 def test_a_second_request_to_leave_ends_a_trainer_that_does_not_drain(attempts: Attempts) -> None:
     intent = attempts.intend("--step-ms", "100", "--fail", "drainless@99")
     attempts.submit(intent)
@@ -163,6 +207,7 @@ def test_a_second_request_to_leave_ends_a_trainer_that_does_not_drain(attempts: 
     assert not attempts.left_behind(intent)
 
 
+@pytest.mark.long
 def test_requests_of_one_moment_are_one_and_so_is_the_launchers_however_late(attempts: Attempts) -> None:
     """A node that shuts down asks launcher and agent at once, and the launcher asks the agent."""
     intent = attempts.intend("--step-ms", "100")
@@ -188,6 +233,7 @@ def test_requests_of_one_moment_are_one_and_so_is_the_launchers_however_late(att
 # --- What an attempt starts from -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_stage_starts_from_its_parents_weights(attempts: Attempts) -> None:
     parents = [attempts.intend(stage=f"parent{seed}", config=stage_config(steps=5, seed=seed)) for seed in (1, 2)]
     ends = set()
@@ -196,11 +242,12 @@ def test_a_stage_starts_from_its_parents_weights(attempts: Attempts) -> None:
         child = attempts.intend(stage=f"child{number}", parent=attempts.commit(parent))
         _, report = attempts.live(child)
         assert report.class_ == "completed"
-        assert attempts.ledger.checkpoints(child.stage, child.inputs)[-1][1].parent_manifest is not None
+        assert attempts.ledger.checkpoints(child.stage, child.inputs_digest)[-1][1].parent_manifest is not None
         ends.add(attempts.weights(child))
     assert len(ends) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
 def test_a_damaged_parent_is_refused_and_the_file_named(attempts: Attempts, damage: str) -> None:
     parent = attempts.intend(config=stage_config(steps=5))
@@ -221,17 +268,18 @@ def test_a_damaged_parent_is_refused_and_the_file_named(attempts: Attempts, dama
     assert not (attempts.run_dir(child) / "trainer.log").exists()
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_to_go_on_from_is_said_in_the_ledger_and_another_attempt_goes_on(attempts: Attempts) -> None:
     first = attempts.intend("--fail", "exit@12")
     attempts.live(first)
-    older, newest = attempts.ledger.checkpoints("stage1", first.inputs)
+    older, newest = attempts.ledger.checkpoints("stage1", first.inputs_digest)
     file = attempts.root / "store" / newest[0].replace("MANIFEST.json", "ema.safetensors")
     data = bytearray(file.read_bytes())
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     second = attempts.intend(attempt=2, resume=attempts.newest(first))
     life, report = attempts.live(second)
     assert (life.exit_code, report.class_) == (65, "parent") and "step 10" in report.reason and "ema.safetensors" in report.reason
-    word = attempts.ledger.damaged("stage1", first.inputs, 2)
+    word = attempts.ledger.damaged("stage1", first.inputs_digest, 2)
     assert word is not None and (word.key, word.step, word.by) == (newest[0], 10, "agent")
     third = attempts.intend(attempt=3, resume=ResumeRef(key=older[0], manifest_digest=older[1].digest(), step=5))
     _, report = attempts.live(third)
@@ -243,13 +291,14 @@ def test_a_checkpoint_that_the_trainer_refuses_is_said_too(attempts: Attempts) -
     attempts.live(first)
     second = attempts.intend("--fail", "parent@11", attempt=2, resume=attempts.newest(first))
     _, report = attempts.live(second)
-    word = attempts.ledger.damaged("stage1", first.inputs, 2)
+    word = attempts.ledger.damaged("stage1", first.inputs_digest, 2)
     assert report.class_ == "parent" and word is not None and (word.step, word.by) == (10, "trainer")
 
 
 # --- The right to start --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_second_agent_of_the_same_attempt_touches_nothing_and_leaves(attempts: Attempts) -> None:
     intent = attempts.intend("--step-ms", "1000")
     attempts.submit(intent)
@@ -274,7 +323,7 @@ def test_an_intent_older_than_the_lease_is_not_lived(attempts: Attempts) -> None
     attempts.submit(intent)
     life = attempts.end(intent)
     assert life.exit_code == 69
-    assert attempts.journal(intent) == [] and attempts.report(intent) is None and Claim.read(attempts.run_dir(intent)) is None
+    assert attempts.journal(intent) == [] and attempts.report(intent) is None and AgentRecord.read(attempts.run_dir(intent)) is None
     assert "the newer driver decides" in (attempts.run_dir(intent) / "agent.log").read_text()
 
 
@@ -298,7 +347,7 @@ def test_an_agent_whose_launcher_is_dead_touches_nothing(attempts: Attempts) -> 
     for launcher in (dead.pid, 1):
         late = subprocess.run(agent_argv(attempts, intent, "--launcher-pid", str(launcher)), capture_output=True, text=True, timeout=60)
         assert late.returncode == 69 and "the launcher died" in late.stderr
-    assert Claim.read(attempts.run_dir(intent)) is None and attempts.journal(intent) == []
+    assert AgentRecord.read(attempts.run_dir(intent)) is None and attempts.journal(intent) == []
 
 
 # --- A store that is away ------------------------------------------------------------------------------------------------
@@ -341,7 +390,7 @@ def live_here(attempts: Attempts, intent: Intent, store: AwayStore, patience_s: 
     try:
         return attempt.live()
     finally:
-        store.away = False  # lets the couriers end
+        store.away = False  # lets the upload queues end
         trainer.close()
         os.close(lock)
 
@@ -378,7 +427,7 @@ def test_what_could_not_be_published_is_not_called_completed(attempts: Attempts)
 @pytest.mark.usefixtures("undisturbed")
 def test_a_checkpoint_that_the_store_refuses_is_not_called_completed(attempts: Attempts) -> None:
     intent = attempts.intend(config=stage_config(steps=5))
-    key = f"{attempts.ledger.keys.checkpoint('stage1', intent.inputs, 5, 1)}/model.safetensors"
+    key = f"{attempts.ledger.keys.checkpoint('stage1', intent.inputs_digest, 5, 1)}/model.safetensors"
     attempts.store.create(key, b"another writer's")
     ending = live_here(attempts, intent, AwayStore(attempts.root / "store"), patience_s=60)
     assert (ending.class_, ending.exit_code) == ("store", 69)
@@ -389,7 +438,7 @@ def test_a_checkpoint_that_the_store_refuses_is_not_called_completed(attempts: A
 def test_a_half_written_manifest_of_one_step_does_not_keep_later_steps_from_being_published(attempts: Attempts) -> None:
     """As a try leaves it that died in a store without atomic writes."""
     intent = attempts.intend(config=stage_config(steps=20))
-    key = f"{attempts.ledger.keys.checkpoint('stage1', intent.inputs, 10, 1)}/MANIFEST.json"
+    key = f"{attempts.ledger.keys.checkpoint('stage1', intent.inputs_digest, 10, 1)}/MANIFEST.json"
     attempts.store.create(key, b'{"schema": 1, "run')
     ending = live_here(attempts, intent, AwayStore(attempts.root / "store"), patience_s=60)
     assert (ending.class_, ending.exit_code) == ("completed", 0)
@@ -407,6 +456,7 @@ class RefusingStore(AwayStore):
         super().upload(key, path)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("undisturbed")
 @pytest.mark.parametrize("refusal", [Refused("store: access denied"), Unreachable("store: connection refused")])
 def test_an_attempt_that_cannot_publish_says_so_at_once_and_ends_saved_after_its_patience(attempts: Attempts, refusal: Exception) -> None:
@@ -417,8 +467,8 @@ def test_an_attempt_that_cannot_publish_says_so_at_once_and_ends_saved_after_its
     def refuse() -> None:
         attempts.reaches(intent, 10)
         store.refuses = refusal
-        until(lambda: attempts.ledger.trouble("stage1", intent.inputs, 1), "the ledger says it")
-        trouble = Ledger(attempts.store, "demo").trouble("stage1", intent.inputs, 1)
+        until(lambda: attempts.ledger.trouble("stage1", intent.inputs_digest, 1), "the ledger says it")
+        trouble = Ledger(attempts.store, "demo").trouble("stage1", intent.inputs_digest, 1)
         assert trouble is not None
         said.append(trouble.reason)
         assert trouble.published >= 10 and read_trouble(attempts.run_dir(intent)) == trouble.reason
@@ -448,6 +498,7 @@ class StumblingStore(AwayStore):
         super().download(key, path, patience_s=patience_s)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("undisturbed")
 def test_a_checkpoint_that_is_long_on_its_way_may_fail_once(attempts: Attempts) -> None:
     first = attempts.intend(config=stage_config(steps=5))
@@ -464,7 +515,7 @@ def test_the_command_is_torchrun_on_a_free_port_unless_another_trainer_is_named(
     named = attempts.intend(trainer=("train", "--dir={run_dir}", "-n", "{devices}"), devices=3, stage="named")
     assert command(named, Path("/run/it")) == ["train", "--dir=/run/it", "-n", "3"]
     default = command(attempts.intend(trainer=(), devices=2, stage="default"), Path("/run/it"))
-    assert default[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert default[:4] == [sys.executable, "-P", "-m", "torch.distributed.run"]
     assert default[-3:] == ["-m", "opensora.train", "/run/it"]
     assert default[default.index("--nproc-per-node") + 1] == "2" and "--standalone" in default
 
@@ -495,7 +546,7 @@ def test_flight_records_are_sent(attempts: Attempts) -> None:
     script = "import sys, pathlib; d = pathlib.Path(sys.argv[1], 'flight-recorder'); (d / 'rank-3').write_bytes(b'x' * 100); sys.exit(1)"
     intent = attempts.intend(trainer=(sys.executable, "-c", script, "{run_dir}"))
     attempts.live(intent)
-    (key,) = attempts.store.list(attempts.ledger.keys.attempt(intent.stage, intent.inputs, 1) + "/flight-recorder/")
+    (key,) = attempts.store.list(attempts.ledger.keys.attempt(intent.stage, intent.inputs_digest, 1) + "/flight-recorder/")
     assert key.endswith("/000-rank-3") and len(attempts.store.read(key).data) == 100
 
 
@@ -512,7 +563,7 @@ def test_flight_records_are_sent(attempts: Attempts) -> None:
 )
 def test_who_stands_is_told_from_the_heartbeats_of_this_node(ranks: dict[int, int], node: int, stands: tuple[list[int], str]) -> None:
     beats = [Heartbeat(rank, step, "train", 0.0) for rank, step in ranks.items()]
-    assert _who_stands(beats, 2, node) == stands
+    assert who_stands(beats, 2, node) == stands
 
 
 def test_cpu_devices_see_no_cuda_and_have_one_thread_each(attempts: Attempts) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from opensora.errors import Kind
 from orchestrator.agent.ending import Ending, ending_of
-from orchestrator.decide import classify
+from orchestrator.driver.retries import classify
+from orchestrator.ledger.records import EXIT_CODES, ExitClass, Report
 from orchestrator.ports import Life
-from orchestrator.records import EXIT_CODES, ExitClass, Report
 
 TORCHRUN_KILLED = """
 E1123 07:21:27 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9) local_rank: 1 (pid: 16368) of binary: python

@@ -73,6 +73,7 @@ def attempts(tmp_path: Path, require: Callable[[str, str], None]) -> Attempts:
     return Attempts(tmp_path)
 
 
+@pytest.mark.long
 def test_pid_1_without_rights_buries_strangers_saves_on_the_first_signal_and_leaves(attempts: Attempts) -> None:
     intent = attempts.intend("--step-ms", "50", config=stage_config(steps=1000))
     pod = Pod(attempts, attempts.key(intent))
@@ -90,6 +91,7 @@ def test_pid_1_without_rights_buries_strangers_saves_on_the_first_signal_and_lea
     assert attempts.journal(intent)
 
 
+@pytest.mark.long
 def test_a_second_signal_hurries_a_trainer_that_does_not_save(attempts: Attempts) -> None:
     intent = attempts.intend("--step-ms", "50", "--fail", "drainless@9999", config=stage_config(steps=1000))
     pod = Pod(attempts, attempts.key(intent))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
+
+import pytest
 
 from orchestrator.agent.run_directory import RunDirectory
 
@@ -108,7 +111,26 @@ def test_output_comes_in_whole_lines_so_that_no_secret_is_cut_in_two(tmp_path: P
 
 def test_samples_are_taken_once_they_have_settled(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
-    for name, changed in (("a.mp4", 10), ("b.mp4", 30), ("c.partial", 10)):
+    run = RunDirectory(tmp_path)
+    for name in ("a.mp4", "b.mp4", "c.partial", "._a.mp4"):
         (tmp_path / "samples" / name).write_text("")
-        os.utime(tmp_path / "samples" / name, (changed, changed))
-    assert [path.name for path in RunDirectory(tmp_path).settled_samples(20)] == ["a.mp4"]
+    assert run.settled_samples(0.2) == [], "nobody knows yet"
+    time.sleep(0.15)
+    (tmp_path / "samples" / "b.mp4").write_text("more")
+    assert run.settled_samples(0.2) == []
+    time.sleep(0.1)
+    assert [path.name for path in run.settled_samples(0.2)] == ["a.mp4"]
+    assert [path.name for path in run.settled_samples(0.0)] == ["a.mp4", "b.mp4"]
+
+
+@pytest.mark.parametrize("ahead_s", [-3600, 3600])
+def test_the_file_systems_clock_is_compared_with_no_other(tmp_path: Path, ahead_s: float) -> None:
+    """A shared file system gives files the times of its server."""
+    run, theirs = RunDirectory(tmp_path), time.time() + ahead_s
+    (tmp_path / "samples").mkdir()
+    beat = {"rank": 0, "step": 4, "phase": "train", "time": 50.0}
+    for name, text in (("samples/a.mp4", ""), ("heartbeat-0.json", json.dumps(beat))):
+        (tmp_path / name).write_text(text)
+        os.utime(tmp_path / name, (theirs, theirs))
+    assert [path.name for path in run.settled_samples(0.0)] == ["a.mp4"], "at the end all are handed over"
+    assert [beat.time for beat in run.heartbeats()] == [50.0]

@@ -13,12 +13,12 @@ import pytest
 from faults import faults_of_thirty_kinds
 from live_attempts import Attempts, until
 
-from orchestrator.agent import courier, publication
-from orchestrator.agent.courier import Courier, Parcel
+from orchestrator.agent import publication, upload_queue
 from orchestrator.agent.publication import Peers
 from orchestrator.agent.standing import Standing
-from orchestrator.claim import ALIVE, pulse
-from orchestrator.ledger import Ledger
+from orchestrator.agent.upload_queue import Upload, UploadQueue
+from orchestrator.ledger.store import Ledger
+from orchestrator.local.attempt_lock import ALIVE, pulse
 
 FAULTS = list(faults_of_thirty_kinds())
 
@@ -40,8 +40,8 @@ def test_there_are_thirty_kinds() -> None:
 
 
 @pytest.mark.parametrize("where", ["send", "after", "wake"])
-def test_no_fault_ends_a_courier(where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(courier, "FIRST_PAUSE_S", 0.001)
+def test_no_fault_ends_an_upload_queue(where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(upload_queue, "FIRST_PAUSE_S", 0.001)
     delivered: list[str] = []
     faults = list(FAULTS)
 
@@ -49,11 +49,11 @@ def test_no_fault_ends_a_courier(where: str, monkeypatch: pytest.MonkeyPatch, ca
         if faults:
             raise faults.pop(0)
 
-    one = Courier("test", fail if where == "wake" else lambda: None)
+    one = UploadQueue("test", fail if where == "wake" else lambda: None)
     for number in range(len(FAULTS)):
         send: Callable[[], object] = fail if where == "send" else lambda number=number: delivered.append(str(number))
-        one.put(Parcel(str(number), send, fail if where == "after" else lambda: None))
-    one.put(Parcel("last", lambda: delivered.append("last")))
+        one.put(Upload(str(number), send, fail if where == "after" else lambda: None))
+    one.put(Upload("last", lambda: delivered.append("last")))
     until(lambda: "last" in delivered and one.idle, "the last one is delivered")
     assert one.is_alive() and not faults
     assert all(type(fault).__name__ in caplog.text or str(fault) in caplog.text for fault in FAULTS)
@@ -75,7 +75,7 @@ def test_no_fault_ends_the_wait_for_other_nodes(tmp_path: Path, monkeypatch: pyt
     attempts = Attempts(tmp_path)
     intent = attempts.intend(nodes=2)
     ledger = Failing(Ledger(attempts.store, "demo"), "reports")
-    peers = Peers(ledger, intent, 0, lambda: None, 0.5, set())  # type: ignore[arg-type]
+    peers = Peers(ledger, intent, 0, lambda: None, 0.5, set(), lambda: "")  # type: ignore[arg-type]
     peers.watch()
     until(lambda: peers.lost, "the other node is given up")
     assert peers.is_alive() and not ledger.left

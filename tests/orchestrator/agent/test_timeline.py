@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.agent.timeline import MICRO, Timeline
-from orchestrator.records import HELD, JournalPiece
+from orchestrator.ledger.records import HELD, JournalPiece
 
 START = 1_790_000_000.25
 times = st.floats(START - 5, START + 100)

@@ -34,6 +34,7 @@ def test_plan_says_what_fits(osctl: Osctl) -> None:
     assert "stage2" in refused.stdout and "no" in refused.stdout.split()
 
 
+@pytest.mark.long
 def test_plan_of_a_size(osctl: Osctl) -> None:
     plan = json.loads(osctl("plan", "--shape", "1440x1088x1920", "--devices", "8", "-o", "json").stdout)
     assert plan["clip_tokens"] == 11_750_400
@@ -73,6 +74,14 @@ def test_init_writes_a_recipe_that_plans_and_overwrites_nothing(tmp_path: Path) 
     ours, theirs = (osctl("plan", "-f", name, "-o", "json").stdout for name in ("mine", "open-sora-1.0"))
     assert ours == theirs
     assert "is there already" in osctl("init", "mine", expect=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("mine", "mine"), ("Mein Modell 2", "mein-modell-2"), ("7 hours", "hours"), ("日本", "demo"), (".", "demo")]
+)
+def test_a_new_recipe_is_called_as_its_folder(tmp_path: Path, folder: str, name: str) -> None:
+    Osctl(tmp_path)("init", folder)
+    assert f"\nname: {name}\n" in (tmp_path / folder / "osctl.yaml").read_text()
 
 
 def test_dry_run_changes_nothing(osctl: Osctl) -> None:
@@ -141,11 +150,16 @@ def test_schemas_are_for_editors(osctl: Osctl) -> None:
     assert schema["additionalProperties"] is False and "optimizer" in schema["properties"]
 
 
+@pytest.mark.long
 def test_every_command_shows_an_example(osctl: Osctl) -> None:
     listing = osctl("--help").stdout.split("Commands:")[1]
     names = [line.split()[0] for line in listing.splitlines() if line.startswith("  ") and not line.startswith("   ")]
-    assert len(names) == 24
-    groups = {"data": ("register", "list", "show"), "weights": ("add", "list")}
+    assert len(names) == 25
+    groups = {
+        "data": ("register", "add", "list", "show", "remove"),
+        "weights": ("add", "list"),
+        "prepare": ("run", "plan", "status", "report", "why"),
+    }
     commands = [(name, *rest) for name in names for rest in ([(each,) for each in groups[name]] if name in groups else [()])]
     for command in commands:
         assert "Example" in osctl(*command, "--help").stdout, command

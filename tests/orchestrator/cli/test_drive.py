@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 from tiny_recipe import write
 
-from orchestrator import config, manifest
-from orchestrator.adapters.folder import FolderStore
-from orchestrator.adapters.local import LocalBackend
 from orchestrator.cli import drive, main
-from orchestrator.lease import LeaseHandle, acquire
-from orchestrator.ledger import Ledger
-from orchestrator.processes import Process
-from orchestrator.runner import Detached, Runner
+from orchestrator.driver.runner import Detached, Runner
+from orchestrator.kube import jobs, names
+from orchestrator.ledger.lease import LeaseHandle, acquire
+from orchestrator.ledger.store import Ledger
+from orchestrator.local.backend import LocalBackend
+from orchestrator.local.processes import Process
+from orchestrator.pipelines.signals import leave_on_signals
+from orchestrator.recipe import resolve
+from orchestrator.stores.folder import FolderStore
 
 
 @pytest.fixture
@@ -29,8 +31,8 @@ def ledger(tmp_path: Path) -> Ledger:
 
 @pytest.fixture
 def runner(ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
-    monkeypatch.setattr(drive, "LEASE_LOOK_S", 0.01)
-    pipeline = config.load(write(tmp_path / "recipe") / "osctl.yaml")
+    monkeypatch.setattr(drive, "LEASE_POLL_S", 0.01)
+    pipeline = resolve.load(write(tmp_path / "recipe") / "osctl.yaml")
     return Runner(pipeline, ledger, LocalBackend(ledger.store.url, tmp_path))
 
 
@@ -40,7 +42,7 @@ def taken(ledger: Ledger, host: str) -> LeaseHandle:
 
 
 def pod_of(ledger: Ledger, launch: int = 1) -> str:
-    return f"{manifest.driver_name('tiny', ledger.store.url, launch)}-x7k2p"
+    return f"{names.driver_name('tiny', ledger.store.url, launch)}-x7k2p"
 
 
 def test_a_driver_waits_for_the_lease_of_one_that_died_in_another_pod(ledger: Ledger, runner: Runner) -> None:
@@ -60,7 +62,7 @@ def test_any_other_holder_is_for_the_runner_to_refuse(ledger: Ledger, runner: Ru
 
 def test_a_driver_that_waits_can_be_asked_to_leave(ledger: Ledger, runner: Runner) -> None:
     taken(ledger, pod_of(ledger))
-    with drive.leaving(runner):
+    with leave_on_signals(runner):
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
         with pytest.raises(Detached):
             drive.wait_for_lease(ledger, ledger.store.url, runner)
@@ -73,4 +75,4 @@ def test_a_revision_that_is_not_there_ends_the_job(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 4 and "revision 7" in capsys.readouterr().err
-    assert end.value.code in manifest.DRIVER_EXITS and drive.LEFT not in manifest.DRIVER_EXITS
+    assert end.value.code in jobs.DRIVER_EXITS and drive.LEFT not in jobs.DRIVER_EXITS

@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_recipe import Osctl, write
+from tiny_recipe import Osctl, warm_trainer, write
 
 
 @pytest.fixture
 def osctl(tmp_path: Path) -> Osctl:
-    return Osctl(write(tmp_path / "recipe"))
+    return Osctl(write(tmp_path / "recipe", devices=1, trainer=warm_trainer(), changes={"steps": 2, "checkpoint": {"every_steps": 2}}))
 
 
-def test_a_stage_is_encoded_once_and_later_ones_wait_for_their_parents_encoders(osctl: Osctl) -> None:
+@pytest.mark.long
+def test_stages_are_encoded_once_as_their_parents_are_committed_and_launches_train_on_that(osctl: Osctl) -> None:
     first = osctl("encode", "-o", "json")
     rows = json.loads(first.stdout)
     assert [(row["name"], row["state"]) for row in rows] == [
@@ -23,34 +24,27 @@ def test_a_stage_is_encoded_once_and_later_ones_wait_for_their_parents_encoders(
         ("stage3", "waits for stage2"),
     ]
     assert "stage1: 48 of 48 clips" in first.stderr
-    folder = Path(rows[0]["directory"])
-    assert folder.parent == osctl.folder / ".osctl/latents"
+    folder, caches = Path(rows[0]["directory"]), osctl.folder / ".osctl/latents"
+    assert folder.parent == caches
     assert rows[0]["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
+    before = folder.stat().st_mtime_ns
     again = json.loads(osctl("encode", "stage1", "-o", "json").stdout)
     assert [(row["state"], row["directory"]) for row in again] == [("there already", str(folder))]
 
+    osctl("launch", "stage1", "-q")
+    assert list(caches.iterdir()) == [folder] and folder.stat().st_mtime_ns == before
+    assert not list(osctl.folder.glob(".osctl/runs/**/latents"))
+    shown = osctl("encode", "stage2").stdout
+    (other,) = set(caches.iterdir()) - {folder}
+    assert "encoded" in shown, "its parent's encoders are committed now"
+    assert str(other) in shown and "MiB" in shown and "48" in shown, "a table says where it lies and how large it is"
+    osctl("launch", "stage2", "-q")
+    assert set(caches.iterdir()) == {folder, other}, "what the launch trains on is what was encoded"
+    osctl("encode", "stage1", "--into", "elsewhere")
+    assert [path.name for path in (osctl.folder / "elsewhere").iterdir()] == [folder.name]
+
 
 @pytest.mark.long
-def test_a_launch_trains_on_what_was_encoded_and_leaves_its_own_for_the_next(osctl: Osctl) -> None:
-    osctl("encode", "stage1")
-    caches = osctl.folder / ".osctl/latents"
-    (encoded,) = caches.iterdir()
-    before = encoded.stat().st_mtime_ns
-    osctl("launch", "stage1", "-q")
-    assert list(caches.iterdir()) == [encoded] and encoded.stat().st_mtime_ns == before
-    assert not list(osctl.folder.glob(".osctl/runs/**/latents"))
-    (row,) = json.loads(osctl("encode", "stage2", "-o", "json").stdout)
-    assert row["state"] == "encoded", "its parent's encoders are committed now"
-    osctl("launch", "stage2", "-q")
-    assert {path.name for path in caches.iterdir()} == {encoded.name, Path(row["directory"]).name}
-
-
-def test_a_table_says_where_it_lies_and_how_large_it_is(osctl: Osctl) -> None:
-    shown = osctl("encode", "stage1", "--into", "elsewhere").stdout
-    (folder,) = (osctl.folder / "elsewhere").iterdir()
-    assert str(folder) in shown and "MiB" in shown and "48" in shown
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
+import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,23 +15,33 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import film_clips
 import pytest
 import tiny_recipe
 import yaml
 from deploy.rights import OF_USER
 from fake_api_server import FakeApiServer, Fault, serve
+from seen_objects import stamp
 from written_ledger import Writer
 
-from orchestrator import manifest
-from orchestrator.adapters import open_store
-from orchestrator.cli import display, main, output, remote
-from orchestrator.cli.doctor import KUEUE_RIGHTS, RIGHTS, quantity
-from orchestrator.cli.workspace import Workspace
-from orchestrator.config import Pipeline
-from orchestrator.ledger import Ledger
+from orchestrator.cli import main, output
+from orchestrator.cli.following import Follower
+from orchestrator.kube import names
+from orchestrator.kube.nodes import quantity
+from orchestrator.kube.operator import OPERATORS
+from orchestrator.labels import Label
+from orchestrator.ledger.records import Intent
+from orchestrator.ledger.store import Ledger
+from orchestrator.pipelines import cluster_driver
+from orchestrator.pipelines.cluster_checks import KUEUE_RIGHTS, RAY_RIGHTS, RIGHTS
+from orchestrator.pipelines.workspace import Workspace
+from orchestrator.recipe.pipeline import Pipeline
+from orchestrator.stores import open_store
 
 pytestmark = pytest.mark.s3
 JOBS = "/apis/batch/v1/namespaces/lab/jobs"
+
+OF_OPERATORS = list(itertools.chain.from_iterable(one.rights for one in OPERATORS))
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,7 @@ def test_a_live_driver_is_not_given_other_work(site: Site, other: tuple[str, ...
     first = site.launch()
     refused = site.launch(*other, expect=4)
     assert first["driver"] in refused and "osctl cancel" in refused
+    assert ("what differs: osctl diff" in refused) == ("--set" in other)
     assert len(site.jobs) == 1 and len(site.ledger.revisions()) == 1
 
 
@@ -176,7 +191,7 @@ def test_a_budget_is_kept(site: Site) -> None:
 
 
 def test_a_parent_has_to_be_there(site: Site) -> None:
-    assert "osctl launch stage1" in site.launch("stage2", expect=4)
+    assert "osctl launch --cluster lab.yaml stage1" in site.launch("stage2", expect=4)
     assert not site.jobs and not site.ledger.revisions()
 
 
@@ -198,9 +213,9 @@ def test_waiting_ends_as_the_driver_did(site: Site, exit_code: int, condition: s
     site.fake.put("/api/v1/namespaces/lab/pods/one", pod)
     site.finish(name, condition)
     workspace = Workspace.open(None, cluster="lab.yaml")
-    api = remote.connect(workspace)
-    [driver] = remote.drivers(api, workspace)
-    assert remote.wait(api, workspace, driver) == exit_code
+    api = cluster_driver.connect(workspace)
+    [driver] = cluster_driver.drivers(api, workspace)
+    assert cluster_driver.wait(api, workspace, driver, print) == exit_code
     api.close()
 
 
@@ -230,6 +245,7 @@ def test_a_cancel_reaches_a_driver_that_is_about_to_take_over(site: Site) -> Non
     assert lease is not None and lease.epoch == 2 and site.ledger.holder(time.time()) is None
 
 
+@pytest.mark.long
 def test_the_ledger_is_shown_while_the_cluster_is_away(site: Site) -> None:
     site.launch()
     revision = site.ledger.latest_revision()
@@ -257,7 +273,7 @@ def test_credentials_are_in_no_manifest_and_no_record(site: Site, s3: Any) -> No
 
 def test_doctor_asks_for_the_rights_that_are_written() -> None:
     """k8s/base is the source of roles; `deploy.rights` is what its tests hold it to."""
-    asked = {(group, resource): verbs for group, resource, verbs in (*RIGHTS, *KUEUE_RIGHTS)}
+    asked = {(group, resource): verbs for group, resource, verbs in (*RIGHTS, *OF_OPERATORS, *KUEUE_RIGHTS, *RAY_RIGHTS)}
     assert {key: set(verbs) for key, verbs in asked.items()} == {key: set(verbs) for key, verbs in OF_USER.items()}
 
 
@@ -279,8 +295,8 @@ def test_what_moves_in_the_cluster_is_shown_before_the_ledger_is_read_again(site
     shown: list[tuple[float, list[str]]] = []
     monkeypatch.setattr(output, "line", lambda row, *_: shown.append((time.monotonic(), [pod["phase"] for pod in row["pods"]])))
     workspace = Workspace.open(None, cluster="lab.yaml")
-    labels = {"app.kubernetes.io/managed-by": "osctl", manifest.ROLE: "trainer", manifest.PIPELINE: "tiny"}
-    labels[manifest.RUN] = manifest.run_hash(site.store, intent.run_key)
+    labels = {"app.kubernetes.io/managed-by": "osctl", Label.ROLE: "trainer", Label.PIPELINE: "tiny"}
+    labels[Label.RUN] = names.run_hash(site.store, intent.run_key)
 
     def pod(phase: str) -> float:
         thing = {"metadata": {"name": "tiny-worker-0", "labels": labels}, "spec": {}, "status": {"phase": phase}}
@@ -296,12 +312,94 @@ def test_what_moves_in_the_cluster_is_shown_before_the_ledger_is_read_again(site
             time.sleep(0.01)
         raise AssertionError(f"{phases} was never shown: {shown}")
 
-    with display.Follower(workspace, 60.0, output.Format.json):
+    with Follower(workspace, 60.0, output.Format.json):
         seen([])
         for phase in ("Pending", "Running"):
             moved = pod(phase)
             assert seen([phase]) - moved < 2.0, "0.2 s on a quiet machine; the ledger is read again after 60"
     assert name in site.jobs
+
+
+def begun(site: Site) -> Intent:
+    """What is launched has a driver, and its first attempt an intent and nothing else."""
+    site.launch()
+    revision = site.ledger.latest_revision()
+    assert revision is not None
+    writer = Writer(site.ledger, Pipeline.model_validate(revision.pipeline), now=time.time() - 100)
+    writer.launch()
+    return writer.begin("stage1")
+
+
+def test_what_is_held_counts_before_an_agent_reports(site: Site) -> None:
+    intent = begun(site)
+    look = ("status", "--cluster", "lab.yaml")
+    labels = {"app.kubernetes.io/managed-by": "osctl", Label.ROLE: "trainer", Label.PIPELINE: "tiny"}
+    labels[Label.RUN] = names.run_hash(site.store, intent.run_key)
+    scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": stamp(time.time() - 90)}
+    thing = {"metadata": {"name": "tiny-worker-0", "labels": labels}, "spec": {"nodeName": "n"}}
+    site.fake.put("/api/v1/namespaces/lab/pods/one", {**thing, "status": {"phase": "Running", "conditions": [scheduled]}})
+    [stage] = json.loads(site(*look, "-o", "json").out)["stages"][:1]
+    [attempt] = stage["attempts"]
+    assert 90 <= time.time() - attempt["bound"] < 100 and attempt["state"] == "starting"
+    devices = intent.nodes * intent.devices_per_node
+    assert 90 * devices / 3600 <= stage["device_hours"] < 120 * devices / 3600
+    assert Decimal(stage["usd"]) == Decimal(attempt["usd"]) > 0
+    table = site(*look).out
+    [line, *_] = [line for line in table.splitlines() if "stage1" in line]
+    assert "attempt 1, starting" in line and "$0.00 " not in line
+
+
+def test_what_nobody_knows_to_be_held_is_not_called_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(site)
+    look = ("status", "--cluster", "lab.yaml")
+    assert "$0.00 " in site(*look).out and json.loads(site(*look, "-o", "json").out)["stages"][0]["attempts"][0]["bound"] is None
+    monkeypatch.setattr("orchestrator.pipelines.cluster_view.FIRST_VIEW_S", 0.2)
+    site.fake.down = True
+    assert "not yet" in site(*look).out
+
+
+def test_a_driver_whose_image_is_not_there_says_what_to_do(site: Site) -> None:
+    name = site.launch()["driver"]
+    labels = {"app.kubernetes.io/managed-by": "osctl", Label.ROLE: "driver", Label.PIPELINE: "tiny"}
+    labels[Label.RUN] = names.run_hash(site.store, names.driver_key("tiny", 1))
+    waiting = {"state": {"waiting": {"reason": "ErrImagePull", "message": "not found"}}}
+    status = {"phase": "Pending", "containerStatuses": [waiting]}
+    site.fake.put(
+        "/api/v1/namespaces/lab/pods/one",
+        {"metadata": {"name": f"{name}-x", "labels": labels}, "spec": {"nodeName": "n"}, "status": status},
+    )
+    [waits] = json.loads(site("status", "--cluster", "lab.yaml", "-o", "json").out)["waits"]
+    assert (waits["kind"], waits["cause"]) == ("fault", "image") and "ErrImagePull: not found" in waits["why"]
+    assert waits["next"] == "Mend `driver_image` in the cluster profile, or the registry; then launch again"
+
+
+def test_pods_and_logs_of_a_train_job_are_shown_as_those_of_any_attempt(site: Site) -> None:
+    intent = begun(site)
+    name, run = names.job_name(site.store, intent.run_key), names.run_hash(site.store, intent.run_key)
+    labels = {"app.kubernetes.io/managed-by": "osctl", Label.ROLE: "trainer", Label.PIPELINE: "tiny", Label.RUN: run}
+    site.fake.serves = {"trainjobs"}
+    annotations = {"osctl/store": site.store, "osctl/run-key": intent.run_key}
+    job = {"metadata": {"name": name, "labels": labels, "annotations": annotations}, "spec": {"trainer": {"numNodes": 2}}}
+    site.fake.put(f"/apis/trainer.kubeflow.org/v1alpha1/namespaces/lab/trainjobs/{name}", job)
+    for index, state in enumerate(({"running": {}}, {"waiting": {"reason": "ErrImagePull", "message": "not found"}})):
+        scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": stamp(time.time() - 9)}
+        status = {
+            "phase": "Running" if "running" in state else "Pending",
+            "conditions": [scheduled],
+            "containerStatuses": [{"state": state}],
+        }
+        metadata = {"name": f"{name}-w-0-{index}-abcde", "labels": {**labels, Label.COMPLETION_INDEX: str(index)}}
+        pod = {"metadata": metadata, "spec": {"nodeName": f"host-{index}"}, "status": status}
+        site.fake.put(f"/api/v1/namespaces/lab/pods/{metadata['name']}", pod)
+    shown = json.loads(site("status", "--cluster", "lab.yaml", "-o", "json").out)
+    assert [(pod["stage"], pod["node"], pod["host"], pod["phase"], pod["reason"]) for pod in shown["pods"]] == [
+        ("stage1", 0, "host-0", "Running", ""),
+        ("stage1", 1, "host-1", "Pending", "ErrImagePull: not found"),
+    ]
+    [waits] = [one for one in shown["waits"] if one["stage"] == "stage1"]
+    assert (waits["why"], waits["cause"], waits["kind"]) == ("worker-1: ErrImagePull: not found", "image", "fault")
+    site.ledger.append_log(intent, 0, 0, b"[rank0] step 1\n", time.time())
+    assert site("logs", "stage1", "--cluster", "lab.yaml").out == "[rank0] step 1\n"
 
 
 # --- Data that pods alone see -------------------------------------------------------------------------------------------------------------
@@ -315,13 +413,37 @@ def test_a_launch_of_data_that_nobody_sees_is_refused_before_anything(site: Site
     assert not site.jobs and site.ledger.latest_revision() is None
 
 
+@pytest.mark.long
+def test_clips_of_this_machine_are_refused_before_anything_is_sent_and_the_hint_leads_on(site: Site, tmp_path: Path) -> None:
+    clips = film_clips.make(tmp_path / "my clips")
+    mine = ("--data", str(clips))
+    refused = site.launch("stage1", *mine, expect=4)
+    assert f"data {clips}: lies on this machine, and pods of {tmp_path / 'lab.yaml'} do not see it: they mount nothing" in refused
+    assert not site.jobs and site.ledger.latest_revision() is None and list(open_store(site.store).list("")) == []
+    assert "pods of" in site("launch", "--cluster", "lab.yaml", "stage1", *mine, "--dry-run").err, "a plan says it, too"
+    site("data", "register", "mine", str(clips))  # here, which tells nothing of what pods see
+    assert "lies on this machine" in site.launch("stage1", *mine, expect=4)
+
+    [hint] = re.findall(r"osctl (data add .*)", refused)
+    sent = json.loads(site(*shlex.split(hint), "-o", "json").out)
+    assert site.launch("stage1", "--data", sent["source"])["driver"] in site.jobs
+
+
+def test_clips_below_a_volume_of_the_pods_are_not_refused(site: Site, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as shared:  # no volume lies in /tmp
+        clips = film_clips.make(Path(shared) / "clips")
+        profile = yaml.safe_load((tmp_path / "lab.yaml").read_text()) | {"volumes": [{"claim": "shared", "path": shared}]}
+        (tmp_path / "lab.yaml").write_text(yaml.safe_dump(profile))
+        assert site.launch("stage1", "--data", str(clips))["driver"] in site.jobs
+
+
 def test_data_of_a_volume_is_read_by_a_job_and_then_launched(site: Site, tmp_path: Path) -> None:
     """The Job's pod is played: it runs the very command, with what lies under another path here."""
     import threading
 
     from opensora.config import FolderSource
-    from orchestrator import datasets
-    from orchestrator.adapters.data_files import DataFiles
+    from orchestrator.inputs import datasets
+    from orchestrator.inputs.data_files import DataFiles
 
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips/captions.csv").write_text("path,text\na.mp4,one\n")
@@ -362,6 +484,7 @@ def test_a_job_that_failed_is_said_with_where_to_look(site: Site) -> None:
     assert "failed" in refused and "logs job/data-hq-" in refused
 
 
+@pytest.mark.long
 def test_a_job_that_cannot_start_says_why(site: Site) -> None:
     import threading
 
@@ -392,3 +515,18 @@ def test_a_list_asks_the_store_of_the_cluster_that_is_named(site: Site, monkeypa
     assert [row["name"] for row in json.loads(site("list", "-o", "json").out)] == ["tiny"]
     monkeypatch.setenv("OSCTL_CLUSTER", "lap.yaml")
     assert "no such file or shipped cluster profile: 'lap.yaml'" in site("list", expect=2).err
+
+
+def test_in_the_folder_of_a_recipe_for_a_cluster_its_store_is_asked_where_the_profile_says(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.launch("stage1")
+    monkeypatch.delenv("OSCTL_S3_ENDPOINT")
+    monkeypatch.setenv("OSCTL_S3_PATIENCE_S", "1")
+    recipe = site.folder / "osctl.yaml"
+    recipe.write_text(f"{recipe.read_text()}\nbackend: kubernetes\ncluster: lab.yaml\n")
+    assert [row["name"] for row in json.loads(site("list", "-o", "json").out)] == ["tiny"]
+    assert json.loads(site("status", "tiny", "-o", "json").out)["stages"]
+    assert json.loads(site("data", "list", "-o", "json").out) == []
+    assert json.loads(site("weights", "list", "-o", "json").out) == []
+    assert "nobody has prepared it in s3://" in site("prepare", "status", "mine", expect=4).err

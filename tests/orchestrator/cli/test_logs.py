@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from written_ledger import Writer, pipeline
 
-from orchestrator.adapters.folder import FolderStore
 from orchestrator.cli import main
 from orchestrator.cli.logs import Lines, ranks_of, seconds_of
-from orchestrator.config import Pipeline
 from orchestrator.errors import UsageError
-from orchestrator.ledger import Ledger
-from orchestrator.records import Intent
+from orchestrator.ledger.records import Intent
+from orchestrator.ledger.store import Ledger
+from orchestrator.recipe.pipeline import Pipeline
+from orchestrator.stores.folder import FolderStore
 
 Run = Callable[..., str]
 ALL = ["[rank0] old", "[rank1] old", "[rank2] between", "[rank0] new", "[rank1] new", "from torchrun", "[rank3] no last newline"]
@@ -43,7 +43,7 @@ def intent(ledger: Ledger) -> Intent:
     writer.launch()
     made = writer.begin("stage1").model_copy(update={"nodes": 2, "devices_per_node": 2})
     # The writer knows one node; what logs ask for is how many there are.
-    path = Path(ledger.store.url) / ledger.keys.intent(made.stage, made.inputs, made.attempt)
+    path = Path(ledger.store.url) / ledger.keys.intent(made.stage, made.inputs_digest, made.attempt)
     path.write_bytes(made.encode())
     now = time.time()
     ledger.append_log(made, 0, 0, b"[rank0] old\n[rank1] old\n", now - 3600)
@@ -107,6 +107,10 @@ def test_logs_are_chosen_by_rank_node_and_time(run: Run, intent: Intent, options
 )
 def test_a_mistake_says_what_there_is(run: Run, intent: Intent, options: tuple[str, ...], said: str) -> None:
     assert said in run("logs", *options, expect=2)
+
+
+def test_where_nothing_ran_there_are_no_logs(run: Run) -> None:
+    assert run("logs", expect=2).startswith("error: logs: no attempt in the ledger; stages that ran: none.")
 
 
 def test_lines_of_nodes_are_never_mixed() -> None:

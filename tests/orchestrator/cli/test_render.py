@@ -12,13 +12,14 @@ import yaml
 from tiny_recipe import Osctl
 from written_ledger import Writer
 
-from orchestrator import config, manifest
-from orchestrator.adapters.folder import FolderStore
-from orchestrator.config import Pipeline
+from orchestrator.driver.runner import Runner
 from orchestrator.errors import Refused
-from orchestrator.ledger import Ledger, read_intent
+from orchestrator.kube import manifest, parts
+from orchestrator.ledger.store import Ledger, read_intent
 from orchestrator.ports import Life
-from orchestrator.runner import Runner
+from orchestrator.recipe import adapt, resolve
+from orchestrator.recipe.pipeline import Pipeline
+from orchestrator.stores.folder import FolderStore
 
 CLUSTER = ("--cluster", "kind-cpu")
 NO_ANSWER = {
@@ -36,7 +37,7 @@ def osctl(tmp_path: Path) -> Osctl:
 
 def pipeline(osctl: Osctl) -> Pipeline:
     overrides = {"backend": "kubernetes", "cluster": "kind-cpu"}
-    return config.on_devices(config.load(osctl.folder / "osctl.yaml", overrides=overrides), 0)
+    return adapt.on_devices(resolve.load(osctl.folder / "osctl.yaml", overrides=overrides), 0)
 
 
 def ledger(osctl: Osctl) -> Ledger:
@@ -55,6 +56,8 @@ class Recorder:
         store = FolderStore(self.osctl.folder / ".osctl/store")
         self.sent.append(manifest.pytorch_job(read_intent(store, intent_key), profile, str(self.osctl.folder / ".osctl/store")))
         raise Refused("no: as the test wants it")
+
+    def check(self, run_key: str, nodes: int) -> None: ...
 
     def observe(self, run_key: str) -> Life:
         return Life("absent")
@@ -75,6 +78,7 @@ def rendered(osctl: Osctl, *arguments: str) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(osctl("render", *CLUSTER, *arguments).stdout))
 
 
+@pytest.mark.long
 def test_what_is_rendered_is_what_launch_sends(osctl: Osctl) -> None:
     """For a first attempt, for the one after it, and for a stage whose parent is committed: its inputs, number and name."""
     for number in (1, 2):
@@ -86,8 +90,8 @@ def test_what_is_rendered_is_what_launch_sends(osctl: Osctl) -> None:
     writer.launch()
     committed = writer.finish(writer.begin("stage1"))
     (shown,) = rendered(osctl, "stage2")
-    assert shown["metadata"]["annotations"]["osctl/run-key"] == f"tiny/stage2@{writer.inputs('stage2')}/a1"
-    assert f"from stage1@{committed.inputs} at step 8" in osctl("render", *CLUSTER, "stage2").stderr
+    assert shown["metadata"]["annotations"]["osctl/run-key"] == f"tiny/stage2@{writer.inputs_digest('stage2')}/a1"
+    assert f"from stage1@{committed.inputs_digest} at step 8" in osctl("render", *CLUSTER, "stage2").stderr
 
 
 def test_a_stage_whose_parent_is_not_committed_is_marked(osctl: Osctl) -> None:
@@ -146,15 +150,30 @@ def test_without_store_and_cluster_it_prints_what_a_first_launch_would_send(env:
     assert list(tmp_path.iterdir()) == [], "it writes nothing"
 
 
+def test_an_operator_is_named_on_the_command_line(tmp_path: Path) -> None:
+    """As docs/train-jobs.md shows it."""
+    osctl = Osctl(tmp_path, {"KUBECONFIG": "/dev/null"})
+    told = ["render", "stage1", "-f", "demo", "--cluster", "kind-cpu"]
+    by_default = osctl(*told)
+    assert "operator: auto is printed as a PyTorchJob; launch takes what the cluster has" in by_default.stderr
+    asked = osctl(*told, "--operator", "trainjob")
+    kinds = [one["kind"] for one in yaml.safe_load_all(asked.stdout)]
+    assert kinds[-2:] == ["TrainingRuntime", "TrainJob"] and "operator: auto" not in asked.stderr
+    insisting = osctl(*told, "--set", "cluster.operator=trainjob")
+    assert [one["kind"] for one in yaml.safe_load_all(insisting.stdout)] == kinds
+    assert [one["kind"] for one in yaml.safe_load_all(by_default.stdout)] == ["PyTorchJob"]
+
+
 def test_no_secret_of_the_environment_is_in_what_it_prints(tmp_path: Path) -> None:
-    planted = {name: f"planted-{number}-{'x' * 20}" for number, name in enumerate(manifest.CREDENTIALS)}
+    planted = {name: f"planted-{number}-{'x' * 20}" for number, name in enumerate(parts.CREDENTIALS)}
     planted |= {"MLFLOW_TRACKING_PASSWORD": "planted-9", "MLFLOW_TRACKING_TOKEN": "planted-10", "HF_TOKEN": "planted-11"}
     osctl = Osctl(tiny_recipe.write(tmp_path / "recipe"), planted)
     done = osctl("render", *CLUSTER, "--driver")
     assert "planted" not in done.stdout + done.stderr
-    assert done.stdout.count("secretKeyRef") == 4 * len(manifest.CREDENTIALS), "three stages and the driver name the profile's secret"
+    assert done.stdout.count("secretKeyRef") == 4 * len(parts.CREDENTIALS), "three stages and the driver name the profile's secret"
 
 
+@pytest.mark.long
 def test_a_slash_too_many_makes_no_other_job(tmp_path: Path) -> None:
     """Under another name, a launch would not find the attempts that run."""
     osctl = Osctl(tmp_path, NO_ANSWER)
@@ -164,6 +183,7 @@ def test_a_slash_too_many_makes_no_other_job(tmp_path: Path) -> None:
     assert plain == slashed
 
 
+@pytest.mark.long
 def test_machines_read_one_list_and_names(osctl: Osctl) -> None:
     listing = json.loads(osctl("render", *CLUSTER, "-o", "json").stdout)
     assert (listing["apiVersion"], listing["kind"]) == ("v1", "List")

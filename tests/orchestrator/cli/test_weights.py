@@ -28,6 +28,7 @@ def importing(osctl: Osctl, name: str) -> None:
     (osctl.folder / "stage1.yaml").write_text(yaml.safe_dump(stage(1) | {"weights": name}))
 
 
+@pytest.mark.long
 def test_an_import_is_added_listed_and_the_end_of_a_lineage(osctl: Osctl, weights: Path) -> None:
     one = osctl.json("weights", "add", "pixart", str(weights))
     assert (one["role"], one["licence"], one["source"]) == ("weights", "cc-by-4.0", str(weights))
@@ -42,6 +43,7 @@ def test_an_import_is_added_listed_and_the_end_of_a_lineage(osctl: Osctl, weight
     assert "weights" not in osctl("list").stdout
 
 
+@pytest.mark.long
 def test_the_same_weights_by_name_and_by_path_are_the_same_result(osctl: Osctl, weights: Path) -> None:
     importing(osctl, str(weights))
     osctl("launch", "--quiet")

@@ -1,0 +1,1 @@
+"""Weights on disk: read, written, and taken over from other projects."""

@@ -1,0 +1,1 @@
+"""From pixels to latents and from captions to token vectors, and back to pixels."""

@@ -1,0 +1,1 @@
+"""What a trained stage can do: samples, digits judged, pictures and their names."""

@@ -1,0 +1,1 @@
+"""Clips encoded once, and the order in which a stage reads them."""

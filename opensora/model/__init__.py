@@ -1,0 +1,1 @@
+"""The network: STDiT, and what it is made of."""

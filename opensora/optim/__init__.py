@@ -1,0 +1,1 @@
+"""AdamW, and the moving average of the weights."""

@@ -1,0 +1,1 @@
+"""What a stage costs in operations and memory, before it runs. Without torch."""

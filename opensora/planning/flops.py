@@ -1,0 +1,133 @@
+"""Floating-point operations and parameters of an STDiT, from its configuration alone: no torch, so the control plane can plan.
+
+Counts what the arithmetic needs: multiplications and additions of every linear layer and of attention's two products,
+as torch's FlopCounterMode does. Leaves out what is not a matrix product (norms, gates, softmax, GELU: below 1% at XL/2),
+recomputation under gradient checkpointing, and the frozen encoders: a speed measured against these numbers counts useful
+work only.
+
+Legend: T latent frames · S spatial tokens of a frame · D width · L text tokens · C latent channels. Tokens of a clip: T·S.
+"""
+
+from __future__ import annotations
+
+import math
+
+from opensora.config import Activations, Bucket, DataConfig, ModelConfig, StageConfig
+
+TIME_WAVES = 256
+"""Sines and cosines of the time embedding."""
+
+BACKWARD = 2
+"""A backward pass costs two forward ones: gradients of the inputs and of the weights (Kaplan et al., arXiv:2001.08361 §2.1)."""
+
+
+def parameters(model: ModelConfig, out_channels: int) -> int:
+    """Trained numbers; the null caption is a buffer and not among them.
+
+    XL/2 with 8 output channels has 759,620,768: the 724M of Open-Sora 1.0's report, which counts in units of 2^20.
+    """
+    width, patch = model.width, math.prod(model.patch)
+    time = _weights(TIME_WAVES, width) + _weights(width, width) + _weights(width, 6 * width)
+    caption = _weights(model.caption_width, width) + _weights(width, width)
+    ends = _weights(model.latent_channels * patch, width) + _weights(width, patch * out_channels) + 2 * width
+    return model.depth * block_parameters(model) + time + caption + ends
+
+
+def block_parameters(model: ModelConfig) -> int:
+    """Of one block."""
+    width, hidden = model.width, int(model.width * model.mlp_ratio)
+    cross_attention = _weights(width, width) + _weights(width, 2 * width) + _weights(width, width)
+    mlp = _weights(width, hidden) + _weights(hidden, width)
+    return 2 * temporal_parameters(model) + cross_attention + mlp + 6 * width
+
+
+def temporal_parameters(model: ModelConfig) -> int:
+    """Of one block's temporal attention, which `freeze: temporal` does not train; its spatial one has as many."""
+    return _weights(model.width, 3 * model.width) + _weights(model.width, model.width)
+
+
+def forward_flops(
+    model: ModelConfig, out_channels: int, frames: int, tokens: int, *, captions: int | None = None, temporal: bool = True
+) -> int:
+    """One clip through the network once.
+
+    Args:
+        frames: T.
+        tokens: S.
+        captions: L, padding included; none: `caption_tokens`.
+        temporal: whether the temporal attention is computed; frozen at zero effect it is not.
+    """
+    spatial = _self_attention(model.width, frames * tokens, tokens)
+    across = _self_attention(model.width, frames * tokens, frames) if temporal else 0
+    return _forward(model, out_channels, frames * tokens, spatial + across, model.caption_tokens if captions is None else captions)
+
+
+def full_attention_flops(model: ModelConfig, out_channels: int, frames: int, tokens: int) -> int:
+    """The same for a DiT of equal size whose one self-attention joins all T·S tokens: what STDiT saves."""
+    return _forward(
+        model, out_channels, frames * tokens, _self_attention(model.width, frames * tokens, frames * tokens), model.caption_tokens
+    )
+
+
+def train_flops_per_clip(stage: StageConfig, size: Bucket | None = None) -> float:
+    """Forward and backward of one clip of this size (none: `data`'s), without recomputation."""
+    frames, tokens = stage.tokens_of(size or stage.data)
+    forward = forward_flops(stage.model, stage.out_channels, frames, tokens, temporal=stage.freeze != "temporal")
+    return float(forward * (1 + BACKWARD))
+
+
+def step_shares(stage: StageConfig) -> tuple[float, ...]:
+    """The share of all steps that each bucket has, if all buckets have equally many clips: nobody knows before the clips are read."""
+    batches = [1 / bucket.batch_size for bucket in stage.buckets]
+    return tuple(one / sum(batches) for one in batches)
+
+
+def data_ranks(stage: StageConfig, devices: int) -> float:
+    """Groups of devices with clips of their own. Not whole where `ranks_per_clip` does not divide: the trainer refuses that."""
+    return devices / stage.parallel.ranks_per_clip
+
+
+def step_flops(stage: StageConfig, devices: int) -> float:
+    """FLOPs of one step with all its parts, on all devices together, on average over the buckets."""
+    shares = step_shares(stage)
+    flops = (bucket.batch_size * train_flops_per_clip(stage, bucket) for bucket in stage.buckets)
+    return sum(share * one for share, one in zip(shares, flops, strict=True)) * data_ranks(stage, devices) * stage.accumulate
+
+
+def stage_flops(stage: StageConfig, devices: int) -> float:
+    """Every step of a stage: the global batch is a rank's batch times `accumulate`, times devices over `parallel.sequence`."""
+    return step_flops(stage, devices) * stage.steps
+
+
+def executed(stage: StageConfig, size: Bucket | DataConfig, activations: Activations) -> float:
+    """FLOPs of a training step over the useful ones: what recomputation adds. `selective` and a compiler add next to nothing."""
+    frames, tokens = stage.tokens_of(size)
+    forward = forward_flops(stage.model, stage.out_channels, frames, tokens, temporal=stage.freeze != "temporal")
+    mlp = 2 * _linear(frames * tokens, stage.model.width, int(stage.model.width * stage.model.mlp_ratio)) * stage.model.depth
+    again = forward * (activations.recompute == "full") + mlp * (activations.mlp_chunks > 1)
+    return 1 + again / (forward * (1 + BACKWARD))
+
+
+def _weights(rows: int, columns: int) -> int:
+    """Of a linear layer, its bias included."""
+    return rows * columns + columns
+
+
+def _linear(rows: int, width_in: int, width_out: int) -> int:
+    """A multiplication and an addition per weight and row."""
+    return 2 * rows * width_in * width_out
+
+
+def _self_attention(width: int, tokens: int, keys: int) -> int:
+    """qkv, output layer (8 D² a token), and queries by keys and weights by values (4 D a token and key)."""
+    return _linear(tokens, width, 4 * width) + 2 * _linear(tokens, width, keys)
+
+
+def _forward(model: ModelConfig, out_channels: int, tokens: int, self_attention: int, captions: int) -> int:
+    width, hidden, patch = model.width, int(model.width * model.mlp_ratio), math.prod(model.patch)
+    cross_attention = _linear(tokens, width, 2 * width) + _linear(captions, width, 2 * width) + 2 * _linear(tokens, width, captions)
+    mlp = 2 * _linear(tokens, width, hidden)
+    time = _linear(1, TIME_WAVES, width) + _linear(1, width, width) + _linear(1, width, 6 * width)
+    caption = _linear(captions, model.caption_width, width) + _linear(captions, width, width)
+    ends = _linear(tokens, model.latent_channels * patch, width) + _linear(tokens, width, patch * out_channels)
+    return model.depth * (self_attention + cross_attention + mlp) + time + caption + ends

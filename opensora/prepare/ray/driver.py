@@ -1,0 +1,132 @@
+"""`python -m opensora.prepare.ray.driver WIRE`: the process that drives Ray, a child of the engine.
+
+Owns Ray's start and end, and the data set that rows stream through. It is a process of its own since Ray ends the process that drives it
+when its raylet is lost, and takes over the handlers of its signals: the engine outlives both and starts another one. Refuses to know which
+rows were answered: the engine does, and sends the others again.
+
+Retries. A task of an actor that died is done again, at most TASK_RETRIES times; then the data set fails, and the engine starts another.
+Actors themselves are restarted without a bound: Ray 2.60 replaces none that has used up its restarts, and a pool without actors waits for
+ever. The read task is never retried: Ray would leave out as many rows of its second try as it had taken of the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from opensora.prepare.ray.feed import Feed, Rows
+from opensora.prepare.ray.setup import Answer, Ended, Failed, Heard, Ready, Setup
+from opensora.prepare.ray.worker import Worker
+from opensora.printable import one_line
+
+TASK_RETRIES = 2
+IN_FLIGHT = 2
+"""Rows of an actor: one that it works on and one that waits, since Ray Data takes up to 0.1 s to give out the next. With one a row of no
+work took 50 ms in a pool of two, with two 12 ms, with four 11 ms, and then more rows wait behind one that hangs."""
+INIT_DEATHS = 3
+"""Actors in a row that may die while they start."""
+LOOK_S = 1.0
+
+
+def main(wire: Connection) -> int:
+    setup: Setup = wire.recv()
+    lock = threading.Lock()
+
+    def send(message: object) -> None:
+        with lock, contextlib.suppress(BrokenPipeError):
+            wire.send(message)
+
+    try:
+        _start(setup)
+        feed = ray.remote(num_cpus=0, max_restarts=0)(Feed).remote()
+        send(Ready())
+        for target, name in ((_rows_in, "rows"), (_heard, "heard")):
+            threading.Thread(target=target, args=(wire, send, feed, setup), daemon=True, name=name).start()
+        for table in _answers(setup, feed):
+            columns = (table.column(name).to_pylist() for name in ("number", "answer", "cpu_s"))
+            send([Answer(*one) for one in zip(*columns, strict=True)])
+        send(Ended(_spilled()))
+    except Exception as error:  # noqa: BLE001 - whatever Ray raises, the engine decides
+        send(Failed(one_line(f"{type(error).__name__}: {error}", 600)))
+    finally:
+        ray.shutdown()
+    return 0
+
+
+def _start(setup: Setup) -> None:
+    if setup.address:
+        ray.init(address=setup.address, log_to_driver=False)
+    else:
+        ray.init(
+            num_cpus=max(1, round(setup.actors * setup.num_cpus)) + 1, include_dashboard=False, log_to_driver=False,
+            object_store_memory=setup.object_store, object_spilling_directory=setup.spill, _temp_dir=setup.temporary,
+            _node_ip_address="127.0.0.1",  # Ray 2.60 takes the machine's own address all the same: its token keeps others out
+        )  # fmt: skip
+    context = DataContext.get_current()
+    context.target_max_block_size = 1  # a block for each row
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1  # a film of hours takes hours; the engine hears whether actors live
+    context.max_consecutive_actor_init_deaths = INIT_DEATHS
+
+
+def _answers(setup: Setup, feed: Any) -> Any:
+    """Blocks of answers, in the order in which they are ready."""
+    rows = ray.data.read_datasource(Rows(feed), override_num_blocks=1, num_cpus=0.01, ray_remote_args={"max_retries": 0})
+    fewest = setup.actors if not setup.address else 1
+    pool = ActorPoolStrategy(min_size=fewest, max_size=setup.actors, max_tasks_in_flight_per_actor=IN_FLIGHT)
+    resources = {"num_gpus": setup.num_gpus} if setup.num_gpus else {}
+    done = rows.map_batches(
+        Worker, fn_constructor_args=(setup, feed), batch_size=1, batch_format="numpy", compute=pool, num_cpus=setup.num_cpus,
+        max_restarts=-1, max_task_retries=TASK_RETRIES, **resources,
+    )  # fmt: skip
+    return done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+
+def _rows_in(wire: Connection, _send: Any, feed: Any, setup: Setup) -> None:
+    """Rows of the engine, until it ends them or goes away."""
+    try:
+        while (rows := wire.recv()) is not None:
+            ray.get(feed.put.remote(rows))
+        ray.get(feed.end.remote())
+    except (EOFError, OSError):  # the engine is gone
+        ray.shutdown()
+        if not setup.address:
+            shutil.rmtree(setup.temporary, ignore_errors=True)
+        os._exit(1)
+    except ray.exceptions.RayError:
+        pass  # the data set fails by the same fault, and says so
+
+
+def _heard(_wire: Connection, send: Any, feed: Any, _setup: Setup) -> None:
+    with contextlib.suppress(ray.exceptions.RayError, OSError):
+        while True:
+            told, silent_s = ray.get(feed.heard.remote())
+            send(Heard(tuple(pickle.loads(one) for one in told), silent_s))  # noqa: S301 - a guard of ours wrote it
+            threading.Event().wait(LOOK_S)
+
+
+def _spilled() -> int:
+    """Bytes that all nodes have spilled so far."""
+    from ray._private import internal_api
+
+    state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
+    return int(internal_api.get_memory_info_reply(state).store_stats.spilled_bytes_total)
+
+
+if __name__ == "__main__":
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+    sys.exit(main(Connection(int(sys.argv[1]))))

@@ -1,0 +1,1 @@
+"""What a result is a result of: data sets, imports, and whether they changed."""

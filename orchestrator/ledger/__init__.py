@@ -1,0 +1,1 @@
+"""What a pipeline has done and decided, in an object store."""

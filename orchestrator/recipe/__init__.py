@@ -1,0 +1,1 @@
+"""What a person wrote: a pipeline, a cluster profile, a price list."""
