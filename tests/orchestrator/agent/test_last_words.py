@@ -88,7 +88,8 @@ def test_what_an_agent_printed_that_left_without_a_report_stands_in_the_error_an
 @pytest.mark.parametrize("module", ["encode", "sample", "export"])
 def test_a_command_of_the_trainer_ends_in_one_line_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     words = {"encode": ["x.yaml", "cache"], "sample": ["x", "--prompt=a", "--out=x.mp4"], "export": ["x", "y"]}[module]
-    (tmp_path / "x").mkdir()  # a model that is looked into
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/CHECKPOINT.json").write_text("{}")  # a model that is looked into
     code = f"import runpy, sys, opensora.checkpoint.reader as one, opensora.training.run_directory as other\nsys.argv = {['x', *words]!r}\n"
     code += "def fail(*_, **__): 1 / 0\none.read = other.stage_of = fail\n"
     code += f"runpy.run_module('opensora.{module}', run_name='__main__')"
