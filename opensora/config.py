@@ -68,7 +68,8 @@ class Frozen(BaseModel):
 
 
 ADDED, ADDED_TO_DATA, ADDED_TO_SAMPLING = ("accumulate",), ("fps", "max_left_out"), ("guidance_interval", "guidance_rescale")
-"""Fields of `StageConfig`, of `DataConfig` and of `SamplingConfig` that 0.1.0 did not have."""
+ADDED_TO_IDDPM = ("min_snr",)
+"""Fields of `StageConfig`, of `DataConfig`, of `SamplingConfig` and of `IDDPM` that 0.1.0 did not have."""
 
 
 def without_added(part: Frozen, content: dict[str, Any], added: tuple[str, ...]) -> dict[str, Any]:
@@ -121,6 +122,14 @@ class IDDPM(Frozen):
     kind: Literal["iddpm"]
     steps: Annotated[PositiveInt, Unit("diffusion steps")] = 1000
     """Steps of the linear noise schedule."""
+    min_snr: Annotated[PositiveFloat | None, Unit("signal-to-noise ratio")] = None
+    """Weigh the squared error of the noise by min(SNR, this) / SNR, so that steps with little noise count less; 5 in the paper; none: all
+    steps count alike (Min-SNR, Hang et al., arXiv:2303.09556 §3.4)."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """See `without_added`."""
+        return without_added(self, write(self), ADDED_TO_IDDPM)
 
 
 class Flow(Frozen):

@@ -3,7 +3,7 @@
 Owns the noise schedule, the loss and the reverse steps. Refuses to know the network (a callable), captions and guidance.
 
 References: DDPM (Ho et al., arXiv:2006.11239) · IDDPM (Nichol & Dhariwal, arXiv:2102.09672: learned range, hybrid loss,
-respacing) · DDIM (Song et al., arXiv:2010.02502).
+respacing) · DDIM (Song et al., arXiv:2010.02502) · Min-SNR (Hang et al., arXiv:2303.09556: weights of the loss).
 
 Legend: B batch · C latent channels. x_0 is a clean latent; x_t is the same latent after t + 1 of the steps 0 .. N-1. A network
 returns 2C channels: the predicted noise ε, then the variance fraction v. Tables are fp64 and cast after gathering.
@@ -113,6 +113,11 @@ class Process:
         """ε, from x_t and x_0: the inverse of `predict_clean`."""
         return (at((1 / self.alpha_bars).sqrt(), index, noisy) * noisy - clean) / at((1 / self.alpha_bars - 1).sqrt(), index, noisy)
 
+    def min_snr_weight(self, gamma: float, index: Tensor) -> Tensor:
+        """(B,) fp64 min(SNR, γ) / SNR with SNR = ᾱ / (1 - ᾱ): Min-SNR §3.4, for a network that predicts the noise."""
+        ratio = self.alpha_bars / (1 - self.alpha_bars)
+        return (gamma / ratio).clamp(max=1)[index]
+
     def log_variance(self, fraction: Tensor, index: Tensor) -> Tensor:
         """IDDPM eq. 15: interpolates log variances from the posterior's (v = -1) to log β (v = 1). v may lie outside of that range."""
         low, high = at(self.posterior_log_variance, index, fraction), at(self.betas.log(), index, fraction)
@@ -150,19 +155,27 @@ class Process:
 
 
 class Diffusion:
-    """The objective `iddpm` (see `opensora.diffusion.objective`): times are integer steps 0 .. N-1."""
+    """The objective `iddpm` (see `opensora.diffusion.objective`): times are integer steps 0 .. N-1.
 
-    def __init__(self, steps: int = 1000) -> None:
-        self.process = Process(steps)
+    Args:
+        min_snr: γ of Min-SNR; none: every step has weight 1.
+    """
+
+    def __init__(self, steps: int = 1000, min_snr: float | None = None) -> None:
+        self.process, self.min_snr = Process(steps), min_snr
         self.last_time = float(steps - 1)
 
     def draw_time(self, clips: int, generator: torch.Generator) -> Tensor:
         return torch.randint(len(self.process), (clips,), generator=generator, device=generator.device)
 
     def loss(self, network: Network, clean: Tensor, time: Tensor, noise: Tensor) -> Tensor:
-        """IDDPM §3.1, not rescaled: the squared error trains the noise, the bound trains only the variance."""
+        """IDDPM §3.1, not rescaled: the squared error trains the noise, the bound trains only the variance.
+
+        Min-SNR weighs the error alone."""
         noisy = self.process.to(clean.device).add_noise(clean, time, noise)
         squared_error, bound = self.loss_terms(network(noisy, time), clean, noisy, time, noise)
+        if self.min_snr is not None:
+            squared_error = squared_error * self.process.min_snr_weight(self.min_snr, time).to(squared_error.dtype)
         return squared_error + bound
 
     def loss_terms(self, prediction: Tensor, clean: Tensor, noisy: Tensor, time: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

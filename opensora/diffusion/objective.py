@@ -40,6 +40,6 @@ class Objective(Protocol):
 def build(config: IDDPM | Flow) -> Objective:
     match config:
         case IDDPM():
-            return Diffusion(config.steps)
+            return Diffusion(config.steps, config.min_snr)
         case Flow():
             return RectifiedFlow(config.time, config.shift)

@@ -20,7 +20,7 @@ from opensora.config import IDDPM, Flow, SamplingConfig
 from opensora.diffusion import guidance as guiding
 from opensora.diffusion import objective as objectives
 
-KINDS = {"iddpm": IDDPM, "flow": Flow}
+KINDS: dict[str, type[IDDPM | Flow]] = {"iddpm": IDDPM, "flow": Flow}
 
 
 class OpenSoraScheduler(SchedulerMixin, ConfigMixin):

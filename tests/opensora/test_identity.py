@@ -9,6 +9,8 @@ from opensora import identity
 from opensora.config import (
     ADDED,
     ADDED_TO_DATA,
+    ADDED_TO_IDDPM,
+    IDDPM,
     Activations,
     Bucket,
     CheckpointConfig,
@@ -40,6 +42,9 @@ def stage(**changes: Any) -> StageConfig:
         "sampling": SamplingConfig(method="euler"),
     }
     return StageConfig(**(content | changes))
+
+
+IDDPM_STAGE: dict[str, Any] = {"objective": IDDPM(kind="iddpm"), "sampling": SamplingConfig()}
 
 
 def leaves(kind: type[Frozen], prefix: str = "") -> Iterator[str]:
@@ -98,6 +103,7 @@ def test_execution_changes_no_digest(changes: dict[str, Any]) -> None:
         ({"freeze": "temporal", "data": stage().data.model_copy(update={"frames": 1})}, "freeze"),
         ({"data": stage().data.model_copy(update={"source": DigitsSource(kind="digits", clips=101)})}, "data.source.clips"),
         ({"weights": "elsewhere.safetensors"}, "weights"),
+        (IDDPM_STAGE | {"objective": IDDPM(kind="iddpm", min_snr=5.0)}, "objective.min_snr"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -156,6 +162,7 @@ def test_known_content_counts_in_place_of_where_it_lies() -> None:
 def test_a_field_of_a_later_release_is_not_written_at_its_default() -> None:
     assert not set(ADDED) & set(stage().model_dump())
     assert not set(ADDED_TO_DATA) & set(stage().model_dump()["data"])
+    assert not set(ADDED_TO_IDDPM) & set(stage(**IDDPM_STAGE).model_dump()["objective"])
     assert stage(accumulate=2).model_dump()["accumulate"] == 2
     assert StageConfig.model_validate(stage(accumulate=2).model_dump()) == stage(accumulate=2)
 

@@ -62,6 +62,44 @@ def test_loss_of_a_network_is_upstreams(oracle: Arrays) -> None:
     assert torch.equal(time, oracle["t"])
 
 
+# --- Min-SNR ---
+
+
+def losses(oracle: Arrays, diffusion: Diffusion) -> tuple[Tensor, Tensor]:
+    """The loss of upstream's clips, and its gradient for the prediction."""
+    prediction = oracle["model_output"].clone().requires_grad_()
+    loss = diffusion.loss(lambda _, __: prediction, oracle["x_start"], oracle["t"], oracle["noise"])
+    (gradient,) = torch.autograd.grad(loss.sum(), prediction)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("gamma", [0.5, 5.0])
+def test_min_snr_weights_are_min_of_snr_and_gamma_over_snr(gamma: float) -> None:
+    process, every = Process(1000), torch.arange(1000)
+    bar = (1 - linear_betas(1000)).cumprod(0)
+    snr = bar / (1 - bar)
+    weight = process.min_snr_weight(gamma, every)
+    assert torch.allclose(weight, torch.minimum(snr, torch.tensor(gamma)) / snr, rtol=1e-12)
+    assert torch.equal(weight[snr <= gamma], torch.ones(int((snr <= gamma).sum())).double())
+    assert weight[0] < 1e-3
+
+
+def test_min_snr_weighs_the_error_and_leaves_the_bound(oracle: Arrays) -> None:
+    (_, gradient), (weighed, weighed_gradient) = losses(oracle, Diffusion()), losses(oracle, Diffusion(min_snr=5.0))
+    weight = Process(1000).min_snr_weight(5.0, oracle["t"]).float()
+    assert weight.min() < 0.1 and weight.max() == 1
+    assert torch.allclose(weighed, weight * oracle["train_mse"] + oracle["train_vb"], rtol=1e-5)
+    noise, fraction = gradient.chunk(2, dim=1)
+    weighed_noise, weighed_fraction = weighed_gradient.chunk(2, dim=1)
+    assert torch.allclose(weighed_noise, weight.view(-1, 1, 1, 1, 1) * noise, rtol=1e-5)
+    assert torch.equal(weighed_fraction, fraction)
+
+
+def test_min_snr_above_every_ratio_changes_no_bit(oracle: Arrays) -> None:
+    for plain, weighed in zip(losses(oracle, Diffusion()), losses(oracle, Diffusion(min_snr=1e9)), strict=True):
+        assert torch.equal(plain, weighed)
+
+
 def test_reverse_step_is_upstreams(oracle: Arrays) -> None:
     step = Diffusion().process.reverse(oracle["model_output"], oracle["q_sample"], oracle["t"])
     for ours, theirs in (

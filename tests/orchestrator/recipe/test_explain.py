@@ -100,6 +100,7 @@ def test_a_field_of_several_kinds_shows_each_kind_with_its_own_fields() -> None:
     assert [field.path for field in explanation.fields] == [
         "stage.objective.iddpm",
         "stage.objective.iddpm.steps",
+        "stage.objective.iddpm.min_snr",
         "stage.objective.flow",
         "stage.objective.flow.time",
         "stage.objective.flow.shift",
