@@ -410,6 +410,13 @@ class EvaluateConfig(Frozen):
     """Frames of the clips asked for; a stage of images is asked for images and for video of so many frames."""
     seed: Annotated[NonNegativeInt, Unit("seed")] = 0
     """Noise of clip i is a function of (seed, i), whatever the number of ranks."""
+    held_out_clips: Annotated[NonNegativeInt, Unit("clips")] = 120
+    """Clips that no stage trains on, whose loss is read at ten noise levels each, where the evaluation runs beside the training or by
+    `osctl eval`; 0: none."""
+
+    @model_serializer(mode="wrap")
+    def _without_added(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return without_added(self, write(self), ("held_out_clips",))
 
 
 class StageConfig(Frozen):

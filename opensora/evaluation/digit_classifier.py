@@ -61,6 +61,15 @@ def classify(clips: torch.Tensor) -> Answer:
     return Answer(digits, np.where(present, _directions(centroids, seen), NOTHING))
 
 
+def frozen_directions(clips: torch.Tensor) -> NDArray[np.int64]:
+    """Directions of clips uint8 (n, T, H, W, 3) that stand still at their first frame: what a video without motion is read as."""
+    first = clips[:, :1]
+    _, centroids, seen = _find_objects(first)
+    frames = clips.shape[1]
+    still = _directions(centroids.repeat(frames, axis=1), seen.repeat(frames, axis=1))
+    return np.where(seen[:, 0], still, NOTHING)
+
+
 def _find_objects(clips: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
     """Windows (n, T, 8, 8) in [0, 1], centroids (n, T, 2) in pixels of 16 rows, and whether an object is seen (n, T)."""
     count, frames, height, width = clips.shape[:4]

@@ -20,13 +20,14 @@ from einops import rearrange
 from opensora.config import EvaluateConfig, StageConfig
 from opensora.data.digits import COMBINATIONS, HELD_OUT, canvas, caption
 from opensora.encoders.protocol import Autoencoder, decode_clips, encode_clips
-from opensora.evaluation.digit_classifier import DIGIT_CHANCE, DIRECTION_CHANCE, NOTHING, classify, wilson
+from opensora.evaluation.digit_classifier import DIGIT_CHANCE, DIRECTION_CHANCE, NOTHING, classify, frozen_directions, wilson
 
 Generate = Callable[[Sequence[str], int, Sequence[int]], torch.Tensor]
 """(captions, frames, seeds) → uint8 (n, frames, H, W, 3); the noise of clip i comes from seeds[i] alone."""
 
-COUNTS = ("clips", "seen", "digit", "direction", "both", "heldout_clips", "heldout_digit", "heldout_direction")
-"""What `tally` counts, in its order. seen: clips that show an object at all."""
+COUNTS = ("clips", "seen", "digit", "direction", "both", "heldout_clips", "heldout_digit", "heldout_direction", "heldout_both", "frozen")
+"""What `tally` counts, in its order. seen: clips that show an object at all. frozen: clips whose direction is right if they stand still at
+their first frame, which is the control that direction needs motion."""
 CEILING_CLIPS = 400
 """Real clips that ceilings are read from: ten of each combination, intervals of about ±2 points."""
 
@@ -63,7 +64,9 @@ def count(clips: torch.Tensor, asked: Sequence[tuple[int, int | None]]) -> torch
     """Counts over these clips, in the order of COUNTS."""
     answer = classify(clips)
     digit = answer.digits == np.array([digit for digit, _ in asked])
-    direction = (answer.directions == np.array([-2 if way is None else way for _, way in asked])) & (answer.directions != NOTHING)
+    ways = np.array([-2 if way is None else way for _, way in asked])
+    direction = (answer.directions == ways) & (answer.directions != NOTHING)
+    frozen = frozen_directions(clips) == ways
     heldout = np.array([pair in HELD_OUT for pair in asked])
     rows = (
         np.ones(len(asked), bool),
@@ -74,6 +77,8 @@ def count(clips: torch.Tensor, asked: Sequence[tuple[int, int | None]]) -> torch
         heldout,
         heldout & digit,
         heldout & direction,
+        heldout & digit & direction,
+        frozen,
     )
     return torch.tensor([int(row.sum()) for row in rows])
 
@@ -88,6 +93,8 @@ def readings(video: torch.Tensor, images: torch.Tensor | None, ceilings: dict[st
     result |= {"heldout_clips": float(found["heldout_clips"])}
     result |= _share("heldout_digit", found["heldout_digit"], found["heldout_clips"])
     result |= _share("heldout_direction", found["heldout_direction"], found["heldout_clips"])
+    result |= _share("heldout_both", found["heldout_both"], found["heldout_clips"])
+    result |= _share("frozen_direction", found["frozen"], found["clips"])
     if images is not None:
         still = _named(images)
         result |= {"image_clips": float(still["clips"])} | _share("image_digit", still["digit"], still["clips"])
@@ -124,6 +131,7 @@ def _ceiling(stage: StageConfig, autoencoder: Autoencoder, frames: int, prefix: 
     if frames > 1:
         result["direction_real"] = real["direction"] / CEILING_CLIPS
         result["direction_ceiling"] = through["direction"] / CEILING_CLIPS
+        result["both_real"], result["both_ceiling"] = real["both"] / CEILING_CLIPS, through["both"] / CEILING_CLIPS
         result["autoencoder_psnr_db"] = float(10 * np.log10(255**2 / max(error, 1e-9)))
     return result
 

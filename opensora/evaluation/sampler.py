@@ -41,7 +41,7 @@ class Sampler:
             device: of the network. The autoencoder decodes where it lies.
         """
         self.stage, self.autoencoder, self.text, self.device = stage, autoencoder, text, device
-        self._weights = weights
+        self.weights = weights
         self._models: dict[int, STDiT] = {}
 
     @torch.no_grad()
@@ -120,6 +120,10 @@ class Sampler:
                 )
         return size[0] // factor, size[1] // factor
 
+    def network(self, frames: int) -> STDiT:
+        """The model for clips of so many frames of the stage's own size, ready to be evaluated. Raises as `generate` does."""
+        return self._model(frames)
+
     def _model(self, frames: int) -> STDiT:
         if frames not in self._models:
             if frames % self.stage.model.patch[0]:
@@ -127,8 +131,8 @@ class Sampler:
                     f"frames {frames}: not a multiple of the model's patch of {self.stage.model.patch[0]} frames; ask for one"
                 )
             model = STDiT(self.stage.model, (frames, *self.stage.latent_shape[2:]), self.stage.out_channels, initial=False)
-            checkpoint.compare(model.state_dict(), self._weights, "weights to sample from")
-            model.load_state_dict(self._weights)
+            checkpoint.compare(model.state_dict(), self.weights, "weights to sample from")
+            model.load_state_dict(self.weights)
             model.freeze_temporal()  # if an image model is asked for video: what has no effect is not computed
             self._models[frames] = model.to(self.device).eval()
         return self._models[frames]

@@ -15,17 +15,18 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from opensora.config import StageConfig
 from opensora.distributed.ranks import Ranks, is_peer_lost
+from opensora.encoders.protocol import Autoencoder, TextEncoder
 from opensora.errors import TrainerError
 from opensora.evaluation.file_names import file_names
 from opensora.evaluation.sampler import Sampler
 from opensora.evaluation.video_files import frames_per_second, write_mp4, write_sheet, written
-from opensora.latents.prepared import Prepared
 from opensora.planning.flops import parameters
 from opensora.printable import one_line, quoted
 from opensora.training.run_directory import RunDirectory
@@ -38,6 +39,16 @@ LONGEST_TROUBLE = 300
 TOLD_PROMPTS, LONGEST_PROMPT = 3, 80
 """Prompts without a clip that get a warning of their own, and the most characters of a prompt in it."""
 WHOLE = "the weights are saved and are the stage's result"
+
+
+class Encoders(Protocol):
+    """What brings the stage's encoders: its encoded clips, or a model that was read from files."""
+
+    @property
+    def autoencoder(self) -> Autoencoder: ...
+
+    @property
+    def text(self) -> TextEncoder: ...
 
 
 @dataclass
@@ -58,7 +69,7 @@ class _Work:
     stage: StageConfig
     ranks: Ranks
     step: int
-    prepared: Prepared
+    prepared: Encoders
     averaged: Callable[[], dict[str, Tensor]]
     shown: Shown
 
@@ -83,7 +94,7 @@ def alive(run: RunDirectory, step: int) -> None:
 
 
 def show(
-    run: RunDirectory, stage: StageConfig, ranks: Ranks, *, step: int, prepared: Prepared, averaged: Callable[[], dict[str, Tensor]]
+    run: RunDirectory, stage: StageConfig, ranks: Ranks, *, step: int, prepared: Encoders, averaged: Callable[[], dict[str, Tensor]]
 ) -> Shown:
     """Draw samples and make readings with the moving average. All ranks call this, once all weights are saved. It raises nothing.
 

@@ -120,10 +120,10 @@ def test_noise_scores_nothing() -> None:
 
 
 def test_readings_are_flat_numbers_in_their_intervals() -> None:
-    counts = torch.tensor([200, 190, 150, 172, 130, 20, 11, 12])
+    counts = torch.tensor([200, 190, 150, 172, 130, 20, 11, 12, 9, 52])
     result = readings(counts, None, {"digit_ceiling": 0.97})
     assert all(isinstance(value, float) for value in result.values())
-    for name in ("digit", "direction", "both", "heldout_digit", "heldout_direction"):
+    for name in ("digit", "direction", "both", "heldout_digit", "heldout_direction", "heldout_both", "frozen_direction"):
         assert result[f"{name}_low"] < result[f"{name}_accuracy"] < result[f"{name}_high"]
     assert (result["digit_accuracy"], result["direction_accuracy"], result["digit_ceiling"]) == (0.75, 0.86, 0.97)
 
