@@ -72,7 +72,7 @@ def losses(sampler: Sampler, clips: HeldOut, seed: int, beat: Callable[[], None]
         ParentError: the weights are not those of the stage's model.
     """
     stage, device, count = sampler.stage, sampler.device, len(clips.latents)
-    model, chosen = sampler.network(clips.latents.shape[2]), objective.build(stage.objective)
+    model, chosen = sampler.network(clips.latents.shape[2]), objective.build(_unweighted(stage.objective))
     generators = [torch.Generator().manual_seed(clip_seed(seed, index)) for index in range(count)]
     noise = objective.draw_noise(generators, tuple(clips.latents.shape[1:]))  # on the CPU: the same on every device
     times = _times(stage.objective, levels(count, seed))
@@ -85,6 +85,11 @@ def losses(sampler: Sampler, clips: HeldOut, seed: int, beat: Callable[[], None]
             beat()
             found[some, bucket] = chosen.loss(network, clean, times[some, bucket].to(device), noisy).double().cpu()
     return found
+
+
+def _unweighted(config: IDDPM | Flow) -> IDDPM | Flow:
+    """How a stage weighs its training loss is part of its recipe, and not of what the loss of another recipe is compared with."""
+    return config.model_copy(update={"min_snr": None}) if isinstance(config, IDDPM) else config
 
 
 def _times(config: IDDPM | Flow, level: Tensor) -> Tensor:

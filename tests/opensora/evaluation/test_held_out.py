@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from opensora.config import Flow, StageConfig
+from opensora.config import IDDPM, Flow, StageConfig
 from opensora.evaluation import held_out
 from opensora.evaluation.sampler import Sampler
 from opensora.evaluation.saved_model import open_model
@@ -43,6 +44,15 @@ def test_a_stage_that_draws_other_times_is_asked_the_same_questions(model: Sampl
     asked = held_out.held_out(model.stage, model.autoencoder, model.text, clips=5, frames=4, seed=3)
     shifted = model.stage.model_copy(update={"objective": Flow(kind="flow", time="uniform", shift=4.0)})
     other = Sampler(shifted, model.weights, model.autoencoder, model.text, device=model.device)
+    assert torch.equal(held_out.losses(other, asked, 3), held_out.losses(model, asked, 3))
+
+
+def test_weights_of_the_training_loss_are_no_part_of_the_questions(tiny_stage: Stages, complete: Callable[..., Path]) -> None:
+    plain: dict[str, Any] = {"objective": {"kind": "iddpm", "steps": 100}, "sampling": {"method": "ddim"}}
+    model = open_model(complete(tiny_stage(**FILM, **plain, steps=1)), torch.device("cpu"))
+    asked = held_out.held_out(model.stage, model.autoencoder, model.text, clips=5, frames=4, seed=3)
+    weighted = model.stage.model_copy(update={"objective": IDDPM(kind="iddpm", steps=100, min_snr=5.0)})
+    other = Sampler(weighted, model.weights, model.autoencoder, model.text, device=model.device)
     assert torch.equal(held_out.losses(other, asked, 3), held_out.losses(model, asked, 3))
 
 
