@@ -67,7 +67,7 @@ class Frozen(BaseModel):
         return self
 
 
-ADDED, ADDED_TO_DATA, ADDED_TO_SAMPLING = ("accumulate",), ("fps", "max_left_out"), ("guidance_interval", "guidance_rescale")
+ADDED, ADDED_TO_DATA, ADDED_TO_SAMPLING = ("accumulate", "masks"), ("fps", "max_left_out"), ("guidance_interval", "guidance_rescale")
 ADDED_TO_IDDPM = ("min_snr",)
 """Fields of `StageConfig`, of `DataConfig`, of `SamplingConfig` and of `IDDPM` that 0.1.0 did not have."""
 
@@ -355,6 +355,33 @@ class Parallel(Frozen):
         return self
 
 
+class MaskConfig(Frozen):
+    """Shares of the training clips of which some frames are given: the model sees these clean, at time 0, and learns the others only
+    (Open-Sora 1.1 and 1.2, "mask strategy"). What is left of 1 has no given frames. An image has none either."""
+
+    first_frame: Annotated[Fraction, Unit("fraction of clips")] = 0.0
+    """The first frame is given: image to video."""
+    last_frame: Annotated[Fraction, Unit("fraction of clips")] = 0.0
+    """The last frame is given."""
+    both_frames: Annotated[Fraction, Unit("fraction of clips")] = 0.0
+    """The first and the last frame are given: in-betweening."""
+    first_quarter: Annotated[Fraction, Unit("fraction of clips")] = 0.0
+    """The first quarter is given, rounded down, at least one frame: extension of a clip."""
+    last_quarter: Annotated[Fraction, Unit("fraction of clips")] = 0.0
+    """The last quarter is given."""
+    both_quarters: Annotated[Fraction, Unit("fraction of clips")] = 0.0
+    """The first and the last quarter are given: loops."""
+    random: Annotated[Fraction, Unit("fraction of clips")] = 0.0
+    """Up to a half of the frames are given, anywhere."""
+
+    @model_validator(mode="after")
+    def _are_shares(self) -> MaskConfig:
+        total = sum(value for _, value in self)
+        if not 0 < total <= 1 + 1e-9:
+            raise ValueError(f"the shares add up to {total:g}. Give some, of 1 at most together, for example first_frame: 0.25")
+        return self
+
+
 class ParentConfig(Frozen):
     """What a stage takes from its parent's checkpoint. Position tables are recomputed for the stage's own size, always."""
 
@@ -445,6 +472,8 @@ class StageConfig(Frozen):
     batch, and the stage goes on where it was."""
     freeze: Literal["none", "temporal"] = "none"
     """temporal: the temporal attention stays at its zero effect (stage 1 on images)."""
+    masks: MaskConfig | None = None
+    """Given frames, for image to video, extension and loops (osctl sample --first-frame, --extend, --loop); none: never any."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Autocast type on CUDA. A CPU always computes in fp32."""
     activations: Activations = Activations()
@@ -496,6 +525,10 @@ class StageConfig(Frozen):
                 raise ValueError(f"{place}.frames {size.frames} is not a multiple of patch frames {frames}")
             if self.freeze == "temporal" and size.frames != 1:
                 raise ValueError(f"freeze temporal trains on single images, {place}.frames is {size.frames}")
+        if self.masks is not None and all(bucket.frames < 2 * frames for bucket in self.buckets):
+            raise ValueError(f"masks give some frames of a clip, and the clips have {self.data.frames}. Train on longer ones, or without")
+        if self.masks is not None and self.parallel.plugin == "hybrid_parallel":
+            raise ValueError("masks do not go with parallel.plugin hybrid_parallel, which passes one time a clip on. Use another plugin")
         sizes = [(bucket.frames, bucket.height, bucket.width) for bucket in self.data.buckets]
         for number, size_of in enumerate(sizes):
             if size_of in sizes[:number]:

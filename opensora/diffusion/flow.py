@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from opensora.config import SamplingConfig
+from opensora.diffusion.given_frames import per_clip, with_given
 from opensora.errors import ConfigError
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -48,9 +49,9 @@ def draw_time(kind: Literal["uniform", "logit-normal"], clips: int, generator: t
     return torch.randn(clips, generator=generator, device=generator.device).sigmoid()
 
 
-def loss(prediction: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """(B,) squared error of the velocity, mean over a clip's elements."""
-    return (prediction - velocity(clean, noise)).square().flatten(1).mean(1)
+def loss(prediction: Tensor, clean: Tensor, noise: Tensor, given: Tensor | None = None) -> Tensor:
+    """(B,) squared error of the velocity, mean over a clip's elements, of its frames that are not given."""
+    return per_clip((prediction - velocity(clean, noise)).square(), given)
 
 
 def euler(network: Network, noise: Tensor, steps: int, shift: float = 1.0) -> Tensor:
@@ -92,8 +93,12 @@ class RectifiedFlow:
     def draw_time(self, clips: int, generator: torch.Generator) -> Tensor:
         return shifted(draw_time(self.time, clips, generator), self.shift)
 
-    def loss(self, network: Network, clean: Tensor, time: Tensor, noise: Tensor) -> Tensor:
-        return loss(network(interpolate(clean, noise, time), time * NETWORK_TIME), clean, noise)
+    def loss(self, network: Network, clean: Tensor, time: Tensor, noise: Tensor, given: Tensor | None = None) -> Tensor:
+        noisy = with_given(interpolate(clean, noise, time), clean, given)
+        return loss(network(noisy, time * NETWORK_TIME), clean, noise, given)
+
+    def noised(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        return interpolate(clean, noise, time / NETWORK_TIME)
 
     def sample(self, network: Network, noise: Tensor, sampling: SamplingConfig, generators: Sequence[torch.Generator]) -> Tensor:
         """Clean latents from noise. Deterministic: nothing is drawn from `generators`. Raises ConfigError."""

@@ -19,12 +19,23 @@ from opensora.diffusion.iddpm import Network
 class CaptionedNetwork(Protocol):
     """STDiT, or a wrapper around it (DistributedDataParallel)."""
 
-    def __call__(self, x: Tensor, time: Tensor, captions: Tensor, mask: Tensor | None = None, drop: Tensor | None = None) -> Tensor: ...
+    def __call__(
+        self,
+        x: Tensor,
+        time: Tensor,
+        captions: Tensor,
+        mask: Tensor | None = None,
+        drop: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Tensor: ...
 
 
-def conditional(model: CaptionedNetwork, captions: Tensor, mask: Tensor | None, drop: Tensor | None = None) -> Network:
-    """The model with these captions; `drop` (B,) bool selects the clips that get the null caption instead."""
-    return lambda x, time: model(x, time, captions, mask, drop)
+def conditional(
+    model: CaptionedNetwork, captions: Tensor, mask: Tensor | None, drop: Tensor | None = None, given: Tensor | None = None
+) -> Network:
+    """The model with these captions; `drop` (B,) bool selects the clips that get the null caption instead, `given` (B, T) bool the frames
+    that it is told are clean."""
+    return lambda x, time: model(x, time, captions, mask, drop, given)
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ def guided(
     *,
     last_time: float,
     negative: tuple[Tensor, Tensor | None] | None = None,
+    given: Tensor | None = None,
 ) -> Network:
     """The prediction null + scale · (caption - null), from one batch of twice the clips. At scale 1 only the caption is computed.
 
@@ -63,18 +75,20 @@ def guided(
         captions: (B, L, width), and mask (B, L).
         last_time: what the network is told of pure noise (`Objective.last_time`).
         negative: captions and mask of what the clips should not show, as long as the prompts'; they take the null caption's place.
+        given: (B, T) bool, frames that the model is told are clean.
     """
-    alone = conditional(model, captions, mask)
+    alone = conditional(model, captions, mask, given=given)
     if how.scale == 1:
         return alone
     both, masks, drop = _two_halves(captions, mask, negative)
+    given_twice = None if given is None else torch.cat([given, given])
     low, high = (time * last_time for time in how.interval)
     everywhere = how.interval == (0.0, 1.0)
 
     def network(x: Tensor, time: Tensor) -> Tensor:
         if not everywhere and not low <= float(time[0]) <= high:  # a look at the device, which costs nothing where nobody asks for it
             return alone(x, time)
-        captioned, null = model(torch.cat([x, x]), torch.cat([time, time]), both, masks, drop).chunk(2)
+        captioned, null = model(torch.cat([x, x]), torch.cat([time, time]), both, masks, drop, given_twice).chunk(2)
         count = 3 if how.channels == "first3" else x.shape[1]
         wanted = captioned[:, :count]
         prediction = null[:, :count] + how.scale * (wanted - null[:, :count])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from opensora.config import SamplingConfig
+from opensora.diffusion.given_frames import per_clip, with_given
 from opensora.errors import ConfigError
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -131,14 +132,16 @@ class Process:
         clean = self.predict_clean(noisy, index, noise)
         return Reverse(self.posterior_mean(clean, noisy, index), log_variance.exp(), log_variance, clean)
 
-    def variational_bound(self, prediction: Tensor, clean: Tensor, noisy: Tensor, index: Tensor) -> Tensor:
+    def variational_bound(
+        self, prediction: Tensor, clean: Tensor, noisy: Tensor, index: Tensor, given: Tensor | None = None
+    ) -> Tensor:
         """(B,) one term of the bound in bits per element: the divergence from the posterior, or at t = 0 the negative log-likelihood."""
         step = self.reverse(prediction, noisy, index)
         true_mean = self.posterior_mean(clean, noisy, index)
         true_log_variance = at(self.posterior_log_variance, index, noisy)
         divergence = normal_divergence(true_mean, true_log_variance, step.mean, step.log_variance)
         likelihood = discretised_log_likelihood(clean, step.mean, 0.5 * step.log_variance)
-        return torch.where(index == 0, -per_clip(likelihood), per_clip(divergence)) / math.log(2)
+        return torch.where(index == 0, -per_clip(likelihood, given), per_clip(divergence, given)) / math.log(2)
 
     def ancestral(self, prediction: Tensor, noisy: Tensor, index: Tensor, noise: Tensor) -> Tensor:
         """x_{t-1} ~ p(x_{t-1} | x_t): DDPM algorithm 2. No noise is added on the last step, t = 0."""
@@ -168,21 +171,27 @@ class Diffusion:
     def draw_time(self, clips: int, generator: torch.Generator) -> Tensor:
         return torch.randint(len(self.process), (clips,), generator=generator, device=generator.device)
 
-    def loss(self, network: Network, clean: Tensor, time: Tensor, noise: Tensor) -> Tensor:
+    def loss(self, network: Network, clean: Tensor, time: Tensor, noise: Tensor, given: Tensor | None = None) -> Tensor:
         """IDDPM §3.1, not rescaled: the squared error trains the noise, the bound trains only the variance.
 
         Min-SNR weighs the error alone."""
-        noisy = self.process.to(clean.device).add_noise(clean, time, noise)
-        squared_error, bound = self.loss_terms(network(noisy, time), clean, noisy, time, noise)
+        noisy = with_given(self.process.to(clean.device).add_noise(clean, time, noise), clean, given)
+        squared_error, bound = self.loss_terms(network(noisy, time), clean, noisy, time, noise, given)
         if self.min_snr is not None:
             squared_error = squared_error * self.process.min_snr_weight(self.min_snr, time).to(squared_error.dtype)
         return squared_error + bound
 
-    def loss_terms(self, prediction: Tensor, clean: Tensor, noisy: Tensor, time: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def noised(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        return self.process.to(clean.device).add_noise(clean, time.round().long(), noise)
+
+    def loss_terms(
+        self, prediction: Tensor, clean: Tensor, noisy: Tensor, time: Tensor, noise: Tensor, given: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(B,) squared error of the noise, and (B,) variational bound, which has no gradient for the predicted noise."""
         predicted, fraction = prediction.chunk(2, dim=1)
         held = torch.cat([predicted.detach(), fraction], dim=1)
-        return per_clip((noise - predicted).square()), self.process.variational_bound(held, clean, noisy, time)
+        squared_error = per_clip((noise - predicted).square(), given)
+        return squared_error, self.process.variational_bound(held, clean, noisy, time, given)
 
     def sample(self, network: Network, noise: Tensor, sampling: SamplingConfig, generators: Sequence[torch.Generator]) -> Tensor:
         """Clean latents from noise, by steps on a shortened chain or by a solver of higher order. Raises ConfigError."""
@@ -217,11 +226,6 @@ def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, ...]) ->
 def at(table: Tensor, index: Tensor, like: Tensor) -> Tensor:
     """table[index] as (B, 1, ...), in the type and on the device of `like`. Gathered in fp64, then cast."""
     return table[index].to(like.dtype).view(-1, *[1] * (like.ndim - 1))
-
-
-def per_clip(x: Tensor) -> Tensor:
-    """(B, ...) -> (B,) means."""
-    return x.flatten(1).mean(1)
 
 
 def normal_divergence(mean_p: Tensor, log_variance_p: Tensor, mean_q: Tensor, log_variance_q: Tensor) -> Tensor:

@@ -26,8 +26,15 @@ class Objective(Protocol):
     def draw_time(self, clips: int, generator: torch.Generator) -> Tensor:
         """(B,) training times on the generator's device: integer steps for iddpm, fp32 in (0, 1) for flow."""
 
-    def loss(self, network: Network, clean: Tensor, time: Tensor, noise: Tensor) -> Tensor:
-        """(B,) fp32: the loss of each clip, a mean over its elements."""
+    def loss(self, network: Network, clean: Tensor, time: Tensor, noise: Tensor, given: Tensor | None = None) -> Tensor:
+        """(B,) fp32: the loss of each clip, a mean over its elements.
+
+        Args:
+            given: (B, T) bool, frames that the network sees clean and that have no part in the loss. `network` is told of them already.
+        """
+
+    def noised(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """Latents at the noise of the times (B,) that the network is told."""
 
     def sample(self, network: Network, noise: Tensor, sampling: SamplingConfig, generators: Sequence[torch.Generator]) -> Tensor:
         """Clean latents from standard normal noise. Generator i serves clip i, so a clip does not depend on its batch.

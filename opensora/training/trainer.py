@@ -27,7 +27,7 @@ from torch import Tensor
 from opensora.checkpoint import reader as checkpoint
 from opensora.checkpoint.writer import Saver
 from opensora.config import StageConfig
-from opensora.diffusion import guidance, objective
+from opensora.diffusion import given_frames, guidance, objective
 from opensora.distributed import parallel
 from opensora.distributed.ranks import PeerLost, Ranks
 from opensora.errors import LossSpike, NotFinite
@@ -180,9 +180,12 @@ class Trainer:
         moment = self.objective.draw_time(len(clean), generator)
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         drop = torch.rand(len(clean), generator=generator, device=clean.device) < self.stage.model.caption_dropout
+        given = None
+        if self.stage.masks is not None and clean.shape[2] > 1:
+            given = given_frames.draw(self.stage.masks, len(clean), clean.shape[2], generator)
         with self.autocast:
-            conditioned = guidance.conditional(self.strategy.model, batch.vectors, batch.mask, drop)
-            return self.objective.loss(conditioned, clean, moment, noise).mean()
+            conditioned = guidance.conditional(self.strategy.model, batch.vectors, batch.mask, drop, given)
+            return self.objective.loss(conditioned, clean, moment, noise, given).mean()
 
     def settle(self, most: int) -> tuple[list[dict[str, float]], bool]:
         """Read the metrics of the oldest steps until at most `most` steps are in flight.

@@ -37,6 +37,24 @@ def pipeline_names(ctx: typer.Context) -> list[str]:
         return []
 
 
+def checkpoint_names(ctx: typer.Context) -> list[str]:
+    """For the shell's completion: steps of the stage's checkpoints in the store, or of the last stage that has one, newest first."""
+    from orchestrator.errors import OsctlError
+    from orchestrator.pipelines import find
+
+    stage = ctx.params.get("stage")
+    try:
+        workspace = find.launched(None, ctx.params.get("file"), store=ctx.params.get("store"))
+        for status in reversed(find.snapshot(workspace).stages):
+            if status.inputs_digest is not None and stage in (None, status.name):
+                steps = workspace.ledger.published_steps(status.name, status.inputs_digest)
+                if steps:
+                    return [str(step) for step in sorted({*steps}, reverse=True)]
+    except (OsctlError, OSError):  # completion has nobody to tell
+        pass
+    return []
+
+
 def cluster_names() -> list[str]:
     """For the shell's completion: the cluster profiles that are shipped."""
     from orchestrator.recipe.cluster_profile import shipped_clusters

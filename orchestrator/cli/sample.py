@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from orchestrator.cli.subject import launched, snapshot
 from orchestrator.errors import UsageError
 
 if TYPE_CHECKING:
+    from orchestrator.ledger.checkpoints import Published
     from orchestrator.ledger.records import Committed
     from orchestrator.pipelines.host import Host
     from orchestrator.pipelines.workspace import Workspace
@@ -38,6 +40,16 @@ def sample(
     model: Annotated[
         Path | None,
         typer.Option("--model", metavar="DIR", help="A checkpoint folder, or one that osctl export wrote, in place of a stage."),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoint",
+            metavar="STEP",
+            help="An earlier checkpoint of the stage, by its step (4000) or as the store names it (step-00004000-a1). "
+            "Without --stage: of the last stage that has one.",
+            autocompletion=options.checkpoint_names,
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise: the same seed draws the same clip.")] = 0,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a clip; default: the stage's.")] = None,
@@ -75,8 +87,10 @@ def sample(
     """
     if prompt is None and prompts is None:
         raise UsageError('sample: no prompt is given. Say what to draw: osctl sample "a digit 3 moving left", or --prompts FILE')
-    if model is not None and stage is not None:
-        raise UsageError(f"sample: --stage {stage} and --model {model} both name weights. Give one of them")
+    for option, named in (("stage", stage), ("checkpoint", checkpoint)):
+        if model is not None and named is not None:
+            raise UsageError(f"sample: --{option} {named} and --model {model} both name weights. Give one of them")
+    wanted = None if checkpoint is None else _step(checkpoint)
     given = {
         "prompt": prompt, "prompts": prompts, "out": out, "seed": seed, "frames": frames, "height": height, "width": width, "fps": fps,
         "steps": steps, "sampler": sampler, "guidance": guidance, "guidance-interval": guidance_interval,
@@ -87,11 +101,11 @@ def sample(
         _run(model, words, None)
         return
     workspace = launched(None, file, store=store)
-    committed = newest(workspace, stage, to="sample")
-    folder, host = fetched(workspace, committed)
-    about = {"model": committed.run_key, "step": committed.step, "manifest": committed.manifest_digest, "weights": committed.weights_digest}
+    found = newest(workspace, stage, to="sample") if wanted is None else _published(workspace, stage, wanted)
+    folder, host = fetched(workspace, found)
+    about = {"model": found.run_key, "step": found.step, "manifest": found.manifest_digest, "weights": found.weights_digest}
     _run(folder, [*words, f"--about={json.dumps(about)}"], host.for_children())
-    output.note(f"drew {out} with {committed.run_key}, step {committed.step}")
+    output.note(f"drew {out} with {found.run_key}, step {found.step}")
 
 
 def _run(folder: Path, words: list[str], env: Any) -> None:
@@ -113,14 +127,45 @@ def newest(workspace: Workspace, stage: str | None, *, to: str) -> Committed:
     return found[-1]
 
 
-def fetched(workspace: Workspace, committed: Committed) -> tuple[Path, Host]:
-    """The folder of a committed checkpoint, and this machine as its reader finds its encoders.
+def _step(named: str) -> tuple[int, int | None]:
+    """Step, and attempt if it is named, of `4000`, `step-00004000` or `step-00004000-a1`. Raises UsageError."""
+    match = re.fullmatch(r"(?:step-)?(\d{1,18})(?:-a(\d{1,9}))?", named)
+    if match is None:
+        raise UsageError(f"sample: --checkpoint {named} is no step. Write it as 4000, or as step-00004000-a1")
+    return int(match[1]), int(match[2]) if match[2] else None
+
+
+def _published(workspace: Workspace, stage: str | None, wanted: tuple[int, int | None]) -> Published:
+    """The checkpoint of this step, of the newest attempt that published one. Raises Refused and UsageError."""
+    from orchestrator.errors import Refused
+    from orchestrator.ledger.checkpoints import Published
+    from orchestrator.pipelines.find import check_stage
+
+    check_stage(workspace, stage, "sample")
+    (step, attempt), name = wanted, stage or workspace.pipeline.name
+    for status in reversed(snapshot(workspace).stages):
+        if status.inputs_digest is None or stage not in (None, status.name):
+            continue
+        there = workspace.ledger.checkpoints(status.name, status.inputs_digest)
+        if not there:
+            continue
+        for key, manifest in reversed(there):
+            if manifest.step == step and attempt in (None, manifest.attempt):
+                return Published.of(key, manifest)
+        said = ", ".join(sorted({str(manifest.step) for _, manifest in there}, key=int))
+        of = f"step {step}" if attempt is None else f"step {step} of attempt {attempt}"
+        raise Refused(f"sample {status.name}: the store has no checkpoint of {of}; it has those of the steps {said}. Name one of them")
+    raise Refused(f"sample {name}: no checkpoint is there yet. Train it with: osctl launch{f' {stage}' if stage else ''}")
+
+
+def fetched(workspace: Workspace, checkpoint: Committed | Published) -> tuple[Path, Host]:
+    """The folder of a checkpoint, and this machine as its reader finds its encoders.
 
     The folder is named by the manifest's digest: each file in it was verified once, when it came. Raises Refused, Unreachable.
     """
-    host = workspace.told_of_imports_of(committed)
-    folder = host.home / "cache" / committed.manifest_digest
+    host = workspace.told_of_imports_of(checkpoint)
+    folder = host.home / "cache" / checkpoint.manifest_digest
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        workspace.ledger.fetch(committed.manifest, committed.manifest_digest, folder)
+        workspace.ledger.fetch(checkpoint.manifest, checkpoint.manifest_digest, folder)
     return folder, host

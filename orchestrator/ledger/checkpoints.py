@@ -80,6 +80,26 @@ class Place:
         return f"{self.stage}@{self.inputs_digest} step {self.step} of attempt {self.attempt}"
 
 
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint that has its manifest, whether or not it is a stage's result. Its fields are named as those of `records.Committed`."""
+
+    run_key: str
+    stage: str
+    inputs_digest: str
+    attempt: int
+    step: int
+    manifest: str
+    """Key of MANIFEST.json."""
+    manifest_digest: str
+    weights_digest: str
+
+    @classmethod
+    def of(cls, key: str, manifest: Manifest) -> Published:
+        one = manifest
+        return cls(one.run_key, one.stage, one.inputs_digest, one.attempt, one.step, key, one.digest(), one.weights_digest)
+
+
 class _Description(BaseModel):
     """The fields of CHECKPOINT.json that are read here; only the trainer uses the others."""
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from opensora.dataset.manifest import RowDifference
     from orchestrator.accounting.history import History
     from orchestrator.inputs.contents import Resolved
+    from orchestrator.ledger.checkpoints import Published
     from orchestrator.ledger.records import Committed
     from orchestrator.ledger.store import Ledger
     from orchestrator.ports import Store
@@ -199,8 +200,8 @@ class Workspace:
             write_whole(file, manifest.encode())
         return file
 
-    def told_of_imports_of(self, committed: Committed) -> Host:
-        """This machine, whose children find the encoders that a result was made with. Raises Refused, CorruptCheckpoint, Unreachable."""
+    def told_of_imports_of(self, committed: Committed | Published) -> Host:
+        """This machine, whose children find the encoders of a result or checkpoint. Raises Refused, CorruptCheckpoint, Unreachable."""
         from opensora import imports as known
         from orchestrator.environment import at_home
         from orchestrator.inputs import imports

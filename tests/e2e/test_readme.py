@@ -168,6 +168,18 @@ def test_a_committed_stage_draws_a_video(launched: Osctl, tmp_path: Path) -> Non
     assert "zebra" in refused.stderr and not (tmp_path / "zebra.mp4").exists()
 
 
+def test_an_earlier_checkpoint_draws_by_its_step(launched: Osctl, tmp_path: Path) -> None:
+    out = tmp_path / "early.gif"
+    for named in ("4", "step-00000004-a1"):
+        launched("sample", "a digit 3 moving left", "--stage=stage2", "--checkpoint", named, "--out", str(out))
+        beside = json.loads(out.with_name("early.gif.json").read_text())
+        assert beside["model"].startswith("tiny/stage2@") and beside["step"] == 4
+    launched("sample", "a digit 3 moving left", "--checkpoint=8", "--out", str(tmp_path / "last.gif"))
+    assert json.loads((tmp_path / "last.gif.json").read_text())["model"].startswith("tiny/stage3@")
+    refused = launched("sample", "a digit", "--stage=stage2", "--checkpoint=5", expect=4).stderr
+    assert "stage2: the store has no checkpoint of step 5; it has those of the steps 4, 8" in refused
+
+
 def test_a_file_of_prompts_becomes_a_folder_of_videos(launched: Osctl, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a digit 3 moving left\na digit 4 moving up\n")
     launched("sample", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "drawn"), "--sampler", "heun", "--steps", "2")
