@@ -39,6 +39,7 @@ from opensora.checkpoint import reader as checkpoint
 from opensora.config import SAMPLING_METHODS, SamplingConfig, StageConfig
 from opensora.distributed.ranks import Ranks
 from opensora.errors import ConfigError
+from opensora.evaluation import given as given_files
 from opensora.evaluation.sampler import Sampler, evaluations, too_long
 from opensora.evaluation.saved_model import open_model
 from opensora.evaluation.video_files import frames_per_second, write_gif, write_mp4, write_sheet, written
@@ -82,6 +83,8 @@ class Clip:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
     """See `SamplingConfig`."""
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Files of frames that were given, by name of the argument and sha256, and whether it is a loop."""
 
     def facts(self) -> dict[str, Any]:
         """What it was drawn from, as JSON: it stands in each file that is written of it."""
@@ -94,6 +97,7 @@ class Clip:
             told["guidance_interval"] = list(self.guidance_interval)
         if self.guidance_rescale:
             told["guidance_rescale"] = self.guidance_rescale
+        told |= self.given
         return {name: value for name, value in told.items() if value not in (None, "")}
 
     def save(self, path: str | Path, about: Mapping[str, Any] | None = None) -> Path:
@@ -206,6 +210,14 @@ class Drawing:
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float | None = None
     """See `SamplingConfig`."""
+    first_frame: str | Path | None = None
+    """A picture that the clip begins with."""
+    last_frame: str | Path | None = None
+    """A picture that the clip ends with."""
+    extend: str | Path | None = None
+    """A video that the clip goes on with: its end is the clip's first quarter. The result is the video with the new frames behind it."""
+    loop: bool = False
+    """Draw a second clip that leads back, and so a video that may be played again and again without a jump."""
 
 
 def generate(
@@ -260,7 +272,8 @@ def generate_many(
             raise ConfigError(f"seed {seed}: not from 0 to {MOST_SEED}; choose another one")
     if not prompts:
         return []
-    done, total = 0, -(-len(prompts) // AT_ONCE) * evaluations(sampling)
+    given, loops = _given(model.stage, asked, count, size), 2 if asked.loop else 1
+    done, total = 0, -(-len(prompts) // AT_ONCE) * evaluations(sampling) * loops
 
     def beat() -> None:
         nonlocal done
@@ -270,8 +283,19 @@ def generate_many(
     with model.turn:
         notes = [too_long(model.sampler.text, prompt) for prompt in prompts]
         drawn = model.sampler.generate_in_batches(
-            prompts, count, seeds, sampling, batch=AT_ONCE, size=size, negative=asked.negative, on_step=beat
-        ).numpy()
+            prompts,
+            count,
+            seeds,
+            sampling,
+            batch=AT_ONCE,
+            size=size,
+            negative=asked.negative,
+            given=given,
+            loop=asked.loop,
+            on_step=beat,
+        )
+    if given is not None and len(given.before):
+        drawn = torch.cat([given.before.expand(len(drawn), -1, -1, -1, -1), drawn[:, given.taken :]], dim=1)
     on_step(total, total)
     fps, stage = asked.fps or frames_per_second(model.stage.data), model.stage.digest()
     return [
@@ -288,8 +312,9 @@ def generate_many(
             stage,
             sampling.guidance_interval,
             sampling.guidance_rescale,
+            {**({} if given is None else given.facts), **({"loop": True} if asked.loop else {})},
         )
-        for pixels, prompt, seed, note in zip(drawn, prompts, seeds, notes, strict=True)
+        for pixels, prompt, seed, note in zip(drawn.numpy(), prompts, seeds, notes, strict=True)
     ]
 
 
@@ -379,6 +404,19 @@ def _checked(stage: StageConfig, asked: Drawing, clips: int) -> tuple[int, tuple
         first = error.errors()[0]
         field = f"{first['loc'][0]} {names.get(str(first['loc'][0]))}: " if first["loc"] else ""
         raise ConfigError(f"{field}{first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _given(stage: StageConfig, asked: Drawing, frames: int, size: tuple[int, int] | None) -> given_files.Given | None:
+    """Raises ConfigError."""
+    if asked.loop and asked.extend is not None:
+        raise ConfigError(f"loop: does not go with extend {asked.extend}, which has an end; leave one of them out")
+    if asked.first_frame is not None and asked.extend is not None:
+        raise ConfigError(f"first_frame {asked.first_frame}: the clip begins with the end of {asked.extend}; leave one of them out")
+    files = given_files.Asked(*(None if path is None else Path(path) for path in (asked.first_frame, asked.last_frame, asked.extend)))
+    if not files.any:
+        return None
+    pixels = size or (stage.data.height, stage.data.width)
+    return given_files.read(files, frames, pixels, asked.fps or frames_per_second(stage.data), stage.model.patch[0])
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -527,8 +527,6 @@ class StageConfig(Frozen):
                 raise ValueError(f"freeze temporal trains on single images, {place}.frames is {size.frames}")
         if self.masks is not None and all(bucket.frames < 2 * frames for bucket in self.buckets):
             raise ValueError(f"masks give some frames of a clip, and the clips have {self.data.frames}. Train on longer ones, or without")
-        if self.masks is not None and self.parallel.plugin == "hybrid_parallel":
-            raise ValueError("masks do not go with parallel.plugin hybrid_parallel, which passes one time a clip on. Use another plugin")
         sizes = [(bucket.frames, bucket.height, bucket.width) for bucket in self.data.buckets]
         for number, size_of in enumerate(sizes):
             if size_of in sizes[:number]:

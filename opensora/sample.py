@@ -23,7 +23,13 @@ from opensora.printable import printable
 MOST_PROMPTS = 100_000
 NAME_CHARACTERS = 60
 """Of a prompt in a file's name."""
-_PASSED_ON = ("frames", "height", "width", "fps", "steps", "guidance", "sampler", "negative", "guidance_rescale")
+UNTRAINED = (
+    "the model was not trained with given frames (`masks` of its stage): they are put in at each step, and the others may not go with them"
+)
+_PASSED_ON = (
+    "frames", "height", "width", "fps", "steps", "guidance", "sampler", "negative", "guidance_rescale", "first_frame", "last_frame",
+    "extend", "loop",
+)  # fmt: skip
 """Arguments that are fields of `api.Drawing` under the same name."""
 
 
@@ -48,6 +54,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--guidance-interval", metavar="LOW,HIGH", help="guide between these times only, 0 clean to 1 noise [0,1]")
     add("--guidance-rescale", type=float, help="share of the unguided standard deviation that is given back, 0 to 1 [0]")
     add("--negative", help="what no clip should show [the null caption]")
+    add("--first-frame", type=Path, metavar="IMAGE", help="a picture that each clip begins with")
+    add("--last-frame", type=Path, metavar="IMAGE", help="a picture that each clip ends with")
+    add("--extend", type=Path, metavar="VIDEO", help="a video that goes on with what is drawn")
+    add("--loop", action="store_true", help="lead each clip back to its beginning")
     add("--about", type=json.loads, default={}, metavar="JSON", help="what each file says of its model besides")
     return parser.parse_args(argv)
 
@@ -115,6 +125,8 @@ def _draw(args: argparse.Namespace) -> None:
     how: dict[str, Any] = {name: getattr(args, name) for name in _PASSED_ON}
     if args.guidance_interval is not None:
         how["guidance_interval"] = _interval(args.guidance_interval)
+    if model.stage.masks is None and (args.first_frame or args.last_frame or args.extend or args.loop):
+        sys.stderr.write(f"{UNTRAINED}\n")
     seeds = [args.seed + number for number in range(len(prompts))]
     with _progress(sys.stderr.isatty()) as on_step:
         if files[0].suffix == ".png":
@@ -161,7 +173,7 @@ def _write_beside(path: Path, content: Mapping[str, Any]) -> None:
 
 def _as_typed(reason: str) -> str:
     """`opensora.api` names its arguments; here they are flags of the same names."""
-    names = "frames|height|width|fps|guidance_interval|guidance_rescale|guidance|sampler|seed|steps"
+    names = "frames|height|width|fps|guidance_interval|guidance_rescale|guidance|sampler|seed|steps|first_frame|last_frame|extend|loop"
     return re.sub(rf"^({names})(?= )", lambda found: f"--{found[1].replace('_', '-')}", reason)
 
 

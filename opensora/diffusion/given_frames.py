@@ -29,12 +29,18 @@ def quarter(frames: int) -> int:
     return max(1, frames // 4)
 
 
-def draw(masks: MaskConfig, clips: int, frames: int, generator: torch.Generator) -> Tensor:
-    """(B, T) bool on the generator's device: which frames of each clip are given. At least one frame of each clip is not.
+def draw(masks: MaskConfig, clips: int, frames: int, generator: torch.Generator, patch: int = 1) -> Tensor | None:
+    """(B, T) bool on the generator's device: which frames of each clip are given. At least one token's frames of each clip are not.
 
     Args:
-        frames: two or more.
+        patch: frames of a token, which are given together. Of a clip of one token's frames nothing is given: None.
     """
+    if frames < 2 * patch:
+        return None
+    return _draw(masks, clips, frames // patch, generator).repeat_interleave(patch, dim=1)
+
+
+def _draw(masks: MaskConfig, clips: int, frames: int, generator: torch.Generator) -> Tensor:
     device = generator.device
     place = torch.arange(frames, device=device)
     first, last = place < 1, place >= frames - 1

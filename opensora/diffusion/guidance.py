@@ -35,7 +35,8 @@ def conditional(
 ) -> Network:
     """The model with these captions; `drop` (B,) bool selects the clips that get the null caption instead, `given` (B, T) bool the frames
     that it is told are clean."""
-    return lambda x, time: model(x, time, captions, mask, drop, given)
+    told = () if given is None else (given,)
+    return lambda x, time: model(x, time, captions, mask, drop, *told)
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,14 @@ def guided(
     if how.scale == 1:
         return alone
     both, masks, drop = _two_halves(captions, mask, negative)
-    given_twice = None if given is None else torch.cat([given, given])
+    told = () if given is None else (torch.cat([given, given]),)
     low, high = (time * last_time for time in how.interval)
     everywhere = how.interval == (0.0, 1.0)
 
     def network(x: Tensor, time: Tensor) -> Tensor:
         if not everywhere and not low <= float(time[0]) <= high:  # a look at the device, which costs nothing where nobody asks for it
             return alone(x, time)
-        captioned, null = model(torch.cat([x, x]), torch.cat([time, time]), both, masks, drop, given_twice).chunk(2)
+        captioned, null = model(torch.cat([x, x]), torch.cat([time, time]), both, masks, drop, *told).chunk(2)
         count = 3 if how.channels == "first3" else x.shape[1]
         wanted = captioned[:, :count]
         prediction = null[:, :count] + how.scale * (wanted - null[:, :count])

@@ -132,9 +132,7 @@ class Process:
         clean = self.predict_clean(noisy, index, noise)
         return Reverse(self.posterior_mean(clean, noisy, index), log_variance.exp(), log_variance, clean)
 
-    def variational_bound(
-        self, prediction: Tensor, clean: Tensor, noisy: Tensor, index: Tensor, given: Tensor | None = None
-    ) -> Tensor:
+    def variational_bound(self, prediction: Tensor, clean: Tensor, noisy: Tensor, index: Tensor, given: Tensor | None = None) -> Tensor:
         """(B,) one term of the bound in bits per element: the divergence from the posterior, or at t = 0 the negative log-likelihood."""
         step = self.reverse(prediction, noisy, index)
         true_mean = self.posterior_mean(clean, noisy, index)

@@ -169,6 +169,14 @@ class _ExactTimes(nn.Module):
         self.boosted = boosted
         model.register_forward_pre_hook(lambda _, inputs: (inputs[0], inputs[1].view(torch.float32), *inputs[2:]))
 
-    def forward(self, x: Tensor, time: Tensor, captions: Tensor, mask: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
-        out: Tensor = self.boosted(x, time.float().view(torch.int32), captions, mask, drop)
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        captions: Tensor,
+        mask: Tensor | None = None,
+        drop: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Tensor:
+        out: Tensor = self.boosted(x, time.float().view(torch.int32), captions, mask, drop, given)
         return out

@@ -15,9 +15,14 @@ from torch import Tensor
 from opensora.checkpoint import reader as checkpoint
 from opensora.config import SamplingConfig, StageConfig
 from opensora.diffusion import guidance, objective
-from opensora.encoders.protocol import Autoencoder, TextEncoder, decode_clips, padded
+from opensora.diffusion.given_frames import Held, holding, quarter, with_given
+from opensora.encoders.protocol import Autoencoder, TextEncoder, decode_clips, encode_clips, padded
 from opensora.errors import ConfigError
+from opensora.evaluation.given import Given
 from opensora.model.stdit import STDiT
+
+SECOND = 2**62
+"""Added to a clip's seed for the clip that leads back in a loop."""
 
 
 class Sampler:
@@ -54,14 +59,19 @@ class Sampler:
         *,
         size: tuple[int, int] | None = None,
         negative: str | None = None,
+        given: Given | None = None,
+        loop: bool = False,
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """uint8 (n, frames, H, W, 3) on the CPU; clip i is from caption i and the noise of seed i.
+
+        With `loop` a second clip is drawn that leads from the last quarter of the first to its first quarter: (n, `loop_frames`, H, W, 3).
 
         Args:
             sampling: None means the stage's own.
             size: height and width in pixels. None means the stage's.
             negative: what no clip should show; None means the null caption that the model was trained with.
+            given: frames that every clip has.
             on_step: called before each evaluation of the network.
 
         Raises:
@@ -70,16 +80,35 @@ class Sampler:
         """
         how = sampling or self.stage.sampling
         model, latent_size = self._model(frames), self._latent_size(size)
-        chosen = objective.build(self.stage.objective)
-        network = self._network(model, captions, how, negative, chosen.last_time)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
-        noise = objective.draw_noise(generators, (self.stage.model.latent_channels, frames, *latent_size)).to(self.device)
+        vectors, mask = (part.to(self.device) for part in padded(self.text.encode([*captions, *([] if negative is None else [negative])])))
+        held = None if given is None else self._held(given, len(captions), latent_size)
 
-        def counted(x: Tensor, time: Tensor) -> Tensor:
-            on_step()
-            return network(x, time)
+        def latents(seeds: Sequence[int], held: Held | None) -> Tensor:
+            chosen = objective.build(self.stage.objective)
+            told = held.given if held is not None and held.learned else None
+            network = _guided(model, vectors, mask, len(captions), how, last_time=chosen.last_time, given=told)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
+            noise = objective.draw_noise(generators, (self.stage.model.latent_channels, frames, *latent_size)).to(self.device)
+            if held is not None:
+                network = holding(network, held, noise, chosen.noised)
 
-        return decode_clips(self.autoencoder, chosen.sample(counted, noise, how, generators).cpu())
+            def counted(x: Tensor, time: Tensor) -> Tensor:
+                on_step()
+                return network(x, time)
+
+            drawn = chosen.sample(counted, noise, how, generators)
+            return drawn if held is None else with_given(drawn, held.clean, held.given)
+
+        drawn = latents(seeds, held)
+        if loop:
+            share = self._loop_share(frames)
+            back = latents([(seed + SECOND) % 2**63 for seed in seeds], self._ends_of(drawn, share))
+            drawn = torch.cat([drawn, back[:, :, share:-share]], dim=2)
+        return decode_clips(self.autoencoder, drawn.cpu())
+
+    def loop_frames(self, frames: int) -> int:
+        """Frames of a loop that is drawn as two clips of so many. Raises ConfigError."""
+        return 2 * (frames - self._loop_share(frames))
 
     def generate_in_batches(
         self,
@@ -99,14 +128,31 @@ class Sampler:
             parts.append(self.generate(captions[first : first + batch], frames, seeds[first : first + batch], sampling, **how))
         return torch.cat(parts)
 
-    def _network(
-        self, model: STDiT, captions: Sequence[str], how: SamplingConfig, negative: str | None, last_time: float
-    ) -> objective.Network:
-        others = [] if negative is None else [negative]
-        vectors, mask = (part.to(self.device) for part in padded(self.text.encode([*captions, *others])))
-        clips = len(captions)
-        away = None if negative is None else (vectors[clips:].expand(clips, -1, -1), mask[clips:].expand(clips, -1))
-        return guidance.guided(model, vectors[:clips], mask[:clips], guidance.Guidance.of(how), last_time=last_time, negative=away)
+    def _held(self, given: Given, clips: int, latent_size: tuple[int, int]) -> Held:
+        """Raises ConfigError: a token would have frames that are given and others."""
+        which, patch = given.which, self.stage.model.patch[0]
+        if not torch.equal(which, which[::patch].repeat_interleave(patch)):
+            raise ConfigError(f"{given.named}: the model makes one token of {patch} frames, and can be given these only together")
+        clean = torch.zeros(1, self.stage.model.latent_channels, len(which), *latent_size)
+        clean[:, :, which] = encode_clips(self.autoencoder, given.pixels[which][None]).cpu()
+        held = (clean.to(self.device).expand(clips, -1, -1, -1, -1), which.to(self.device).expand(clips, -1))
+        return Held(*held, learned=self.stage.masks is not None)
+
+    def _loop_share(self, frames: int) -> int:
+        """Frames at each end of a clip that it shares with the clip that leads back. Raises ConfigError."""
+        patch = self.stage.model.patch[0]
+        share = patch * quarter(frames // patch)
+        if 2 * share >= frames:
+            raise ConfigError(f"loop of {frames} frames: too short to lead from its end to its beginning; ask for {3 * patch} or more")
+        return share
+
+    def _ends_of(self, drawn: Tensor, share: int) -> Held:
+        """The ends of clips (B, C, T, h, w) as those of the clips that lead back."""
+        clean = torch.zeros_like(drawn)
+        clean[:, :, :share], clean[:, :, -share:] = drawn[:, :, -share:], drawn[:, :, :share]
+        given = torch.zeros(len(drawn), drawn.shape[2], dtype=torch.bool, device=drawn.device)
+        given[:, :share] = given[:, -share:] = True
+        return Held(clean, given, learned=self.stage.masks is not None)
 
     def _latent_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Latent rows and columns of clips of so many pixels. Raises ConfigError."""
@@ -136,6 +182,14 @@ class Sampler:
             model.freeze_temporal()  # if an image model is asked for video: what has no effect is not computed
             self._models[frames] = model.to(self.device).eval()
         return self._models[frames]
+
+
+def _guided(
+    model: STDiT, vectors: Tensor, mask: Tensor, clips: int, how: SamplingConfig, *, last_time: float, given: Tensor | None
+) -> objective.Network:
+    """The network with the prompts' vectors; behind those of the clips may stand that of the negative prompt."""
+    away = None if len(vectors) == clips else (vectors[clips:].expand(clips, -1, -1), mask[clips:].expand(clips, -1))
+    return guidance.guided(model, vectors[:clips], mask[:clips], guidance.Guidance.of(how), last_time=last_time, negative=away, given=given)
 
 
 def evaluations(sampling: SamplingConfig) -> int:

@@ -29,7 +29,15 @@ class OpenSoraTransformer(ModelMixin, ConfigMixin):
         frames, rows, columns = input_size
         self.network = _Network(ModelConfig(**{**model, "patch": tuple(model["patch"])}), (frames, rows, columns), out_channels)
 
-    def forward(self, x: Tensor, time: Tensor, captions: Tensor, mask: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        captions: Tensor,
+        mask: Tensor | None = None,
+        drop: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Tensor:
         """Same as STDiT.forward: (B, C, T, H, W) noisy latents -> (B, C_out, T, H, W), fp32."""
-        prediction: Tensor = self.network(x, time, captions, mask, drop)
+        prediction: Tensor = self.network(x, time, captions, mask, drop, given)
         return prediction

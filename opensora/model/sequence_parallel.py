@@ -50,11 +50,18 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Cut:
-    """Which rank holds which tokens of a clip of T frames and S spatial tokens. Every method is a collective, forward and backward."""
+    """Which rank holds which tokens of a clip of T frames and S spatial tokens.
+
+    Every method but `own_frames` is a collective, forward and backward.
+    """
 
     sequence: Sequence
     frames: int
     spatial: int
+
+    def own_frames(self, x: Tensor) -> Tensor:
+        """(B, T, …) of all frames -> (B, T/n, …) of this rank's."""
+        return self.sequence.own_frames(x, 1, self.frames)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """(B, T/n, S, D) own frames -> (B, T, S/n, D) own tokens, all frames; both shares rounded up."""

@@ -157,6 +157,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
+def per_token(table: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Vectors (B, n, D), or (B, T, n, D) of each frame -> n x (B, 1 or T, 1, D), to be added to tokens (B, T, S, D) or multiplied."""
+    by_frame = table.to(dtype)[:, None] if table.ndim == 3 else table.to(dtype)
+    return list(by_frame[:, :, :, None].unbind(2))
+
+
 class STDiTBlock(nn.Module):
     """Spatial attention, temporal attention, cross-attention and an MLP, each added to the residual stream.
 
@@ -180,12 +186,16 @@ class STDiTBlock(nn.Module):
     def forward(
         self, x: Tensor, captions: Tensor, keep: Tensor | None, time6: Tensor, position: Tensor | None, cut: Cut | None = None
     ) -> Tensor:
-        """x (B, T, S, D), captions (B, L, D), time6 (B, 6, D), position (T, 1, D) only for temporal attention.
+        """x (B, T, S, D), captions (B, L, D), position (T, 1, D) only for temporal attention.
 
-        `cut` says how the clip is divided over several ranks; x is then this rank's frames. None means one rank has the whole clip.
+        `time6` is (B, 6, D), or (B, T, 6, D) where frames have times of their own. `cut` says how the clip is divided over several ranks;
+        x is then this rank's frames, and T of `time6` are all. None means one rank has the whole clip.
         """
         batch, frames = x.shape[:2]
-        modulation = (self.modulation + time6).to(x.dtype)[:, :, None, None].unbind(1)  # 6 x (B, 1, 1, D)
+        modulation = per_token(self.modulation + time6, x.dtype)  # 6 x (B, 1 or T, 1, D)
+        gate_temporal = modulation[2]  # of all frames
+        if cut is not None and time6.ndim == 4:
+            modulation = [cut.own_frames(part) for part in modulation]
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
 
         spatial = self.spatial_attention(modulate(self.norm1(x), shift_msa, scale_msa).flatten(0, 1))  # (B·T, S, D)
@@ -195,7 +205,7 @@ class STDiTBlock(nn.Module):
             x = x if cut is None else cut.to_tokens(x)
             stream = x if position is None else x + position
             temporal = self.temporal_attention(rearrange(stream, "B T S D -> (B S) T D"))
-            x = x + gate_msa * rearrange(temporal, "(B S) T D -> B T S D", B=batch)
+            x = x + gate_temporal * rearrange(temporal, "(B S) T D -> B T S D", B=batch)
             x = x if cut is None else cut.to_frames(x)
 
         x = x + self.cross_attention(x.flatten(1, 2), captions, keep).unflatten(1, (frames, -1))
@@ -213,8 +223,8 @@ class FinalLayer(nn.Module):
         self.modulation = nn.Parameter(torch.empty(2, width))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (B, T, S, D), time (B, D) -> (B, T, S, pt·ph·pw·C_out)."""
-        shift, scale = (self.modulation + time[:, None]).to(x.dtype)[:, :, None, None].unbind(1)  # 2 x (B, 1, 1, D)
+        """x (B, T, S, D), time (B, D) or (B, T, D) -> (B, T, S, pt·ph·pw·C_out)."""
+        shift, scale = per_token(self.modulation + time.unsqueeze(-2), x.dtype)  # 2 x (B, 1 or T, 1, D)
         out: Tensor = self.linear(modulate(self.norm(x), shift, scale))
         return out
 
@@ -299,7 +309,15 @@ class STDiT(nn.Module):
             self._tables[key] = spatial, temporal
         return self._tables[key]
 
-    def forward(self, x: Tensor, time: Tensor, captions: Tensor, mask: Tensor | None = None, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        captions: Tensor,
+        mask: Tensor | None = None,
+        drop: Tensor | None = None,
+        given: Tensor | None = None,
+    ) -> Tensor:
         """The prediction for noisy latents, in fp32.
 
         Args:
@@ -308,6 +326,7 @@ class STDiT(nn.Module):
             captions: (B, L, caption_width) token vectors.
             mask: (B, L), non-zero where a token is kept. None means that all are kept.
             drop: (B,) bool, clips that see the null caption in place of theirs. Their mask stays, as upstream. None means no clip does.
+            given: (B, T) bool, latent frames that are clean: they are modulated as at time 0. The frames of a token are given together.
 
         Returns:
             (B, C_out, T, H, W).
@@ -332,6 +351,12 @@ class STDiT(nn.Module):
 
         embedded = self.time_embedder(time)  # (B, D)
         time6 = self.time_block(F.silu(embedded)).unflatten(-1, (6, -1))  # (B, 6, D)
+        if given is not None:
+            of_clean = self.time_embedder(torch.zeros_like(time[:1]))  # (1, D)
+            clean6 = self.time_block(F.silu(of_clean)).unflatten(-1, (6, -1))  # (1, 6, D)
+            held = given[:, ::patch_frames, None]  # (B, T, 1)
+            embedded = torch.where(held, of_clean[:, None], embedded[:, None])  # (B, T, D)
+            time6 = torch.where(held[..., None], clean6[:, None], time6[:, None])  # (B, T, 6, D)
 
         if drop is not None:
             captions = torch.where(drop[:, None, None], self.null_caption[: captions.shape[1]], captions)
@@ -345,6 +370,8 @@ class STDiT(nn.Module):
             return out
 
         tokens = run_blocks(self.blocks, tokens, through, self.activations)
+        if cut is not None and given is not None:
+            embedded = cut.own_frames(embedded)
         patches = self.final_layer(tokens, embedded)  # (B, T, S, pt·ph·pw·C_out)
         return self.unpatchify(patches if cut is None else cut.collect(patches), rows, columns).float()
 

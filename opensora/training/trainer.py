@@ -181,8 +181,8 @@ class Trainer:
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         drop = torch.rand(len(clean), generator=generator, device=clean.device) < self.stage.model.caption_dropout
         given = None
-        if self.stage.masks is not None and clean.shape[2] > 1:
-            given = given_frames.draw(self.stage.masks, len(clean), clean.shape[2], generator)
+        if self.stage.masks is not None:
+            given = given_frames.draw(self.stage.masks, len(clean), clean.shape[2], generator, self.stage.model.patch[0])
         with self.autocast:
             conditioned = guidance.conditional(self.strategy.model, batch.vectors, batch.mask, drop, given)
             return self.objective.loss(conditioned, clean, moment, noise, given).mean()

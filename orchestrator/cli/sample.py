@@ -76,6 +76,17 @@ def sample(
         float | None, typer.Option("--guidance-rescale", min=0, max=1, help="Share of the unguided contrast that is given back.")
     ] = None,
     negative: Annotated[str | None, typer.Option("--negative", metavar="TEXT", help="What no clip should show.")] = None,
+    first_frame: Annotated[
+        Path | None, typer.Option("--first-frame", metavar="IMAGE", help="A picture that each clip begins with.")
+    ] = None,
+    last_frame: Annotated[Path | None, typer.Option("--last-frame", metavar="IMAGE", help="A picture that each clip ends with.")] = None,
+    extend: Annotated[
+        Path | None,
+        typer.Option("--extend", metavar="VIDEO", help="A video that goes on with what is drawn; its end is the clip's first quarter."),
+    ] = None,
+    loop: Annotated[
+        bool, typer.Option("--loop", help="Lead each clip back to its beginning: up to twice the frames, twice the time.")
+    ] = False,
     file: options.File = None,
     store: options.Store = None,
 ) -> None:
@@ -94,9 +105,9 @@ def sample(
     given = {
         "prompt": prompt, "prompts": prompts, "out": out, "seed": seed, "frames": frames, "height": height, "width": width, "fps": fps,
         "steps": steps, "sampler": sampler, "guidance": guidance, "guidance-interval": guidance_interval,
-        "guidance-rescale": guidance_rescale, "negative": negative,
+        "guidance-rescale": guidance_rescale, "negative": negative, "first-frame": first_frame, "last-frame": last_frame, "extend": extend,
     }  # fmt: skip
-    words = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    words = [f"--{name}={value}" for name, value in given.items() if value is not None] + ["--loop"] * loop
     if model is not None:
         _run(model, words, None)
         return
