@@ -409,7 +409,7 @@ def _checked(stage: StageConfig, asked: Drawing, clips: int) -> tuple[int, tuple
 def _given(stage: StageConfig, asked: Drawing, frames: int, size: tuple[int, int] | None) -> given_files.Given | None:
     """Raises ConfigError."""
     if asked.loop and asked.extend is not None:
-        raise ConfigError(f"loop: does not go with extend {asked.extend}, which has an end; leave one of them out")
+        raise ConfigError(f"extend {asked.extend}: does not go with a loop; leave one of them out")
     if asked.first_frame is not None and asked.extend is not None:
         raise ConfigError(f"first_frame {asked.first_frame}: the clip begins with the end of {asked.extend}; leave one of them out")
     files = given_files.Asked(*(None if path is None else Path(path) for path in (asked.first_frame, asked.last_frame, asked.extend)))

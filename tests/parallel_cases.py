@@ -37,6 +37,8 @@ class Case:
     freeze: bool = False
     temporal_position: str = "attention"
     patch_frames: int = 1
+    given: bool = False
+    """Whether some frames are given, other ones of each clip."""
     parts: int = 1
     """Of a step: each takes its share of the rank's clips, or all of them where they do not divide."""
 
@@ -48,6 +50,7 @@ SHAPES = {
     "residual": Case(frames=3, temporal_position="residual"),
     "pairs of frames": Case(frames=6, patch_frames=2),
     "frozen": Case(frames=1, freeze=True),
+    "given": Case(frames=5, rows=2, columns=6, given=True),
 }
 WAYS: dict[str, dict[int, list[Case]]] = {
     "ddp": {2: [Case()], 4: [Case()]},
@@ -83,7 +86,7 @@ IN_THE_SUITE = {
 def combined(shape: Case, way: Case) -> Case:
     return Case(
         shape.frames, shape.rows, shape.columns, way.strategy, way.sequence, way.shard, way.recompute, shape.freeze,
-        shape.temporal_position, shape.patch_frames, way.parts,
+        shape.temporal_position, shape.patch_frames, shape.given, way.parts,
     )  # fmt: skip
 
 
@@ -136,6 +139,8 @@ def clips_of(case: Case, step: int) -> dict[str, Tensor]:
         "captions": torch.randn(CLIPS, 6, 16, generator=generator),
     }
     lengths = torch.tensor([6, 3, 1, 5])
+    if case.given:
+        draw["given"] = torch.arange(case.frames) < torch.tensor([1, 3, 0, 2])[:, None]
     return draw | {"mask": torch.arange(6) < lengths[:, None], "drop": torch.tensor([False, True, False, False])}
 
 
@@ -155,7 +160,7 @@ def train(case: Case, ranks: Ranks, reader: Reader | None = None, steps: range =
         flags = torch.zeros(1 + ranks.world)
         for part in range(case.parts):
             some = _share(own, part, case.parts)
-            prediction = strategy.model(some["x"], some["time"], some["captions"], some["mask"], some["drop"])
+            prediction = strategy.model(some["x"], some["time"], some["captions"], some["mask"], some["drop"], some.get("given"))
             loss = (prediction - some["target"]).square().mean() / case.parts
             strategy.backward(loss, first=part == 0, last=part == case.parts - 1)
             flags[0] += loss.detach()

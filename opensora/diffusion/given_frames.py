@@ -13,6 +13,7 @@ Legend: B batch · C latent channels · T latent frames · H, W latent rows and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,8 +51,11 @@ def _draw(masks: MaskConfig, clips: int, frames: int, generator: torch.Generator
     none = torch.zeros_like(first)
     patterns = torch.stack([first, last, both, first_quarter, last_quarter, both_quarters, none, none])  # (8, T)
     shares = [masks.first_frame, masks.last_frame, masks.both_frames, masks.first_quarter, masks.last_quarter, masks.both_quarters]
-    bounds = torch.tensor([*shares, masks.random], device=device, dtype=torch.float64).cumsum(0)
-    kind = torch.searchsorted(bounds, torch.rand(clips, generator=generator, device=device, dtype=torch.float64), right=True)  # (B,)
+    chance, kind = torch.rand(clips, generator=generator, device=device), torch.zeros(clips, dtype=torch.long, device=device)  # 2 x (B,)
+    for bound in itertools.accumulate(
+        [*shares, masks.random]
+    ):  # numbers, and no tensor of them: its copy to the device would be waited for
+        kind += chance >= bound
 
     counts = 1 + (torch.rand(clips, generator=generator, device=device) * (frames // 2)).long()
     ranks = torch.rand(clips, frames, generator=generator, device=device).argsort(1).argsort(1)

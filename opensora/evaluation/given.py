@@ -91,7 +91,8 @@ def read(asked: Asked, frames: int, size: tuple[int, int], fps: float, patch: in
 
 def _picture(what: str, path: Path, size: tuple[int, int]) -> Tensor:
     try:
-        return torch.from_numpy(np.array(next(video.decode(path, 1, size=size))))
+        with path.open("rb") as file:
+            return torch.from_numpy(np.array(next(video.decode(file, 1, size=size))))
     except (OSError, Unusable) as error:
         raise _unreadable(what, path, error) from None
 
@@ -99,12 +100,14 @@ def _picture(what: str, path: Path, size: tuple[int, int]) -> Tensor:
 def _video(what: str, path: Path, size: tuple[int, int], fps: float) -> Tensor:
     rate = Fraction(fps).limit_denominator(1001)
     try:
-        count = video.probe(path, MOST_FRAMES, rate).frames
-        needed, free = count * size[0] * size[1] * 3, psutil.virtual_memory().available
-        if needed > free // 2:
-            fact = f"{count:,} frames need {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free"
-            raise ConfigError(f"{what} {path}: {fact}; give its end alone")
-        return torch.from_numpy(np.stack(list(video.decode(path, count, fps=rate, size=size))))
+        with path.open("rb") as file:
+            count = video.probe(file, MOST_FRAMES, rate).frames
+            needed, free = count * size[0] * size[1] * 3, psutil.virtual_memory().available
+            if needed > free // 2:
+                fact = f"{count:,} frames need {needed / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free"
+                raise ConfigError(f"{what} {path}: {fact}; give its end alone")
+            file.seek(0)
+            return torch.from_numpy(np.stack(list(video.decode(file, count, fps=rate, size=size))))
     except (OSError, Unusable) as error:
         raise _unreadable(what, path, error) from None
 

@@ -49,6 +49,30 @@ def test_every_trained_weight_moves_but_the_frozen_ones(objective: str, tiny_sta
     assert not any("temporal_attention" in key for key in trainer.strategy.optimizer.state())
 
 
+def test_given_frames_change_the_loss_alone_and_none_given_changes_nothing(
+    tiny_stage: Stages, make_run: Runs, make_trainer: Trainers
+) -> None:
+    """Times, noise and dropped captions are drawn before them."""
+
+    def losses(**changes: Any) -> list[float]:
+        trainer = make_trainer(make_run(tiny_stage(data=VIDEO, optimizer={"warmup_steps": 0}, **changes)))
+        return [one_step(trainer)["loss"] for _ in range(3)]
+
+    off = losses()
+    assert losses(masks={"last_frame": 1e-9}) == pytest.approx(off, rel=1e-5)
+    on = losses(masks={"first_frame": 0.5, "random": 0.5})
+    assert all(abs(ours - theirs) > 1e-3 for ours, theirs in zip(on, off, strict=True))
+    assert on == losses(masks={"first_frame": 0.5, "random": 0.5}), "they are a function of seed, rank and step"
+
+
+def test_masks_need_clips_of_which_frames_are_left(tiny_stage: Stages) -> None:
+    with pytest.raises(ValueError, match="masks give some frames of a clip, and the clips have 1"):
+        tiny_stage(masks={"first_frame": 0.5})
+    for shares in ({}, {"first_frame": 0.6, "random": 0.6}):
+        with pytest.raises(ValueError, match="the shares add up to"):
+            tiny_stage(data=VIDEO, masks=shares)
+
+
 class Waits(TorchDispatchMode):
     """Notices operations for which a host would have to wait for its GPU."""
 
@@ -66,7 +90,12 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("objective", ["flow", "iddpm"])
 def test_nothing_in_a_step_waits_for_the_device(objective: str, tiny_stage: Stages, make_run: Runs, make_trainer: Trainers) -> None:
-    stage = tiny_stage(data=VIDEO, objective={"kind": objective}, sampling={"method": "euler" if objective == "flow" else "ancestral"})
+    stage = tiny_stage(
+        data=VIDEO,
+        objective={"kind": objective},
+        sampling={"method": "euler" if objective == "flow" else "ancestral"},
+        masks={"random": 0.5},
+    )
     trainer = make_trainer(make_run(stage))
     trainer.loader.batch(trainer.seen)  # clips come from the CPU
     with Waits() as waits:
@@ -89,7 +118,7 @@ class Recorder:
     def draw_time(self, clips: int, generator: torch.Generator) -> Tensor:
         return self.real.draw_time(clips, generator)
 
-    def loss(self, network: Network, clean: Tensor, time: Tensor, noise: Tensor) -> Tensor:
+    def loss(self, network: Network, clean: Tensor, time: Tensor, noise: Tensor, given: Tensor | None = None) -> Tensor:
         self.drawn.append((time, noise))
         return self.real.loss(network, clean, time, noise)
 

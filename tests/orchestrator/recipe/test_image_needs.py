@@ -19,7 +19,7 @@ from orchestrator.recipe.pipeline import Pipeline
 from orchestrator.recipe.resolve import load
 
 DIGEST = "sha256:" + 64 * "0"
-NEW: dict[str, Any] = {"accumulate": 2, "data.fps": 8.0, "data.max_left_out": 0.9}
+NEW: dict[str, Any] = {"accumulate": 2, "data.fps": 8.0, "data.max_left_out": 0.9, "masks": {"first_frame": 0.5}}
 NEW |= {"sampling.guidance_interval": [0.1, 0.8], "sampling.guidance_rescale": 0.5, "sampling.method": "heun"}
 
 
@@ -32,6 +32,8 @@ def pipeline(folder: Path, **changes: Any) -> Pipeline:
             content["sampling"] = {"steps": 2, "method": "euler", "guidance": 2.0, name[9:]: value}
         else:
             content[name] = value
+    if "masks" in changes:
+        content |= {"freeze": "none", "data": {"source": {"kind": "digits", "clips": 48}, "frames": 4, "height": 16, "width": 16}}
     return load(write(folder, stages=1, changes=content) / "osctl.yaml")
 
 
