@@ -67,7 +67,8 @@ class Frozen(BaseModel):
         return self
 
 
-ADDED, ADDED_TO_DATA, ADDED_TO_SAMPLING = ("accumulate", "masks"), ("fps", "max_left_out"), ("guidance_interval", "guidance_rescale")
+ADDED = ("accumulate", "masks", "routing")
+ADDED_TO_DATA, ADDED_TO_SAMPLING = ("fps", "max_left_out"), ("guidance_interval", "guidance_rescale")
 ADDED_TO_IDDPM = ("min_snr",)
 """Fields of `StageConfig`, of `DataConfig`, of `SamplingConfig` and of `IDDPM` that 0.1.0 did not have."""
 
@@ -382,6 +383,22 @@ class MaskConfig(Frozen):
         return self
 
 
+class RoutingConfig(Frozen):
+    """Tokens that skip the middle blocks in training, as tubes: places of the frame, in all frames of a clip (TREAD, Krause et al.,
+    arXiv:2501.04765 §3). Sampling and evaluation use all tokens."""
+
+    rate: Annotated[Annotated[float, Field(ge=0, lt=1)], Unit("fraction of the tubes")]
+    """Share of each clip's tubes that skip the middle blocks, another set for each clip and step; 0.5 in the paper. 0: none skips."""
+    first_blocks: Annotated[PositiveInt, Unit("blocks")] = 2
+    """Blocks at the beginning that all tokens go through."""
+    last_blocks: Annotated[PositiveInt, Unit("blocks")] = 4
+    """Blocks at the end that all tokens go through."""
+
+    def tubes_through(self, tubes: int) -> int:
+        """Of so many tubes, those that go through all blocks: at least one."""
+        return max(1, round(tubes * (1 - self.rate)))
+
+
 class ParentConfig(Frozen):
     """What a stage takes from its parent's checkpoint. Position tables are recomputed for the stage's own size, always."""
 
@@ -474,6 +491,8 @@ class StageConfig(Frozen):
     """temporal: the temporal attention stays at its zero effect (stage 1 on images)."""
     masks: MaskConfig | None = None
     """Given frames, for image to video, extension and loops (osctl sample --first-frame, --extend, --loop); none: never any."""
+    routing: RoutingConfig | None = None
+    """Tokens that skip the middle blocks in training, for fewer operations a step; none: all tokens go through all blocks."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Autocast type on CUDA. A CPU always computes in fp32."""
     activations: Activations = Activations()
@@ -527,6 +546,12 @@ class StageConfig(Frozen):
                 raise ValueError(f"freeze temporal trains on single images, {place}.frames is {size.frames}")
         if self.masks is not None and all(bucket.frames < 2 * frames for bucket in self.buckets):
             raise ValueError(f"masks give some frames of a clip, and the clips have {self.data.frames}. Train on longer ones, or without")
+        routing, depth = self.routing, self.model.depth
+        if routing is not None and routing.first_blocks + routing.last_blocks >= depth:
+            kept = f"first_blocks {routing.first_blocks} and last_blocks {routing.last_blocks}"
+            raise ValueError(f"routing: {kept} leave none of {depth} blocks to skip. Lower them, or set routing: null")
+        if routing is not None and self.parallel.strategy == "colossalai":
+            raise ValueError("routing goes with parallel.strategy ddp or fsdp, not with colossalai")
         sizes = [(bucket.frames, bucket.height, bucket.width) for bucket in self.data.buckets]
         for number, size_of in enumerate(sizes):
             if size_of in sizes[:number]:

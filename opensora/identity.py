@@ -29,7 +29,7 @@ IDENTITY = (
     "model", "objective",
     "data.source", "data.frames", "data.frame_interval", "data.fps", "data.height", "data.width", "data.buckets", "data.horizontal_flip",
     "autoencoder.kind", "autoencoder.path", "autoencoder.factor", "autoencoder.scale", "autoencoder.posterior", "autoencoder.dtype",
-    "text", "optimizer", "ema_decay", "steps", "batch_size", "freeze", "masks", "dtype", "seed", "parent", "weights",
+    "text", "optimizer", "ema_decay", "steps", "batch_size", "freeze", "masks", "routing", "dtype", "seed", "parent", "weights",
 )  # fmt: skip
 """Fields of `StageConfig`, or prefixes of their paths, that change a stage's numbers."""
 

@@ -19,6 +19,7 @@ from opensora.config import Activations, StageConfig
 from opensora.distributed import parallel
 from opensora.distributed.ranks import Ranks, join
 from opensora.distributed.strategy import Strategy
+from opensora.model.routing import Route
 from opensora.model.stdit import STDiT
 
 CLIPS = 4
@@ -39,6 +40,7 @@ class Case:
     patch_frames: int = 1
     given: bool = False
     """Whether some frames are given, other ones of each clip."""
+    routed: bool = False
     parts: int = 1
     """Of a step: each takes its share of the rank's clips, or all of them where they do not divide."""
 
@@ -51,6 +53,7 @@ SHAPES = {
     "pairs of frames": Case(frames=6, patch_frames=2),
     "frozen": Case(frames=1, freeze=True),
     "given": Case(frames=5, rows=2, columns=6, given=True),
+    "routed": Case(frames=3, columns=10, routed=True),  # 5 of 10 tokens a frame go through: neither divides by 2 or 4
 }
 WAYS: dict[str, dict[int, list[Case]]] = {
     "ddp": {2: [Case()], 4: [Case()]},
@@ -86,7 +89,7 @@ IN_THE_SUITE = {
 def combined(shape: Case, way: Case) -> Case:
     return Case(
         shape.frames, shape.rows, shape.columns, way.strategy, way.sequence, way.shard, way.recompute, shape.freeze,
-        shape.temporal_position, shape.patch_frames, shape.given, way.parts,
+        shape.temporal_position, shape.patch_frames, shape.given, shape.routed, way.parts,
     )  # fmt: skip
 
 
@@ -106,6 +109,7 @@ def stage_of(case: Case) -> StageConfig:
             "steps": STEPS,
             "batch_size": 1,
             "freeze": "temporal" if case.freeze else "none",
+            "routing": {"rate": 0.5, "first_blocks": 1, "last_blocks": 1} if case.routed else None,
             "checkpoint": {"every_steps": 1, "background": False},
             "sampling": {"method": "euler"},
             "parallel": {"strategy": case.strategy, "sequence": case.sequence, "shard": case.shard},
@@ -141,6 +145,8 @@ def clips_of(case: Case, step: int) -> dict[str, Tensor]:
     lengths = torch.tensor([6, 3, 1, 5])
     if case.given:
         draw["given"] = torch.arange(case.frames) < torch.tensor([1, 3, 0, 2])[:, None]
+    tubes = case.rows * case.columns // 4
+    draw["through"] = torch.rand(CLIPS, tubes, generator=generator).argsort(1)[:, : tubes // 2].sort(1).values
     return draw | {"mask": torch.arange(6) < lengths[:, None], "drop": torch.tensor([False, True, False, False])}
 
 
@@ -160,7 +166,8 @@ def train(case: Case, ranks: Ranks, reader: Reader | None = None, steps: range =
         flags = torch.zeros(1 + ranks.world)
         for part in range(case.parts):
             some = _share(own, part, case.parts)
-            prediction = strategy.model(some["x"], some["time"], some["captions"], some["mask"], some["drop"], some.get("given"))
+            route = Route(some["through"], 1, 2) if case.routed else None
+            prediction = strategy.model(some["x"], some["time"], some["captions"], some["mask"], some["drop"], some.get("given"), route)
             loss = (prediction - some["target"]).square().mean() / case.parts
             strategy.backward(loss, first=part == 0, last=part == case.parts - 1)
             flags[0] += loss.detach()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from opensora.config import Activations, ModelConfig
 from opensora.model.activations import in_chunks, run_blocks
 from opensora.model.linear import Linear
+from opensora.model.routing import Route
 from opensora.model.sequence_parallel import Cut, Sequence
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -317,6 +318,7 @@ class STDiT(nn.Module):
         mask: Tensor | None = None,
         drop: Tensor | None = None,
         given: Tensor | None = None,
+        route: Route | None = None,
     ) -> Tensor:
         """The prediction for noisy latents, in fp32.
 
@@ -327,6 +329,7 @@ class STDiT(nn.Module):
             mask: (B, L), non-zero where a token is kept. None means that all are kept.
             drop: (B,) bool, clips that see the null caption in place of theirs. Their mask stays, as upstream. None means no clip does.
             given: (B, T) bool, latent frames that are clean: they are modulated as at time 0. The frames of a token are given together.
+            route: tubes of tokens that skip the middle blocks, in training. None means none does.
 
         Returns:
             (B, C_out, T, H, W).
@@ -365,11 +368,21 @@ class STDiT(nn.Module):
 
         position = temporal if self.config.temporal_position == "attention" else None
 
-        def through(index: int, block: nn.Module, x: Tensor) -> Tensor:
-            out: Tensor = block(x, text, keep, time6, position if index == 0 else None, cut)  # block 0 alone is told the position
-            return out
+        def run(x: Tensor, first: int, stop: int, cut: Cut | None) -> Tensor:
+            def through(index: int, block: nn.Module, x: Tensor) -> Tensor:
+                told = position if first + index == 0 else None  # block 0 alone is told the position
+                out: Tensor = block(x, text, keep, time6, told, cut)
+                return out
 
-        tokens = run_blocks(self.blocks, tokens, through, self.activations)
+            return run_blocks(list(self.blocks)[first:stop], x, through, self.activations)
+
+        if route is None:
+            tokens = run(tokens, 0, len(self.blocks), cut)
+        else:
+            tokens = run(tokens, 0, route.first, cut)
+            cut_of_some = None if self.sequence is None else self.sequence.cut(frames, route.through.shape[1])
+            tokens = route.put(tokens, run(route.take(tokens), route.first, route.stop, cut_of_some))  # (B, T, S', D) in between
+            tokens = run(tokens, route.stop, len(self.blocks), cut)
         if cut is not None and given is not None:
             embedded = cut.own_frames(embedded)
         patches = self.final_layer(tokens, embedded)  # (B, T, S, pt·ph·pw·C_out)

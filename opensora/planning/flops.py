@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from opensora.config import Activations, Bucket, DataConfig, ModelConfig, StageConfig
+from opensora.config import Activations, Bucket, DataConfig, ModelConfig, RoutingConfig, StageConfig
 
 TIME_WAVES = 256
 """Sines and cosines of the time embedding."""
@@ -47,7 +47,14 @@ def temporal_parameters(model: ModelConfig) -> int:
 
 
 def forward_flops(
-    model: ModelConfig, out_channels: int, frames: int, tokens: int, *, captions: int | None = None, temporal: bool = True
+    model: ModelConfig,
+    out_channels: int,
+    frames: int,
+    tokens: int,
+    *,
+    captions: int | None = None,
+    temporal: bool = True,
+    routing: RoutingConfig | None = None,
 ) -> int:
     """One clip through the network once.
 
@@ -56,24 +63,41 @@ def forward_flops(
         tokens: S.
         captions: L, padding included; none: `caption_tokens`.
         temporal: whether the temporal attention is computed; frozen at zero effect it is not.
+        routing: tokens that skip blocks, as a training step has them; none: all go through all.
     """
-    spatial = _self_attention(model.width, frames * tokens, tokens)
-    across = _self_attention(model.width, frames * tokens, frames) if temporal else 0
-    return _forward(model, out_channels, frames * tokens, spatial + across, model.caption_tokens if captions is None else captions)
+    length = model.caption_tokens if captions is None else captions
+
+    def block(through: int) -> int:
+        spatial = _self_attention(model.width, frames * through, through)
+        across = _self_attention(model.width, frames * through, frames) if temporal else 0
+        return spatial + across + _beside_self_attention(model, frames * through, length)
+
+    some = routed_blocks(model, routing)
+    through = tokens if routing is None else routing.tubes_through(tokens)
+    return _ends(model, out_channels, frames * tokens, length) + (model.depth - some) * block(tokens) + some * block(through)
+
+
+def routed_blocks(model: ModelConfig, routing: RoutingConfig | None) -> int:
+    """How many blocks a part of the tokens skips."""
+    return 0 if routing is None else model.depth - routing.first_blocks - routing.last_blocks
 
 
 def full_attention_flops(model: ModelConfig, out_channels: int, frames: int, tokens: int) -> int:
     """The same for a DiT of equal size whose one self-attention joins all T·S tokens: what STDiT saves."""
-    return _forward(
-        model, out_channels, frames * tokens, _self_attention(model.width, frames * tokens, frames * tokens), model.caption_tokens
-    )
+    count, length = frames * tokens, model.caption_tokens
+    block = _self_attention(model.width, count, count) + _beside_self_attention(model, count, length)
+    return _ends(model, out_channels, count, length) + model.depth * block
 
 
 def train_flops_per_clip(stage: StageConfig, size: Bucket | None = None) -> float:
-    """Forward and backward of one clip of this size (none: `data`'s), without recomputation."""
-    frames, tokens = stage.tokens_of(size or stage.data)
-    forward = forward_flops(stage.model, stage.out_channels, frames, tokens, temporal=stage.freeze != "temporal")
-    return float(forward * (1 + BACKWARD))
+    """Forward and backward of one clip of this size (none: `data`'s), without recomputation, as the stage trains: with its routing."""
+    return float(_training_forward(stage, size or stage.data) * (1 + BACKWARD))
+
+
+def _training_forward(stage: StageConfig, size: Bucket | DataConfig) -> int:
+    frames, tokens = stage.tokens_of(size)
+    temporal = stage.freeze != "temporal"
+    return forward_flops(stage.model, stage.out_channels, frames, tokens, temporal=temporal, routing=stage.routing)
 
 
 def step_shares(stage: StageConfig) -> tuple[float, ...]:
@@ -102,8 +126,10 @@ def stage_flops(stage: StageConfig, devices: int) -> float:
 def executed(stage: StageConfig, size: Bucket | DataConfig, activations: Activations) -> float:
     """FLOPs of a training step over the useful ones: what recomputation adds. `selective` and a compiler add next to nothing."""
     frames, tokens = stage.tokens_of(size)
-    forward = forward_flops(stage.model, stage.out_channels, frames, tokens, temporal=stage.freeze != "temporal")
-    mlp = 2 * _linear(frames * tokens, stage.model.width, int(stage.model.width * stage.model.mlp_ratio)) * stage.model.depth
+    forward, some = _training_forward(stage, size), routed_blocks(stage.model, stage.routing)
+    through = tokens if stage.routing is None else stage.routing.tubes_through(tokens)
+    mlp = 2 * _linear(frames, stage.model.width, int(stage.model.width * stage.model.mlp_ratio))
+    mlp *= (stage.model.depth - some) * tokens + some * through
     again = forward * (activations.recompute == "full") + mlp * (activations.mlp_chunks > 1)
     return 1 + again / (forward * (1 + BACKWARD))
 
@@ -123,11 +149,16 @@ def _self_attention(width: int, tokens: int, keys: int) -> int:
     return _linear(tokens, width, 4 * width) + 2 * _linear(tokens, width, keys)
 
 
-def _forward(model: ModelConfig, out_channels: int, tokens: int, self_attention: int, captions: int) -> int:
-    width, hidden, patch = model.width, int(model.width * model.mlp_ratio), math.prod(model.patch)
+def _beside_self_attention(model: ModelConfig, tokens: int, captions: int) -> int:
+    """Of one block: cross-attention and MLP."""
+    width, hidden = model.width, int(model.width * model.mlp_ratio)
     cross_attention = _linear(tokens, width, 2 * width) + _linear(captions, width, 2 * width) + 2 * _linear(tokens, width, captions)
-    mlp = 2 * _linear(tokens, width, hidden)
+    return cross_attention + 2 * _linear(tokens, width, hidden)
+
+
+def _ends(model: ModelConfig, out_channels: int, tokens: int, captions: int) -> int:
+    """Of all that is not a block: embedders and last layer."""
+    width, patch = model.width, math.prod(model.patch)
     time = _linear(1, TIME_WAVES, width) + _linear(1, width, width) + _linear(1, width, 6 * width)
     caption = _linear(captions, model.caption_width, width) + _linear(captions, width, width)
-    ends = _linear(tokens, model.latent_channels * patch, width) + _linear(tokens, width, patch * out_channels)
-    return model.depth * (self_attention + cross_attention + mlp) + time + caption + ends
+    return time + caption + _linear(tokens, model.latent_channels * patch, width) + _linear(tokens, width, patch * out_channels)

@@ -42,7 +42,7 @@ class SizedModel:
         self.batch, self.latents = size.batch_size, size.batch_size * math.prod(stage.latent_shape_of(size))
         self.frames, self.tokens = stage.tokens_of(size)
         n = stage.parallel.sequence
-        self.own_frames, self.own_tokens = -(-self.frames // n), -(-self.tokens // n)
+        self.own_frames = -(-self.frames // n)
         self.autocast = compute == BF16
         self.fused = device == "cuda" and stage.compile
         self.cuda = device == "cuda"
@@ -83,26 +83,37 @@ class SizedModel:
         dropped = tape.new(captions.count, FP32)
         text = self.mlp(dropped, (model.caption_width, width, width), "captions")
 
-        def through(index: int, x: Tensor) -> Tensor:
-            return self.block(f"{index}", x, text, time6, temporal if index == 0 and model.temporal_position == "attention" else None)
+        def through(index: int, x: Tensor, spatial: int = self.tokens) -> Tensor:
+            position = temporal if index == 0 and model.temporal_position == "attention" else None
+            return self.block(f"{index}", x, text, time6, position, spatial)
 
-        tokens = self.run_blocks(tokens, through)
+        routing = self.stage.routing
+        some = self.tokens if routing is None else routing.tubes_through(self.tokens)
+        if routing is None or some == self.tokens:
+            tokens = self.run_blocks(tokens, range(model.depth), through)
+        else:
+            first, stop = routing.first_blocks, model.depth - routing.last_blocks
+            tokens = self.run_blocks(tokens, range(first), through)
+            routed = self.run_blocks(self.taken(tokens, some), range(first, stop), lambda index, x: through(index, x, some))
+            tokens = self.put(tokens, routed)
+            del routed
+            tokens = self.run_blocks(tokens, range(stop, model.depth), through)
         patches = self.linear(self.modulated(tokens, embedded), width, math.prod(model.patch) * self.stage.out_channels, "final")
         if self.stage.parallel.sequence > 1:
             patches = self.collect(patches)
         return self.cast(self.copy(patches), FP32)
 
-    def run_blocks(self, x: Tensor, call: Callable[[int, Tensor], Tensor]) -> Tensor:
-        policy, depth = self.stage.activations, self.model.depth
+    def run_blocks(self, x: Tensor, blocks: range, call: Callable[[int, Tensor], Tensor]) -> Tensor:
+        policy = self.stage.activations
         if policy.recompute == "none":
-            for index in range(depth):
+            for index in blocks:
                 x = call(index, x)
             return x
         step = policy.every if policy.recompute == "full" else 1
-        for first in range(0, depth, step):
+        for first in range(0, len(blocks), step):
 
-            def group(x: Tensor, first: int = first) -> Tensor:
-                for index in range(first, min(first + step, depth)):
+            def group(x: Tensor, some: range = blocks[first : first + step]) -> Tensor:
+                for index in some:
                     x = call(index, x)
                 return x
 
@@ -111,24 +122,34 @@ class SizedModel:
             x = self.tape.checkpoint(group, x, selective=policy.recompute == "selective", offload=policy.offload)
         return x
 
-    def block(self, name: str, x: Tensor, text: Tensor, time6: Tensor, position: Tensor | None) -> Tensor:
+    def taken(self, x: Tensor, some: int) -> Tensor:
+        """B T S D -> B T S' D; the index is a few numbers."""
+        tape, size, count = self.tape, x.size, x.count // self.tokens * some
+        return tape.apply([x], count * x.width, lambda _, __: [Storage(tape.device, size)], like=(count, x.width))
+
+    def put(self, x: Tensor, routed: Tensor) -> Tensor:
+        """B T S D, a part of it replaced. Both gradients are new."""
+        tape, size, some = self.tape, x.size, routed.size
+        return tape.apply([x, routed], size, lambda _, __: [Storage(tape.device, size), Storage(tape.device, some)])
+
+    def block(self, name: str, x: Tensor, text: Tensor, time6: Tensor, position: Tensor | None, spatial_tokens: int) -> Tensor:
         modulation = self.small(self.small(time6, FP32), x.width)
         divided, width = self.stage.parallel.sequence > 1, self.model.width
 
-        spatial = self.self_attention(f"{name}.spatial", self.modulated(x, modulation), self.tokens)
+        spatial = self.self_attention(f"{name}.spatial", self.modulated(x, modulation), spatial_tokens)
         x = self.gated(x, modulation, spatial)
 
         if self.stage.freeze != "temporal":
-            tokens = self.own_tokens if divided else self.tokens
+            tokens = -(-spatial_tokens // self.stage.parallel.sequence)
             if divided:
-                x = self.exchange(x, self.frames * self.own_tokens)
+                x = self.exchange(x, self.frames * tokens)
             stream = x if position is None else self.plus(x, position)
             across = self.self_attention(f"{name}.temporal", self.across(stream, self.frames, tokens), self.frames)
             temporal = self.view(across, self.frames > 1 and tokens > 1)
             del across
             x = self.gated(x, modulation, temporal)
             if divided:
-                x = self.exchange(x, self.own_frames * self.tokens)
+                x = self.exchange(x, self.own_frames * spatial_tokens)
 
         x = self.plus(x, self.cross_attention(f"{name}.cross", x, text))
         hidden = int(width * self.model.mlp_ratio)

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from opensora.distributed.ranks import PeerLost, Ranks
 from opensora.errors import LossSpike, NotFinite
 from opensora.latents.loader import Ahead, Batch, Loader
 from opensora.latents.prepared import Prepared
+from opensora.model import routing
 from opensora.optim.adamw import learning_rate
 from opensora.training import network
 from opensora.training.loss_spike import SPIKES, LossWindow
@@ -183,8 +185,13 @@ class Trainer:
         given = None
         if self.stage.masks is not None:
             given = given_frames.draw(self.stage.masks, len(clean), clean.shape[2], generator, self.stage.model.patch[0])
+        model: guidance.CaptionedNetwork = self.strategy.model
+        if self.stage.routing is not None:
+            tubes = self.stage.tokens_of(self.stage.buckets[batch.bucket])[1]
+            route = routing.draw(self.stage.routing, self.stage.model.depth, len(clean), tubes, generator)
+            model = partial(self.strategy.model, route=route)
         with self.autocast:
-            conditioned = guidance.conditional(self.strategy.model, batch.vectors, batch.mask, drop, given)
+            conditioned = guidance.conditional(model, batch.vectors, batch.mask, drop, given)
             return self.objective.loss(conditioned, clean, moment, noise, given).mean()
 
     def settle(self, most: int) -> tuple[list[dict[str, float]], bool]:

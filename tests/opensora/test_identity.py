@@ -23,6 +23,7 @@ from opensora.config import (
     OptimizerConfig,
     Parallel,
     PatchAutoencoder,
+    RoutingConfig,
     SamplingConfig,
     StageConfig,
     WordEncoder,
@@ -97,6 +98,7 @@ def test_execution_changes_no_digest(changes: dict[str, Any]) -> None:
     ("changes", "path"),
     [
         ({"steps": 301}, "steps"),
+        ({"routing": RoutingConfig(rate=0.5)}, "routing.rate"),
         ({"seed": 7}, "seed"),
         ({"optimizer": OptimizerConfig(lr=1.0)}, "optimizer.lr"),
         ({"batch_size": 5}, "global batch"),

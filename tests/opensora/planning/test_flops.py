@@ -8,8 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from opensora.config import Activations, ModelConfig, StageConfig
-from opensora.model import linear
+from opensora.config import Activations, ModelConfig, RoutingConfig, StageConfig
+from opensora.model import linear, routing
 from opensora.model.stdit import STDiT
 from opensora.planning import flops
 
@@ -71,6 +71,19 @@ def test_counts_are_torchs(backend: SDPBackend, frozen: bool, monkeypatch: pytes
     ours = flops.forward_flops(TINY, 8, frames, tokens, temporal=not frozen)
     assert ours == forward
     assert 3 * ours == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_tokens_that_skip_blocks_are_not_counted(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "AVAILABLE", False)
+    config, how = TINY.model_copy(update={"depth": 4}), RoutingConfig(rate=rate, first_blocks=1, last_blocks=1)
+    model = STDiT(config, (4, 8, 8), 8)
+    route = routing.draw(how, 4, 1, 16, torch.Generator())
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 4, 4, 8, 8), torch.tensor([3]), torch.randn(1, 12, 32), torch.ones(1, 12), route=route)
+    assert flops.forward_flops(config, 8, 4, 16, routing=how) == counter.get_total_flops()
+    content = {"model": config.model_dump(), "routing": how.model_dump()}
+    assert flops.train_flops_per_clip(stage(**content)) == 3 * flops.forward_flops(config, 8, 4, 16, routing=how)
 
 
 def test_frozen_temporal_attention_costs_nothing() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from opensora.config import Activations, StageConfig
 from opensora.diffusion import guidance, objective
 from opensora.distributed import parallel
 from opensora.distributed.ranks import Ranks
+from opensora.model import routing
 from opensora.model.stdit import STDiT
 from opensora.planning import memory
 from opensora.planning.flops import parameters
@@ -82,7 +84,9 @@ def train(config: StageConfig, ranks: Ranks) -> None:
         vectors = torch.randn(config.batch_size, config.model.caption_tokens, config.model.caption_width, generator=generator)
         mask = torch.arange(config.model.caption_tokens)[None] < lengths
         drop = torch.arange(config.batch_size) == 0
-        network = guidance.conditional(strategy.model, vectors, mask, drop)
+        tubes, how = config.tokens[1], config.routing
+        route = None if how is None else routing.draw(how, config.model.depth, config.batch_size, tubes, generator)
+        network = guidance.conditional(partial(strategy.model, route=route), vectors, mask, drop)
         loss = goal.loss(network, clean, goal.draw_time(config.batch_size, generator), noise).mean()
         strategy.backward(loss)
         strategy.reduce(torch.zeros(3))
@@ -137,6 +141,10 @@ ONE_DEVICE = {
     "offload": stage(depth=4, policy={"recompute": "full", "offload": True}),
     "chunks": stage(policy={"mlp_chunks": 4}),
     "chunks of one clip": stage(batch=1, width=128, policy={"mlp_chunks": 4}),
+    "routing": stage(depth=6, routing={"rate": 0.75, "first_blocks": 1, "last_blocks": 1}),
+    "routing, every 3": stage(
+        depth=6, policy={"recompute": "full", "every": 3}, routing={"rate": 0.5, "first_blocks": 1, "last_blocks": 1}
+    ),
     "full, chunks": stage(depth=4, policy={"recompute": "full", "mlp_chunks": 4}),
     "residual position": stage(
         model={"depth": 2, "width": 64, "heads": 4, "caption_width": 32, "caption_tokens": 12, "temporal_position": "residual"}
@@ -162,6 +170,7 @@ TWO_DEVICES = {
     "sequence": stage(16, 16, depth=4, divided={"sequence": 2}),
     "sequence, not divisible": stage(15, 15, depth=4, divided={"sequence": 2}),
     "sequence, selective": stage(16, 16, policy={"recompute": "selective"}, divided={"sequence": 2}),
+    "sequence, routing": stage(15, 15, depth=4, divided={"sequence": 2}, routing={"rate": 0.5, "first_blocks": 1, "last_blocks": 1}),
     "sequence, fsdp": stage(16, 16, depth=3, divided={"sequence": 2, "strategy": "fsdp"}),
     "sequence, fsdp, full": stage(16, 16, depth=4, policy={"recompute": "full"}, divided={"sequence": 2, "strategy": "fsdp"}),
 }

@@ -16,6 +16,8 @@ from opensora.config import StageConfig
 from opensora.diffusion.objective import Network, Objective
 from opensora.distributed.ranks import PeerLost
 from opensora.errors import NotFinite
+from opensora.model import routing
+from opensora.model.stdit import STDiTBlock
 from opensora.training.run_directory import RunDirectory
 from opensora.training.trainer import DrainRequest, Trainer
 
@@ -73,6 +75,62 @@ def test_masks_need_clips_of_which_frames_are_left(tiny_stage: Stages) -> None:
             tiny_stage(data=VIDEO, masks=shares)
 
 
+ROUTED = {"data": VIDEO, "model": {"depth": 3}, "routing": {"rate": 0.5, "first_blocks": 1, "last_blocks": 1}}
+
+
+def test_routing_at_rate_0_is_training_without_it_bitwise(tiny_stage: Stages, complete: Complete) -> None:
+    off, zero, on = (
+        complete(tiny_stage(**ROUTED | {"routing": how})) for how in (None, ROUTED["routing"] | {"rate": 0.0}, ROUTED["routing"])
+    )
+    assert_same_state(off, zero)
+    assert (off / "model.safetensors").read_bytes() != (on / "model.safetensors").read_bytes()
+
+
+def test_a_resume_with_routing_continues_bitwise(tiny_stage: Stages, make_run: Runs, complete: Complete) -> None:
+    stage = tiny_stage(**ROUTED)
+    whole = complete(stage)
+    run = make_run(stage, resume=whole.with_name("step-00000002"))
+    assert in_process(run)["status"] == "completed"
+    assert_same_state(whole, checkpoint.directory(run.checkpoints, stage.steps))
+
+
+def test_each_rank_and_step_routes_other_tubes(
+    tiny_stage: Stages, make_run: Runs, make_trainer: Trainers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, ...]] = []
+    real = routing.draw
+
+    def spied(*given: Any) -> routing.Route | None:
+        route = real(*given)
+        assert route is not None
+        drawn.append(tuple(route.through.flatten().tolist()))
+        return route
+
+    monkeypatch.setattr(routing, "draw", spied)
+    run = make_run(tiny_stage(**ROUTED | {"batch_size": 16}))
+    for rank in (0, 1, 0):
+        trainer = make_trainer(run, rank, world=2)
+        for _ in range(2):
+            one_step(trainer)
+    assert drawn[:2] == drawn[4:] and len(set(drawn)) == 4
+
+
+def test_tokens_skip_blocks_in_training_and_in_no_sample(tiny_stage: Stages, complete: Complete, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, int]] = []
+    real = STDiTBlock.forward
+
+    def spied(block: STDiTBlock, x: Tensor, *rest: Any) -> Tensor:
+        seen.append((torch.is_grad_enabled(), x.shape[2]))
+        return real(block, x, *rest)
+
+    monkeypatch.setattr(STDiTBlock, "forward", spied)
+    complete(tiny_stage(**ROUTED, steps=1, prompts=["a digit 3 moving left"]))
+    tubes = tiny_stage(**ROUTED).tokens[1]
+    assert [count for training, count in seen if training] == [tubes, tubes // 2, tubes]
+    sampled = [count for training, count in seen if not training]
+    assert sampled and set(sampled) == {tubes}
+
+
 class Waits(TorchDispatchMode):
     """Notices operations for which a host would have to wait for its GPU."""
 
@@ -90,12 +148,8 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("objective", ["flow", "iddpm"])
 def test_nothing_in_a_step_waits_for_the_device(objective: str, tiny_stage: Stages, make_run: Runs, make_trainer: Trainers) -> None:
-    stage = tiny_stage(
-        data=VIDEO,
-        objective={"kind": objective},
-        sampling={"method": "euler" if objective == "flow" else "ancestral"},
-        masks={"random": 0.5},
-    )
+    sampling = {"method": "euler" if objective == "flow" else "ancestral"}
+    stage = tiny_stage(objective={"kind": objective}, sampling=sampling, masks={"random": 0.5}, **ROUTED)
     trainer = make_trainer(make_run(stage))
     trainer.loader.batch(trainer.seen)  # clips come from the CPU
     with Waits() as waits:
