@@ -68,7 +68,8 @@ def evaluate(checkpoint: Path, out: Path, *, stage: StageConfig | None = None, p
     if asked.evaluate is not None and not readings and warnings:
         raise TrainerError(warnings[0])
     result: dict[str, object] = {"schema": 1, "readings": readings, "warnings": warnings, "held_out": digest}
-    result |= {"device": device.type, "started": began, "ended": time.time(), "cpu_s": time.process_time() - cpu}
+    result |= {"samples": str(run.samples), "device": device.type, "cpu_s": time.process_time() - cpu}
+    result |= {"started": began, "ended": time.time()}
     with written(out / RESULT) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result

@@ -116,6 +116,8 @@ class Tag:
     """Unix milliseconds of the newest reading of the bill."""
     LOGGED_MODEL: Final = "osctl/logged_model"
     """MLflow's id of the model that is the stage's committed checkpoint; `none` where the server has no such models."""
+    EVALUATED: Final = "osctl/evaluated"
+    """Digest of the evaluation whose readings the model has; not there where they are the attempt's own."""
     SAMPLES: Final = "osctl/samples"
     """Digest of the list of samples that are in MLflow."""
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
-from orchestrator.ledger.records import HELD, WAITING, Price
+from orchestrator.ledger.records import HELD, WAITING, Evaluation, Price
 from orchestrator.recipe.prices import cost
 
 TOLERANCE = 0.001
@@ -150,10 +150,40 @@ class AttemptBill:
 
 
 @dataclass(frozen=True)
+class EvaluationBill:
+    """What one evaluation beside the training cost. None of it is time of an attempt."""
+
+    question: str
+    device: str
+    device_s: float
+    price: Price | None
+
+    @property
+    def device_hours(self) -> float:
+        return self.device_s / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        """0 on a CPU."""
+        return self.device_hours if self.price is not None and self.price.is_gpu else 0.0
+
+    @property
+    def usd(self) -> Decimal:
+        return cost(Decimal(repr(self.device_s)), self.price.usd_per_hour if self.price else Decimal(0))
+
+
+@dataclass(frozen=True)
 class Bill:
-    """The bill of a stage's attempts, or of a pipeline's. Every number is the sum over the attempts."""
+    """The bill of a stage's attempts, or of a pipeline's. Hours and dollars are those of the attempts and of the evaluations beside them;
+    seconds, and what follows from them, are those of the attempts."""
 
     attempts: tuple[AttemptBill, ...]
+    evaluations: tuple[EvaluationBill, ...] = ()
+
+    @property
+    def of_attempts(self) -> Bill:
+        """The same without evaluations."""
+        return Bill(self.attempts)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -178,15 +208,15 @@ class Bill:
 
     @property
     def device_hours(self) -> float:
-        return sum(bill.device_hours for bill in self.attempts)
+        return sum(bill.device_hours for bill in self.attempts) + sum(one.device_hours for one in self.evaluations)
 
     @property
     def gpu_hours(self) -> float:
-        return sum(bill.gpu_hours for bill in self.attempts)
+        return sum(bill.gpu_hours for bill in self.attempts) + sum(one.gpu_hours for one in self.evaluations)
 
     @property
     def usd(self) -> Decimal:
-        return sum((bill.usd for bill in self.attempts), Decimal(0))
+        return sum((bill.usd for bill in self.attempts), Decimal(0)) + sum((one.usd for one in self.evaluations), Decimal(0))
 
     @property
     def goodput(self) -> float | None:
@@ -198,10 +228,14 @@ class Bill:
     def remarks(self) -> Iterator[str]:
         for bill in self.attempts:
             yield from bill.remarks()
+        for one in self.evaluations:
+            if one.price is None:
+                hours = f"{one.device_hours:.4f} device-hours"
+                yield f"evaluation {one.question}: no price is known of device {one.device!r}; its {hours} are billed at $0"
 
 
-def account(attempts: Sequence[AttemptTime]) -> Bill:
-    """The bill of one stage's attempts.
+def account(attempts: Sequence[AttemptTime], evaluations: Sequence[Evaluation] = ()) -> Bill:
+    """The bill of one stage's attempts and evaluations.
 
     Pass all attempts under the stage's inputs in one call: a step is lost if a later attempt resumed from a checkpoint before it, and the
     time that an attempt spent on such steps is moved from `step` to `lost`.
@@ -211,12 +245,13 @@ def account(attempts: Sequence[AttemptTime]) -> Bill:
     for place, time in enumerate(ordered):
         kept = min((later.resumed_from for later in ordered[place + 1 :]), default=None)
         bills.append(_bill(time, kept))
-    return Bill(tuple(bills))
+    return Bill(tuple(bills), tuple(EvaluationBill(one.question, one.device, one.device_s, one.price) for one in evaluations))
 
 
 def merge(bills: Iterable[Bill]) -> Bill:
     """A pipeline's bill from its stages'."""
-    return Bill(tuple(attempt for bill in bills for attempt in bill.attempts))
+    bills = tuple(bills)
+    return Bill(tuple(attempt for bill in bills for attempt in bill.attempts), tuple(one for bill in bills for one in bill.evaluations))
 
 
 def _bill(time: AttemptTime, kept: int | None) -> AttemptBill:

@@ -16,9 +16,10 @@ from orchestrator.accounting.history import AttemptHistory, History
 from orchestrator.accounting.node_fold import Reading
 from orchestrator.inputs.standing import find
 from orchestrator.ledger.checkpoints import Place
+from orchestrator.ledger.evaluations import readings
 from orchestrator.ledger.keys import run_key
 from orchestrator.ledger.objects import Remark
-from orchestrator.ledger.records import UNUSED, ClipsUsed, Committed, Event, JournalPiece, Lease, Trouble
+from orchestrator.ledger.records import UNUSED, ClipsUsed, Committed, Evaluation, Event, JournalPiece, Lease, Trouble
 from orchestrator.ledger.store import Ledger
 from orchestrator.recipe.pipeline import Pipeline, Stage
 
@@ -92,6 +93,8 @@ class StageStatus:
     """What it does between its last step and its result, in one word."""
     broken: bool = False
     """Whether its result is in the store but cannot be read."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """Those beside its attempts, the newest last."""
     earlier: tuple[Earlier, ...] = ()
     """What was spent on this stage under other inputs, oldest first."""
 
@@ -213,7 +216,7 @@ def _earlier(stage: str, inputs_digest: Sequence[str], history: History, now: fl
         if attempts:
             committed = history.ledger.committed(stage, each) is not None
             reached = max((one.step or 0 for one in attempts), default=0)
-            bill = account([one.time for one in attempts])
+            bill = account([one.time for one in attempts], history.ledger.evaluations(stage, each) if committed else ())
             found.append((attempts[0].intent.created, Earlier(stage, each, len(attempts), reached, committed, bill)))
     return tuple(one for _, one in sorted(found, key=lambda item: item[0]))
 
@@ -264,7 +267,8 @@ def _stage(stage: Stage, history: History, results: dict[str, Committed], now: f
     committed = history.ledger.committed(stage.name, inputs_digest)
     broken = history.ledger.remarks.get(history.ledger.keys.committed(stage.name, inputs_digest))
     found = _attempts(history, stage.name, inputs_digest, now, queued=queued)
-    bill = account([one.time for one in found])
+    evaluations = history.ledger.evaluations(stage.name, inputs_digest) if committed else []
+    bill = account([one.time for one in found], evaluations)
     told = [_attempt(one, line.usd, history, now, queued) for one, line in zip(found, bill.attempts, strict=True)]
     attempts = tuple(sorted([*told, *_unread(stage, inputs_digest, history.ledger)], key=lambda attempt: attempt.number))
     step = committed.step if committed else (found[-1].step or 0) if found else 0
@@ -288,7 +292,8 @@ def _stage(stage: Stage, history: History, results: dict[str, Committed], now: f
         attempts=attempts,
         wall_s=sum(one.held_s / one.devices for one in bill.attempts),
         bill=bill,
-        evaluation=committed.evaluation if committed else {},
+        evaluation=readings(committed, evaluations),
+        evaluations=tuple(evaluations),
         committed=committed,
         published_gpu_hours=published,
         at_the_end="evaluating" if stage.config.prompts or stage.config.evaluate else "saving",

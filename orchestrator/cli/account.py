@@ -86,13 +86,14 @@ def _prices(bill: Bill) -> list[str]:
         (f"{one.device} in pool {one.pool}" if one.pool else one.device, one.price.usd_per_hour, one.price.source, one.price.date)
         for one in bill.attempts
         if one.price and one.held_s
-    }
+    } | {(one.device, one.price.usd_per_hour, one.price.source, one.price.date) for one in bill.evaluations if one.price}
     return [f"{device}: ${usd} a device-hour ({source}, {date})" for device, usd, source, date in sorted(paid)]
 
 
 def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    also = [*(["evaluated"] if row.get("evaluations") else []), *(["earlier inputs"] if row["earlier"] else [])]
     return {
-        "name": f"{row['name']}, earlier inputs" if row["earlier"] else row["name"],
+        "name": ", ".join([row["name"], *also]),
         "held": output.duration(row["held_s"]),
         "goodput": output.percent(row["goodput"]),
         "device_hours": output.hours(row["device_hours"]),

@@ -281,6 +281,8 @@ def comparison_cells(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
                 "image": interval(evaluation, "image_digit"),
                 "digit": interval(evaluation, "digit"),
                 "direction": interval(evaluation, "direction"),
+                "both": interval(evaluation, "both"),
+                "held_out": loss_interval(evaluation, "held_out_loss"),
                 "pool": ", ".join(line["pools"] or ()) or None,
                 "held": output.duration(line["wall_s"]),
                 "device_hours": output.hours(line["device_hours"]),
@@ -302,6 +304,8 @@ def comparison_cells(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
         "image": "image digit" + bounds(best, "image_digit"),
         "digit": "clip digit" + bounds(best, "digit"),
         "direction": "clip direction" + bounds(best, "direction"),
+        "both": "clip both" + bounds(best, "both"),
+        "held_out": "held-out loss",
         "pool": "pool",
         "held": "time",
         "device_hours": "device-hours",
@@ -314,7 +318,7 @@ def comparison_cells(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]],
         "left_out": "clips left out",
         "cut": "captions cut",
     }
-    optional = ("pool", "left_out", "cut", "earlier", "image", "digit", "direction", "published", "ratio")
+    optional = ("pool", "left_out", "cut", "earlier", "image", "digit", "direction", "both", "held_out", "published", "ratio")
     return shown, {key: heading for key, heading in columns.items() if key not in optional or any(row[key] is not None for row in shown)}
 
 
@@ -324,6 +328,14 @@ def interval(evaluation: dict[str, float], name: str) -> str | None:
     low, high = evaluation.get(f"{name}_low"), evaluation.get(f"{name}_high")
     reading = output.percent(evaluation[f"{name}_accuracy"])
     return f"{reading} [{100 * low:.0f}–{100 * high:.0f}]" if low is not None and high is not None else reading
+
+
+def loss_interval(evaluation: dict[str, float], name: str) -> str | None:
+    if name not in evaluation:
+        return None
+    low, high = evaluation.get(f"{name}_low"), evaluation.get(f"{name}_high")
+    reading = f"{evaluation[name]:.4f}"
+    return f"{reading} [{low:.4f}–{high:.4f}]" if low is not None and high is not None else reading
 
 
 def bounds(evaluation: dict[str, float], name: str) -> str:

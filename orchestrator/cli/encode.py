@@ -11,8 +11,8 @@ import typer
 
 from orchestrator import modules
 from orchestrator.cli import options, output
-from orchestrator.cli.sample import fetched
 from orchestrator.cli.subject import opened, snapshot
+from orchestrator.pipelines.checkpoints_here import fetched
 
 if TYPE_CHECKING:
     from orchestrator.pipelines.host import Host

@@ -11,8 +11,9 @@ import typer
 
 from orchestrator import modules
 from orchestrator.cli import options, output
-from orchestrator.cli.sample import fetched, newest
+from orchestrator.cli.sample import newest
 from orchestrator.cli.subject import launched
+from orchestrator.pipelines.checkpoints_here import fetched
 
 
 class Format(enum.StrEnum):

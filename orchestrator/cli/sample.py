@@ -14,11 +14,11 @@ from orchestrator import modules
 from orchestrator.cli import options, output
 from orchestrator.cli.subject import launched, snapshot
 from orchestrator.errors import UsageError
+from orchestrator.pipelines.checkpoints_here import fetched
 
 if TYPE_CHECKING:
     from orchestrator.ledger.checkpoints import Published
     from orchestrator.ledger.records import Committed
-    from orchestrator.pipelines.host import Host
     from orchestrator.pipelines.workspace import Workspace
 
 
@@ -167,16 +167,3 @@ def _published(workspace: Workspace, stage: str | None, wanted: tuple[int, int |
         of = f"step {step}" if attempt is None else f"step {step} of attempt {attempt}"
         raise Refused(f"sample {status.name}: the store has no checkpoint of {of}; it has those of the steps {said}. Name one of them")
     raise Refused(f"sample {name}: no checkpoint is there yet. Train it with: osctl launch{f' {stage}' if stage else ''}")
-
-
-def fetched(workspace: Workspace, checkpoint: Committed | Published) -> tuple[Path, Host]:
-    """The folder of a checkpoint, and this machine as its reader finds its encoders.
-
-    The folder is named by the manifest's digest: each file in it was verified once, when it came. Raises Refused, Unreachable.
-    """
-    host = workspace.told_of_imports_of(checkpoint)
-    folder = host.home / "cache" / checkpoint.manifest_digest
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        workspace.ledger.fetch(checkpoint.manifest, checkpoint.manifest_digest, folder)
-    return folder, host

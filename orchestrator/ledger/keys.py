@@ -93,6 +93,12 @@ class Keys:
     def outcome(self, stage: str, inputs_digest: str, attempt: int) -> str:
         return f"{self.attempt(stage, inputs_digest, attempt)}/outcome.json"
 
+    def evaluation(self, stage: str, inputs_digest: str, digest: str) -> str:
+        return f"{self.stage(stage, inputs_digest)}/evaluations/{digest}.json"
+
+    def evaluation_sample(self, stage: str, inputs_digest: str, digest: str, name: str) -> str:
+        return f"{self.stage(stage, inputs_digest)}/samples/{digest}/{name}"
+
     def checkpoint(self, stage: str, inputs_digest: str, step: int, attempt: int) -> str:
         return f"{self.stage(stage, inputs_digest)}/checkpoints/{self.CHECKPOINT_FORMAT.format(step=step, attempt=attempt)}"
 

@@ -402,6 +402,35 @@ class Committed(Record):
     epoch: NonNegativeInt
 
 
+class Evaluation(Record):
+    """How good a stage's result is, by one evaluation. It is no part of the result: a stage may be evaluated at any time, in many ways."""
+
+    stage: str
+    inputs_digest: str = Field(alias="inputs")
+    question: str
+    """Digest of what was asked (`orchestrator.ledger.evaluations`)."""
+    asked: dict[str, Any]
+    """`evaluate`, `sampling` and `prompts` of the stage's configuration, as they were asked for."""
+    step: NonNegativeInt
+    manifest_digest: str
+    weights_digest: str
+    readings: dict[str, float]
+    held_out: str | None = None
+    """Digest of the held-out clips: losses on other clips are not comparable. None means that no loss was read."""
+    warnings: tuple[str, ...] = ()
+    samples: tuple[str, ...] = ()
+    """Names of its samples (`Keys.evaluation_sample`)."""
+    device: str
+    """Name in the price list."""
+    device_s: NonNegativeFloat
+    """Device-seconds that are billed: of a CPU those in which it computed, since it is shared; of a GPU those in which it was held."""
+    price: Price | None
+    """None means that no price was known."""
+    started: float
+    ended: float
+    code: str
+
+
 UNUSED, NO_NEWER = "is not used: ", "as nothing newer can be used"
 """Phrases in the details of events, by which `status` and a launch recognise them."""
 

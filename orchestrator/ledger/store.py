@@ -33,6 +33,7 @@ from orchestrator.ledger.records import (
     Committed,
     DamagedCheckpoint,
     Decision,
+    Evaluation,
     Event,
     Intent,
     JournalPiece,
@@ -59,6 +60,7 @@ EVENT = re.compile(r"\d{6,}-\d{6,}\.json")
 JOURNAL = re.compile(r"\d{3,}-\d{6,}\.json")
 LOG = re.compile(r"\d{3,}-\d{6,}(-\d+)?\.txt")
 REPORT = re.compile(r"report(-\d{3,})?\.json")
+EVALUATION = re.compile(r"[0-9a-f]{12}\.json")
 DECISION = re.compile(r".*\d{6,}\.json")
 NUMBER = re.compile(r"[1-9][0-9]*")
 """Names that this ledger gives to its objects. What has another name beside them was put there by somebody else."""
@@ -355,6 +357,31 @@ class Ledger:
     def samples(self, stage: str, inputs_digest: str, attempt: int) -> list[str]:
         """Keys."""
         return list(self._objects.list_all(f"{self.keys.attempt(stage, inputs_digest, attempt)}/samples/"))
+
+    # Evaluations
+
+    def evaluation(self, stage: str, inputs_digest: str, question: str) -> Evaluation | None:
+        """The answer to the question of this digest. None: nobody has given it."""
+        return self._objects.find(Evaluation, self.keys.evaluation(stage, inputs_digest, question))
+
+    def evaluations(self, stage: str, inputs_digest: str) -> list[Evaluation]:
+        """All that can be read, by the time of their end."""
+        folder = f"{self.keys.stage(stage, inputs_digest)}/evaluations/"
+        found = self._objects.read_all(Evaluation, self._objects.list_named(folder, EVALUATION))
+        return sorted(found, key=lambda one: one.ended)
+
+    def write_evaluation(self, evaluation: Evaluation, samples: Path) -> Evaluation:
+        """With its samples, which lie in the folder `samples` and come first. The first writer wins; what is there comes back."""
+        about = evaluation.stage, evaluation.inputs_digest, evaluation.question
+        for name in evaluation.samples:
+            with contextlib.suppress(StoreConflict):  # of an evaluation that was killed, or that another process makes now
+                self.store.upload(self.keys.evaluation_sample(*about, check_key(name)), samples / name)
+        return self._objects.put(self.keys.evaluation(*about), evaluation)
+
+    def evaluation_samples(self, evaluation: Evaluation) -> list[str]:
+        """Keys."""
+        about = evaluation.stage, evaluation.inputs_digest, evaluation.question
+        return [self.keys.evaluation_sample(*about, name) for name in evaluation.samples]
 
     def write_clips(self, intent: Intent, clips: ClipsUsed, left_out: bytes | None) -> ClipsUsed:
         """With the list of what is left out, if there is one. The first writer wins; what is there comes back."""

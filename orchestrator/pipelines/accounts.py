@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ NOT_RECORDED = "not recorded"
 
 def comparison(current: Snapshot) -> list[dict[str, Any]]:
     """Stages side by side: a row for each, then one for each stage that the recipe no longer names."""
-    from orchestrator.accounting.cost import merge
+    from orchestrator.accounting.cost import Bill, merge
 
     lines: list[dict[str, Any]] = []
     for stage in current.stages:
@@ -45,6 +45,7 @@ def comparison(current: Snapshot) -> list[dict[str, Any]]:
                 "device_hours": bill.device_hours,
                 "gpu_hours": bill.gpu_hours,
                 "usd": bill.usd,
+                "evaluation_usd": merge([Bill((), bill.evaluations)]).usd,
                 "earlier_usd": stage.earlier_bill.usd,
                 "goodput": bill.goodput,
                 "device_seconds": bill.seconds,
@@ -65,7 +66,8 @@ def comparison(current: Snapshot) -> list[dict[str, Any]]:
 
 
 def cost(current: Snapshot, *, by_attempt: bool = False) -> list[dict[str, Any]]:
-    """A row a stage, and one for all that was spent on it under earlier inputs; or a row for each of their attempts."""
+    """A row a stage, one for its evaluations beside the training, and one for all that was spent on it under earlier inputs; or a row for
+    each of their attempts and evaluations."""
     from orchestrator.accounting.cost import AttemptBill, merge
 
     parts: list[tuple[str, str | None, bool, Bill]] = []
@@ -77,17 +79,16 @@ def cost(current: Snapshot, *, by_attempt: bool = False) -> list[dict[str, Any]]
             parts += [(name, one.inputs_digest, True, one.bill) for one in earlier]
         elif earlier:
             parts.append((name, None, True, merge(one.bill for one in earlier)))
-    return [
-        {
-            "name": name,
-            "inputs": inputs_digest,
-            "earlier": old,
-            **({"attempt": one.attempt, "pool": one.pool} if isinstance(one, AttemptBill) else {}),
-            **_bill(one),
-        }
-        for name, inputs_digest, old, bill in parts
-        for one in (bill.attempts if by_attempt else (bill,))
-    ]
+    rows: list[dict[str, Any]] = []
+    for name, inputs_digest, old, bill in parts:
+        about = {"name": name, "inputs": inputs_digest, "earlier": old}
+        for one in bill.attempts if by_attempt else (bill.of_attempts,):
+            rows.append({**about, **({"attempt": one.attempt, "pool": one.pool} if isinstance(one, AttemptBill) else {}), **_bill(one)})
+        alone = [replace(bill, attempts=(), evaluations=(one,)) for one in bill.evaluations]
+        for part in alone if by_attempt else [merge(alone)] if alone else []:
+            digests = [one.question for one in part.evaluations]
+            rows.append({**about, "evaluations": digests, **({"attempt": None, "pool": None} if by_attempt else {}), **_bill(part)})
+    return rows
 
 
 def _bill(bill: Bill | AttemptBill) -> dict[str, Any]:

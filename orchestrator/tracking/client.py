@@ -273,15 +273,15 @@ class MlflowTracker:
             for doubled in found[1:]:
                 perform("mlflow.delete_logged_model", run, partial(self._client.delete_logged_model, doubled.model_id))
             model, (name, digest) = found[0], checkpoint.dataset or (None, None)
+            there = {(metric.key, metric.timestamp) for metric in model.metrics or []}
+            metrics = [
+                Metric(point.key, point.value, milliseconds(point.time), 0, model.model_id, name, digest)
+                for point in checkpoint.points
+                if (point.key, milliseconds(point.time)) not in there
+            ]
+            if metrics:
+                perform("mlflow.log_batch", run, partial(self._client.log_batch, run, metrics=metrics))
             if str(model.status) != "READY":
-                there = {(metric.key, metric.timestamp) for metric in model.metrics or []}
-                metrics = [
-                    Metric(point.key, point.value, milliseconds(point.time), 0, model.model_id, name, digest)
-                    for point in checkpoint.points
-                    if (point.key, milliseconds(point.time)) not in there
-                ]
-                if metrics:
-                    perform("mlflow.log_batch", run, partial(self._client.log_batch, run, metrics=metrics))
                 known = self._client.get_run(run).outputs  # a database refuses an output that is there
                 if not any(output.model_id == model.model_id for output in (known.model_outputs if known else [])):
                     output = LoggedModelOutput(model.model_id, checkpoint.step)

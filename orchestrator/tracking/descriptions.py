@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from opensora.printable import printable, several
 from orchestrator.accounting.cost import Bill, account
+from orchestrator.ledger.evaluations import readings
 from orchestrator.tracking.facts import Facts, StageFacts
 
 LONGEST = 4_000
@@ -33,7 +34,7 @@ def of_stage(facts: Facts, stage: StageFacts) -> str:
         lines += ["", f"Committed at step {stage.committed.step:,}: `{place}` in the pipeline's store."]
     if not stage.current:
         lines += ["", "The pipeline as it was launched last does not use this result."]
-    if any(attempt.samples for attempt in stage.attempts):
+    if any(attempt.samples for attempt in stage.attempts) or any(one.samples for one in stage.evaluations):
         lines += ["", "Videos and sheets: artifacts, `samples`."]
     return _cut(lines)
 
@@ -42,7 +43,8 @@ def _row(stage: StageFacts) -> str:
     committed, bill = stage.committed, _ended(stage)
     state = "committed" if committed is not None else "not committed"
     step = f"{committed.step:,}" if committed is not None else ""
-    read = ", ".join(f"{name} {value:.3g}" for name, value in sorted(committed.evaluation.items())[:4]) if committed is not None else ""
+    found = sorted(readings(committed, stage.evaluations).items())[:4]
+    read = ", ".join(f"{name} {value:.3g}" for name, value in found)
     return f"| {stage.name} | {state} | {step} | {len(stage.attempts)} | {bill.device_hours:.3f} | {bill.usd:.2f} | {read} |"
 
 
@@ -56,7 +58,7 @@ def _attempts(stage: StageFacts) -> Sequence[str]:
 
 
 def _ended(stage: StageFacts) -> Bill:
-    return account([attempt.time for attempt in stage.attempts if attempt.outcome is not None])
+    return account([attempt.time for attempt in stage.attempts if attempt.outcome is not None], stage.evaluations)
 
 
 def _cut(lines: Sequence[str]) -> str:

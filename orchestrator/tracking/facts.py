@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from orchestrator.accounting.cost import AttemptTime
 from orchestrator.accounting.history import AttemptHistory, History
 from orchestrator.inputs.standing import results
-from orchestrator.ledger.records import ClipsUsed, Committed, Event, Intent, JournalPiece, Outcome, Placement
+from orchestrator.ledger.records import ClipsUsed, Committed, Evaluation, Event, Intent, JournalPiece, Outcome, Placement
 from orchestrator.ledger.store import Ledger
 from orchestrator.recipe.pipeline import Pipeline, Published
 from orchestrator.recipe.prices import Prices, load_prices
@@ -62,6 +62,8 @@ class StageFacts:
     """Digest of the data set. None means not recorded."""
     used: ClipsUsed | None = None
     """How much of the data set the newest attempt uses. None means that the attempt has not written that."""
+    evaluations: tuple[Evaluation, ...] = ()
+    """Those beside its attempts, the newest last."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,10 @@ class LedgerReader:
             inputs_digest,
             current,
             tuple(self._attempt(one, clusters) for one in attempts),
-            self.ledger.committed(name, inputs_digest),
+            (committed := self.ledger.committed(name, inputs_digest)),
             terms.contents.data if terms is not None else None,
             self.history.clips(newest),
+            tuple(self.ledger.evaluations(name, inputs_digest)) if committed is not None else (),
         )
 
     def _attempt(self, one: AttemptHistory, clusters: bool) -> AttemptFacts:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from opensora.config import StageConfig
 from orchestrator.accounting.cost import AttemptBill, Bill, account, merge
 from orchestrator.labels import Tag
+from orchestrator.ledger.evaluations import readings
+from orchestrator.ledger.keys import Keys
 from orchestrator.ledger.record import sha256
 from orchestrator.ledger.records import ClipsUsed, Committed
 from orchestrator.ports import LoggedCheckpoint, Point, RunStatus
@@ -67,11 +69,13 @@ class VersionSpec:
     tags: Mapping[str, str]
     checkpoint: LoggedCheckpoint
     """The same as a model of the run, with its readings and its data set."""
+    evaluated: str = ""
+    """Digest of the evaluation that the readings are of. Empty means that they are the attempt's own."""
 
 
 def run_specs(facts: Facts) -> list[RunSpec]:
     """Every run, parents before their children. Reads nothing but journals, and these only when a curve is read."""
-    bills = [account([attempt.time for attempt in stage.attempts]) for stage in facts.stages]
+    bills = [account([attempt.time for attempt in stage.attempts], stage.evaluations) for stage in facts.stages]
     whole = merge(bills)
     categories = [category for category, seconds in whole.seconds.items() if seconds]
     runs = [_pipeline_run(facts, whole, categories)]
@@ -96,7 +100,8 @@ def _version(facts: Facts, stage: StageFacts, committed: Committed) -> VersionSp
         Tag.WEIGHTS_DIGEST: committed.weights_digest,
         Tag.MANIFEST_DIGEST: committed.manifest_digest,
     }
-    points = [Point(f"evaluation/{metric_name(name)}", value, committed.time) for name, value in committed.evaluation.items()]
+    read = stage.evaluations[-1].ended if stage.evaluations else committed.time
+    points = [Point(f"evaluation/{metric_name(name)}", value, read) for name, value in _evaluation(stage).items()]
     name, digest, _ = _dataset(stage.attempts[-1].intent.config, stage.data)
     return VersionSpec(
         run=stage_key(facts, stage),
@@ -104,6 +109,7 @@ def _version(facts: Facts, stage: StageFacts, committed: Committed) -> VersionSp
         alias=alias_of(stage.name) if stage.current else None,
         tags=tags,
         checkpoint=LoggedCheckpoint(f"{stage.name}-step-{committed.step}", tags, committed.step, points, (name, digest)),
+        evaluated=stage.evaluations[-1].question if stage.evaluations else "",
     )
 
 
@@ -151,7 +157,7 @@ def _stage_run(facts: Facts, stage: StageFacts, bill: Bill, categories: Sequence
         params=flatten(intent.config) | {"devices": str(intent.nodes * intent.devices_per_node)},
         curve=lambda cursor: stage_curve(stage.attempts, cursor),
         dataset=_dataset(intent.config, stage.data),
-        samples={artifact_name(_file(key)): key for attempt in stage.attempts for key in attempt.samples if key.endswith(PICTURES)},
+        samples={artifact_name(_file(key)): key for key in _samples(facts, stage) if key.endswith(PICTURES)},
     )
 
 
@@ -234,9 +240,18 @@ def _stage_tags(facts: Facts, stage: StageFacts) -> dict[str, str]:
 def _evaluation(stage: StageFacts) -> Mapping[str, float]:
     """Evaluation of the result, or of the last attempt if there is no result yet."""
     if stage.committed is not None:
-        return stage.committed.evaluation
+        return readings(stage.committed, stage.evaluations)
     outcome = stage.attempts[-1].outcome
     return outcome.evaluation if outcome is not None else {}
+
+
+def _samples(facts: Facts, stage: StageFacts) -> Iterator[str]:
+    """Keys of its samples, those of the newest evaluation last: of the same name, they are shown."""
+    for attempt in stage.attempts:
+        yield from attempt.samples
+    for evaluation in stage.evaluations[-1:]:
+        keys = Keys(facts.pipeline.name)
+        yield from (keys.evaluation_sample(stage.name, stage.inputs_digest, evaluation.question, name) for name in evaluation.samples)
 
 
 def _bill_readings(bill: Bill | AttemptBill, categories: Sequence[str]) -> dict[str, float]:

@@ -56,6 +56,7 @@ def newest_record(facts: Facts) -> float:
     times = [facts.created, *(event.time for event in facts.events)]
     for stage in facts.stages:
         times += [stage.committed.time] if stage.committed else []
+        times += [evaluation.ended for evaluation in stage.evaluations]
         for attempt in stage.attempts:
             times += [attempt.intent.created, *([attempt.outcome.ended] if attempt.outcome else [])]
             times += [node.end for node in attempt.time.nodes if node.end is not None]

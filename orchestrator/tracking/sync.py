@@ -187,11 +187,11 @@ class Sync:
         """Each committed checkpoint as a model of its run. The run's tag says that it is whole, so it is looked for once."""
         for spec in version_specs(facts):
             run = runs[spec.run]
-            if Tag.LOGGED_MODEL in run.tags:
+            if Tag.LOGGED_MODEL in run.tags and run.tags.get(Tag.EVALUATED, "") == spec.evaluated:
                 continue
             unique = {Tag.RUN_KEY: spec.run, Tag.LEDGER: facts.ledger}
             made = self.tracker.log_checkpoint(facts.pipeline.experiment, run.id, spec.checkpoint, unique)
-            self.tracker.log(run.id, tags={Tag.LOGGED_MODEL: made or "none"})
+            self.tracker.log(run.id, tags={Tag.LOGGED_MODEL: made or "none", **({Tag.EVALUATED: spec.evaluated} if spec.evaluated else {})})
 
     def _known_versions(self, facts: Facts) -> tuple[dict[str, int], dict[str, int]]:
         """Numbers of this ledger's versions by our key, and of any ledger's by alias. Deletes versions that were registered twice."""
