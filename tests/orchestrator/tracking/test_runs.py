@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import sqlite3
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -14,7 +15,7 @@ from written_ledger import Writer, pipeline
 from opensora.identity import Contents
 from orchestrator.accounting.cost import account
 from orchestrator.labels import Tag
-from orchestrator.ledger.records import ClipsUsed, LeftOut
+from orchestrator.ledger.records import ClipsUsed, Evaluation, LeftOut, Price
 from orchestrator.tracking import descriptions
 from orchestrator.tracking.client import MlflowTracker
 from orchestrator.tracking.sync import Sync
@@ -55,6 +56,37 @@ def test_a_stage_carries_its_configuration_lineage_and_bill(story: Writer, track
     stages = [run.metrics for run in runs_of(tracker).values() if run.tags[Tag.KIND] == "stage"]
     for reading in ("usd", "gpu_hours", "seconds/step", "usd_reference"):
         assert whole[reading] == pytest.approx(sum(metrics[reading] for metrics in stages)), reading
+
+
+def test_an_evaluation_beside_the_training_reaches_the_run_the_model_and_the_bill(
+    story: Writer, tracker: MlflowTracker, prices: PriceList, home: Path, tmp_path: Path
+) -> None:
+    story.three_stages()
+    sync = Sync(story.ledger, tracker, prices)
+    sync.update()
+    before = next(run for key, run in runs_of(tracker).items() if short(key) == "stage2")
+    result = story.results["stage2"]
+    (tmp_path / "late.png").write_bytes(b"a sheet")
+    record = Evaluation(
+        stage="stage2", inputs_digest=result.inputs_digest, question="0123456789ab", asked={}, step=result.step,
+        manifest_digest=result.manifest_digest, weights_digest=result.weights_digest,
+        readings={"held_out_loss": 0.5, "digit_accuracy": 0.75}, samples=("late.png",), device="h800", device_s=3600.0,
+        price=Price(usd_per_hour=Decimal(2), is_gpu=True, basis="assumption", source="here", date="2026-01-01"),
+        started=result.time + 10, ended=result.time + 20, code="x",
+    )  # fmt: skip
+    story.ledger.write_evaluation(record, tmp_path)
+    assert sync.update() is not None
+    run = next(run for key, run in runs_of(tracker).items() if short(key) == "stage2")
+    assert run.metrics["evaluation/held_out_loss"] == 0.5 and run.metrics["evaluation/digit_accuracy"] == 0.75
+    assert run.metrics["usd"] == pytest.approx(before.metrics["usd"] + 2)
+    assert run.metrics["gpu_hours"] == pytest.approx(before.metrics["gpu_hours"] + 1)
+    assert "late.png" in tracker.artifacts(run.id, "samples")
+    with sqlite3.connect(home / "mlflow.db") as database:
+        query = "select metric_value from logged_model_metrics where metric_name = 'evaluation/held_out_loss'"
+        assert database.execute(query).fetchall() == [(0.5,)]
+    sync.update()
+    with sqlite3.connect(home / "mlflow.db") as database:
+        assert database.execute(query).fetchall() == [(0.5,)], "said once"
 
 
 def test_a_cpu_has_no_gpu_hours_and_no_ratio(tmp_path: Path, tracker: MlflowTracker, prices: PriceList) -> None:
