@@ -67,7 +67,7 @@ class Frozen(BaseModel):
         return self
 
 
-ADDED = ("accumulate", "masks", "routing")
+ADDED = ("accumulate", "masks", "judging", "routing")
 ADDED_TO_DATA, ADDED_TO_SAMPLING = ("fps", "max_left_out"), ("guidance_interval", "guidance_rescale")
 ADDED_TO_IDDPM = ("min_snr",)
 """Fields of `StageConfig`, of `DataConfig`, of `SamplingConfig` and of `IDDPM` that 0.1.0 did not have."""
@@ -518,6 +518,10 @@ class StageConfig(Frozen):
     """Clips drawn at the end of the stage, with the EMA weights."""
     evaluate: EvaluateConfig | None = None
     """How the finished stage is evaluated; none: not at all."""
+
+    judging: Literal["gang", "beside"] = "gang"
+    """Who draws the samples and evaluates: the stage's own ranks, which hold their devices meanwhile, or a process beside the next stage. A
+    driver that can do the latter sets it by itself."""
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

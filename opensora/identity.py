@@ -35,7 +35,7 @@ IDENTITY = (
 
 EXECUTION = (
     "autoencoder.micro_batch", "activations", "parallel", "accumulate", "compile", "loss_spike", "checkpoint", "sampling", "prompts",
-    "evaluate", "data.max_left_out",
+    "evaluate", "judging", "data.max_left_out",
 )  # fmt: skip
 """Fields that do not change a stage's numbers: how it is computed, saved, sampled and judged."""
 

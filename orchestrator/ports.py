@@ -163,6 +163,19 @@ class Backend(Protocol):
         """Its outcome is written: what still lies around of it may go. Idempotent."""
 
 
+class Evaluator(Protocol):
+    """Judges committed stages beside the training. What it finds out it writes into the ledger itself; nothing rests on it."""
+
+    def start(self, stage: str, inputs_digest: str) -> None:
+        """Begin; where it has begun, nothing. A failure to begin is found by `state`."""
+
+    def state(self, stage: str, inputs_digest: str) -> tuple[Literal["absent", "running", "ended"], str]:
+        """Whether it has begun here and goes on; with `ended`, why it failed, empty where it did not."""
+
+    def close(self) -> None:
+        """End what goes on. It is begun anew by the next driver."""
+
+
 class NodeCounter(Protocol):
     """How many nodes a cluster has, whoever holds them now."""
 

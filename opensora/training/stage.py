@@ -56,7 +56,7 @@ def run_stage(run: RunDirectory, ranks: Ranks, drain: DrainRequest, born: float)
 
     drained, shown = _train(trainer), after_training.Shown()
     trainer.wait_for_all()  # every node has written its files: they decide, and nothing after them
-    if not drained and after_training.is_asked(stage):
+    if not drained and stage.judging == "gang" and after_training.is_asked(stage):
         shown = _show(trainer)
     status: Status = "drained" if drained else "completed"
     if ranks.is_first_here:

@@ -56,6 +56,7 @@ def cost(
 
     Example: osctl cost --by-attempt -o json
     """
+    from orchestrator.accounting.cost import Bill
     from orchestrator.cli import display
     from orchestrator.ledger.records import HELD
     from orchestrator.pipelines import accounts
@@ -75,6 +76,8 @@ def cost(
     columns |= {"pool": "pool"} if any(row.get("pool") for row in rows) else {}
     columns |= {key: key.replace("_", " ") for key in spent}
     output.table(cells, columns | {"held": "= held", "goodput": "goodput", "device_hours": "device-h", "gpu_hours": "GPU-h", "usd": "cost"})
+    if by_attempt and current.bill.evaluations:
+        output.note(f"evaluations beside the attempts: {output.dollars(Bill((), current.bill.evaluations).usd)} of the total")
     output.note(f"device-seconds by what they were spent on; total {output.dollars(current.usd)}{display.of_earlier(current)}")
     for line in _prices(current.bill):
         output.note(line)

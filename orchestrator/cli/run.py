@@ -225,8 +225,10 @@ def tell(event: Event, whys: Collection[str] = ()) -> None:
     and what it waits for that is not its own. `whys`: reasons of waiting that were said already."""
     about = f"{event.stage} attempt {event.attempt}" if event.attempt is not None else event.stage or ""
     about = f"{about}: " if about else ""
+    from orchestrator.driver.launch import NOT_EVALUATED
+
     again = event.kind == "retry" or (event.kind == "attempt" and event.attempt != 1)
-    unused = event.says_unused
+    unused = event.says_unused or event.detail.startswith(NOT_EVALUATED)
     waited = event.kind == "observed" and event.stage is None and not event.detail.endswith((" runs", " leaves"))
     told = waited and any(event.detail.endswith(f" waits: {why}") for why in whys)
     if again or unused or (waited and not told):
@@ -274,7 +276,8 @@ def pictures(workspace: Workspace, current: Snapshot) -> list[str]:
     folder = workspace.host.home / "samples" / workspace.pipeline.name / last.name
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for key in workspace.ledger.samples(last.name, committed.inputs_digest, committed.attempt):
+    evaluated = [workspace.ledger.evaluation_samples(one) for one in last.evaluations[-1:]]
+    for key in evaluated[0] if evaluated else workspace.ledger.samples(last.name, committed.inputs_digest, committed.attempt):
         path = folder / key.rsplit("/", 1)[-1]
         path.unlink(missing_ok=True)
         workspace.store.download(key, path)

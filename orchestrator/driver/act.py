@@ -17,9 +17,22 @@ from typing import Literal
 from opensora import identity
 from orchestrator.accounting.cost import NodeTime
 from orchestrator.accounting.history import History
-from orchestrator.driver.decide import Action, CloseAttempt, Commit, Drain, Finish, Kill, Move, Note, StartAttempt, Wait
+from orchestrator.driver.decide import (
+    Action,
+    CloseAttempt,
+    Commit,
+    Drain,
+    Evaluate,
+    Finish,
+    Kill,
+    Move,
+    Note,
+    StartAttempt,
+    TellUnjudged,
+    Wait,
+)
 from orchestrator.driver.facts import AttemptView, Checkpoint, Onward
-from orchestrator.driver.launch import ASKED_TO_SAVE, SUBMITTED, WAS_KILLED, Launch
+from orchestrator.driver.launch import ASKED_TO_SAVE, NOT_EVALUATED, SUBMITTED, WAS_KILLED, Launch
 from orchestrator.driver.placing import COUNTED, MOVES_ON, RESIZES, NodeSet, counted
 from orchestrator.errors import CorruptCheckpoint, Refused, StoreConflict, Unreachable, UsageError
 from orchestrator.inputs import standing as stage_inputs
@@ -82,6 +95,12 @@ class Actor:
                 self._launch.given_up[self._launch.run_key(attempt)] = why
             case Move():
                 self._move(action)
+            case Evaluate(stage, inputs_digest):
+                assert self._launch.evaluator is not None
+                self._launch.evaluator.start(stage, inputs_digest)
+            case TellUnjudged(stage, inputs_digest, reason):
+                self._launch.event("observed", stage=stage, detail=f"{NOT_EVALUATED}{reason}. Try again with: osctl eval {stage}")
+                self._launch.unjudged.add((stage, inputs_digest))
             case Note(stage, detail):
                 self._note(stage, detail)
             case Wait() | Finish():
@@ -146,7 +165,8 @@ class Actor:
             self._results.refused[stage.name] = str(error)
             return None
         number = self._placed(stage, action, nodes)
-        config = stage.config.model_copy(update={"accumulate": nodes.accumulate})
+        judging = "beside" if self._launch.evaluator is not None else stage.config.judging
+        config = stage.config.model_copy(update={"accumulate": nodes.accumulate, "judging": judging})
         device = self._pipeline.device_of(stage, nodes.pool)
         named_by = identity.VERSION if action.inputs_digest == stage_inputs.name_of(stage, self._results.of_parent(stage)) else 1
         terms = Terms(identity=named_by, contents=stage.contents, price=self._price(device, nodes.pool))

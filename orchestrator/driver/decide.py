@@ -77,6 +77,23 @@ class Move:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Judge a committed stage beside what is trained next."""
+
+    stage: str
+    inputs_digest: str
+
+
+@dataclass(frozen=True)
+class TellUnjudged:
+    """Write down that a stage could not be evaluated, which stops nothing."""
+
+    stage: str
+    inputs_digest: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Note:
     """Write down how many nodes a stage's pool has."""
 
@@ -99,7 +116,7 @@ class Finish:
     reason: str
 
 
-Action = StartAttempt | CloseAttempt | Commit | Drain | Kill | Move | Note | Wait | Finish
+Action = StartAttempt | CloseAttempt | Commit | Drain | Kill | Move | Evaluate | TellUnjudged | Note | Wait | Finish
 
 # --- Deciding ----------------------------------------------------------------------------------------------------------------------
 
@@ -117,7 +134,27 @@ def decide(pipeline: Pipeline, observed: Observed, now: float) -> list[Action]:
         return settled
     if observed.stop is not None:
         return _stop(views, observed)
+    if judging := _judge(observed):
+        return judging
     return _go(pipeline, observed, now)
+
+
+def _judge(observed: Observed) -> list[Action]:
+    """Evaluations to begin, one at a time since they share a machine with the training; and those that failed, to be told once."""
+    wanted = [view for view in observed.stages.values() if view.name in observed.targets and view.judged is not None]
+    actions: list[Action] = []
+    for view in wanted:
+        assert view.judged is not None and view.inputs_digest is not None
+        if view.judged.state == "failed" and not view.judged.told:
+            actions.append(TellUnjudged(view.name, view.inputs_digest, view.judged.reason))
+    if not _in_judgement(observed):
+        actions += [Evaluate(view.name, view.inputs_digest or "") for view in wanted if view.judged and view.judged.state == "asked"][:1]
+    return actions
+
+
+def _in_judgement(observed: Observed) -> list[str]:
+    """Names of the stages that are being evaluated."""
+    return [view.name for view in observed.stages.values() if view.judged is not None and view.judged.state == "running"]
 
 
 def _settle(view: StageView, observed: Observed) -> list[Action]:
@@ -248,6 +285,8 @@ def _go(pipeline: Pipeline, observed: Observed, now: float) -> list[Action]:
         return [Wait("; ".join(dict.fromkeys(wait.reason for wait in waits)), min(timed, default=None))]
     if alive:
         return [Wait(f"{_names(alive)} runs")]
+    if judged := _in_judgement(observed):
+        return [Wait(f"{', '.join(judged)} is evaluated")]
     return [_finish(ends)]
 
 

@@ -134,6 +134,17 @@ class AttemptView:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """The evaluation that a committed stage's configuration asks for, beside the training."""
+
+    state: Literal["asked", "running", "done", "failed"]
+    reason: str = ""
+    """Why it failed in this launch."""
+    told: bool = False
+    """Whether an event says so."""
+
+
+@dataclass(frozen=True)
 class StageView:
     name: str
     inputs_digest: str | None
@@ -147,6 +158,8 @@ class StageView:
     """Attempts of other inputs without an outcome: left by a launch of an earlier configuration."""
     refused: str | None = None
     """Why this driver must not start the stage: its parent is not what was committed, or the backend says no."""
+    judged: Judged | None = None
+    """None: it asks for no evaluation, it is not committed, or its own ranks evaluate."""
     room: Room | None = None
     """Of the pool where its attempt is, or comes. None: it is not asked for, as the stage does not shrink."""
     sizes: tuple[Size, ...] = ()

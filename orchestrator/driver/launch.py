@@ -16,9 +16,11 @@ from orchestrator.driver.results import Results
 from orchestrator.ledger.keys import run_key
 from orchestrator.ledger.records import UNUSED, Committed, Event, Intent
 from orchestrator.ledger.store import Ledger
-from orchestrator.ports import Backend
+from orchestrator.ports import Backend, Evaluator
 from orchestrator.recipe.pipeline import Pipeline, Stage
 
+NOT_EVALUATED = "was not evaluated: "
+"""How the event of an evaluation that failed begins."""
 SUBMITTED, ASKED_TO_SAVE, WAS_KILLED = "submitted", "asked to save and leave", "killed"
 """How events begin from which a driver learns what an earlier one did to an attempt whose job is gone."""
 
@@ -34,6 +36,10 @@ class Launch:
     lease: HeldLease
     results: Results
     on_event: Callable[[Event], None]
+    evaluator: Evaluator | None = None
+    """Judges committed stages beside the training. None: each stage's own ranks do."""
+    unjudged: set[tuple[str, str]] = field(default_factory=set)
+    """(stage, inputs) of evaluations whose failure has its event."""
     draining: set[str] = field(default_factory=set)
     """Run keys of attempts that this driver has asked to save and leave."""
     ended_elsewhere: set[str] = field(default_factory=set)

@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import Literal
 
 from orchestrator.driver.elsewhere import Elsewhere
-from orchestrator.driver.facts import AttemptView, Checkpoint, Observed, Onward, StageView
+from orchestrator.driver.facts import AttemptView, Checkpoint, Judged, Observed, Onward, StageView
 from orchestrator.driver.launch import ASKED_TO_SAVE, SUBMITTED, WAS_KILLED, Launch
 from orchestrator.driver.nodes import NodesSeen
 from orchestrator.driver.placing import MOVES_ON, RESIZES
 from orchestrator.errors import Refused
+from orchestrator.ledger import evaluations
 from orchestrator.ledger.keys import run_key
 from orchestrator.ledger.records import DamagedCheckpoint, Intent, JournalPiece, Outcome, Placement, Report
 from orchestrator.ports import Life
@@ -65,12 +66,30 @@ class Observer:
                     if other != inputs_digest
                     for number in self._ledger.attempts(stage.name, other)
                 }
-            views[stage.name] = self._nodes.seen(stage, self._look(stage, inputs_digest, orphans[stage.name]), stage.name in wanted)
+            view = self._nodes.seen(stage, self._look(stage, inputs_digest, orphans[stage.name]), stage.name in wanted)
+            views[stage.name] = replace(view, judged=self._judged(stage, view)) if view.committed else view
             orphans[stage.name] = {(attempt.inputs_digest, attempt.number) for attempt in views[stage.name].orphans}
         self._orphans = orphans
         found = (attempt for view in views.values() for attempt in (*view.orphans, *view.attempts) if attempt.alive)
         self._launch.alive = {self._launch.run_key(attempt): attempt for attempt in found}
         return Observed(self._lease.epoch, views, wanted, stop, cancelled)
+
+    def _judged(self, stage: Stage, view: StageView) -> Judged | None:
+        """How far the evaluation of a committed stage is; the ledger is asked first, since another process may have made it."""
+        question, evaluator, committed = evaluations.digest_of(stage.config), self._launch.evaluator, self._results.of(stage)
+        if evaluator is None or question is None or committed is None:
+            return None
+        about = stage.name, committed.inputs_digest
+        state, reason = evaluator.state(*about)  # before the ledger: what has ended has written its answer
+        if self._ledger.evaluation(*about, question) is not None:
+            return Judged("done")
+        if evaluations.answered_by_attempt(committed, self._ledger.intent(*about, committed.attempt), question):
+            return Judged("done")
+        if state == "absent":
+            return Judged("asked")
+        if state == "running":
+            return Judged("running")
+        return Judged("failed", reason or "it ended without an answer", about in self._launch.unjudged)
 
     def _look(self, stage: Stage, inputs_digest: str | None, orphans: set[tuple[str, int]]) -> StageView:
         orphans_seen = tuple(

@@ -18,7 +18,7 @@ from typing import Literal, NoReturn
 from orchestrator.driver.act import Actor
 from orchestrator.driver.clock import Clock, SystemClock
 from orchestrator.driver.decide import Finish, Wait, decide, parentless
-from orchestrator.driver.facts import Observed
+from orchestrator.driver.facts import Observed, StageView
 from orchestrator.driver.held_lease import HeldLease
 from orchestrator.driver.launch import Launch
 from orchestrator.driver.nodes import NodesSeen
@@ -27,7 +27,7 @@ from orchestrator.driver.results import Results
 from orchestrator.errors import Refused, Unreachable, UsageError
 from orchestrator.ledger.records import Event
 from orchestrator.ledger.store import Ledger
-from orchestrator.ports import Backend, Life, NodeCounter
+from orchestrator.ports import Backend, Evaluator, Life, NodeCounter
 from orchestrator.recipe import launched
 from orchestrator.recipe.pipeline import Pipeline
 from orchestrator.recipe.prices import Prices, load_prices
@@ -94,19 +94,21 @@ class Runner:
         lease_ttl_s: float = LEASE_TTL_S,
         prices: Prices | None = None,
         nodes: NodeCounter | None = None,
+        evaluator: Evaluator | None = None,
     ):
         """
         Args:
             on_event: called with each event once it is written.
             prices: what devices cost where this pipeline runs, written down with each attempt; none: the shipped list, at its cluster.
             nodes: counts the cluster's nodes for stages that may go on with fewer; none: no stage does.
+            evaluator: judges committed stages beside the training; none: each stage's own ranks do.
         """
         self.pipeline, self.ledger, self.backend = pipeline, ledger, backend
         self.prices = prices if prices is not None else load_prices().at(pipeline.cluster)
         self.clock: Clock = clock or SystemClock()
         self.on_event = on_event
         self.lease_ttl_s = lease_ttl_s
-        self._nodes = nodes
+        self._nodes, self._evaluator = nodes, evaluator
         self.detached = False
         """Whether it was asked to leave."""
         self._results = Results(pipeline, ledger)
@@ -147,6 +149,8 @@ class Runner:
                 self._launch.event("ended", detail=f"{finish.status}: {finish.reason}")
                 return Result(finish.status, finish.exit_code, finish.reason, self._summed_up(wanted, finish))
         finally:
+            if self._evaluator is not None:
+                self._evaluator.close()
             lease.release()
 
     def drain(self) -> None:
@@ -165,7 +169,7 @@ class Runner:
 
     def _begin(self, lease: HeldLease, wanted: frozenset[str]) -> None:
         self._launch = Launch(
-            self.pipeline, self.ledger, self.backend, self.clock, lease, self._results, lambda event: self.on_event(event)
+            self.pipeline, self.ledger, self.backend, self.clock, lease, self._results, lambda event: self.on_event(event), self._evaluator
         )
         self._observer = Observer(self._launch, NodesSeen(self._launch, self._nodes, self.prices))
         self._actor = Actor(self._launch, self.prices)
@@ -229,15 +233,22 @@ class Runner:
         began, quiet_s = self.clock.now(), QUIET_S[self.pipeline.backend]
         views = observed.stages.values()
         alive = [(one, _news(one.life)) for view in views for one in (*view.orphans, *view.attempts) if one.alive]
+        judged = [view for view in views if view.judged is not None and view.judged.state == "running"]
         while self._stop == observed.stop and not self.detached and (wait.until is None or self.clock.now() < wait.until):
             if self.clock.now() >= began + quiet_s:
                 self._say(wait.reason)
             if any(_news(self._observer.life(self._launch.intent_of(one))) != known for one, known in alive):
                 return
+            if any(self._is_judged(view) for view in judged):
+                return
             self._launch.lease.check()
             self._listen()
             if self._stop == observed.stop and not self.detached:
                 self.clock.sleep(POLL_S[self.pipeline.backend])
+
+    def _is_judged(self, view: StageView) -> bool:
+        assert self._evaluator is not None and view.inputs_digest is not None
+        return self._evaluator.state(view.name, view.inputs_digest)[0] == "ended"
 
     def _say(self, detail: str) -> None:
         """Write an event that says what this driver waits for, unless the last one said the same."""

@@ -35,7 +35,7 @@ def digest_of(config: StageConfig) -> str | None:
 
 def answered_by_attempt(committed: Committed, intent: Intent | None, digest: str) -> bool:
     """Whether the attempt itself was asked the same and its result has the answer, as releases up to 0.2.0 and trainers of others do."""
-    if intent is None or digest_of(intent.config) != digest:
+    if intent is None or intent.config.judging != "gang" or digest_of(intent.config) != digest:
         return False
     return bool(committed.evaluation) or intent.config.evaluate is None
 

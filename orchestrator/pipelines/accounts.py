@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +67,8 @@ def comparison(current: Snapshot) -> list[dict[str, Any]]:
 
 def cost(current: Snapshot, *, by_attempt: bool = False) -> list[dict[str, Any]]:
     """A row a stage, one for its evaluations beside the training, and one for all that was spent on it under earlier inputs; or a row for
-    each of their attempts and evaluations."""
-    from orchestrator.accounting.cost import AttemptBill, merge
+    each of their attempts."""
+    from orchestrator.accounting.cost import AttemptBill, Bill, merge
 
     parts: list[tuple[str, str | None, bool, Bill]] = []
     names = dict.fromkeys([*(stage.name for stage in current.stages), *(one.stage for one in current.former)])
@@ -84,10 +84,9 @@ def cost(current: Snapshot, *, by_attempt: bool = False) -> list[dict[str, Any]]
         about = {"name": name, "inputs": inputs_digest, "earlier": old}
         for one in bill.attempts if by_attempt else (bill.of_attempts,):
             rows.append({**about, **({"attempt": one.attempt, "pool": one.pool} if isinstance(one, AttemptBill) else {}), **_bill(one)})
-        alone = [replace(bill, attempts=(), evaluations=(one,)) for one in bill.evaluations]
-        for part in alone if by_attempt else [merge(alone)] if alone else []:
-            digests = [one.question for one in part.evaluations]
-            rows.append({**about, "evaluations": digests, **({"attempt": None, "pool": None} if by_attempt else {}), **_bill(part)})
+        if bill.evaluations and not by_attempt:
+            beside = Bill((), bill.evaluations)
+            rows.append({**about, "evaluations": [one.question for one in bill.evaluations], **_bill(beside)})
     return rows
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from orchestrator.driver.runner import Runner
     from orchestrator.ledger.records import Event
     from orchestrator.pipelines.host import Host
-    from orchestrator.ports import Backend, NodeCounter, Store
+    from orchestrator.ports import Backend, Evaluator, NodeCounter, Store
     from orchestrator.recipe.pipeline import Pipeline
 
 MLFLOW_WAIT_S = 60.0
@@ -50,7 +50,16 @@ class Prepared:
         workspace = self.workspace
         backend = backend_of(workspace.pipeline, workspace.store, workspace.store_url, self.host)
         nodes = nodes_of(workspace.pipeline, self.host)
-        return Runner(workspace.pipeline, workspace.ledger, backend, on_event=on_event, prices=workspace.prices, nodes=nodes)
+        evaluator = evaluator_of(workspace.pipeline, workspace.store_url, self.host)
+        return Runner(
+            workspace.pipeline,
+            workspace.ledger,
+            backend,
+            on_event=on_event,
+            prices=workspace.prices,
+            nodes=nodes,
+            evaluator=evaluator,
+        )
 
     def mlflow(self, say: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
         """Keep MLflow up to date meanwhile; nothing where nothing is left to train, which saves MLflow's start of several seconds."""
@@ -150,6 +159,16 @@ def backend_of(pipeline: Pipeline, store: Store, store_url: str, host: Host) -> 
         pipeline=pipeline.name,
         profile_of=lambda intent: profile_of_attempt(ledger, pipeline, intent) or profile,
     )
+
+
+def evaluator_of(pipeline: Pipeline, store_url: str, host: Host) -> Evaluator | None:
+    """What judges committed stages beside the training. None: their own ranks do, in a cluster and with a trainer of somebody else, whose
+    checkpoints only that one can read."""
+    if pipeline.backend != "local" or pipeline.trainer:
+        return None
+    from orchestrator.pipelines.evaluating_beside import BesideDriver
+
+    return BesideDriver(pipeline.name, store_url, host)
 
 
 def nodes_of(pipeline: Pipeline, host: Host) -> NodeCounter | None:

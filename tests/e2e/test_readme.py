@@ -15,6 +15,7 @@ import signal
 import sqlite3
 import subprocess
 import time
+from decimal import Decimal
 from pathlib import Path
 
 import av
@@ -126,6 +127,8 @@ def test_stages_stand_side_by_side_with_hours_and_cost(launched: Osctl) -> None:
     for line in lines:
         assert line["loss"] > 0 and line["device_hours"] > 0 and float(line["usd"]) > 0
         assert line["gpu_hours"] == 0, "a CPU's hours are no GPU-hours"
+        assert line["device_seconds"]["evaluate"] == 0 and Decimal(line["evaluation_usd"]) > 0, "off the gang, on a line of its own"
+        assert line["evaluation"]["held_out_clips"] > 0
         assert line["evaluation"]["digit_chance"] == 0.1 and line["evaluation"]["direction_chance"] == 0.25
     assert "image_digit_accuracy" in lines[0]["evaluation"], "stage 1 is judged on images, and asked for video too"
 
