@@ -21,6 +21,7 @@ from orchestrator.ledger.keys import run_key
 from orchestrator.ledger.objects import Remark
 from orchestrator.ledger.records import UNUSED, ClipsUsed, Committed, Evaluation, Event, JournalPiece, Lease, Trouble
 from orchestrator.ledger.store import Ledger
+from orchestrator.recipe import gates
 from orchestrator.recipe.pipeline import Pipeline, Stage
 
 PACE_STEPS = 200
@@ -181,6 +182,7 @@ def take_snapshot(pipeline: Pipeline, history: History, now: float) -> Snapshot:
         if status.committed is not None:
             results[stage.name] = status.committed
         stages.append(status)
+    stages = [_held(stage, pipeline, stages, ledger) for stage in stages]
     driver = holder.holder if holder else None
     former: tuple[Earlier, ...] = ()
     for name in dict.fromkeys(name for name, _ in worked_on if name not in {stage.name for stage in pipeline.stages}):
@@ -197,6 +199,18 @@ def take_snapshot(pipeline: Pipeline, history: History, now: float) -> Snapshot:
     )
     books = (f"{about} {remark}" for about, bill in current.bills() for remark in bill.remarks())
     return replace(current, remarks=(*_remarks(stages, events, ledger), *books))
+
+
+def _held(status: StageStatus, pipeline: Pipeline, stages: Sequence[StageStatus], ledger: Ledger) -> StageStatus:
+    """The same; where it waits for the gate of its parent, it says so."""
+    parent = next((one for one in stages if one.name == status.parent), None)
+    gate = pipeline.stage(parent.name).spec.gate if parent is not None else None
+    if parent is None or gate is None or parent.committed is None or status.state != "ready":
+        return status
+    decisions = ledger.gate_decisions(parent.name, parent.committed.inputs_digest)
+    before = next((one.evaluation for one in stages if one.name == parent.parent), {})
+    stands = gates.stands(gate, parent.name, decisions[-1] if decisions else None, parent.evaluation or None, before)
+    return status if stands.state in ("open", "passes") else replace(status, state="blocked", why=stands.why)
 
 
 def _attempts(history: History, stage: str, inputs_digest: str, now: float, *, queued: bool) -> list[AttemptHistory]:

@@ -12,6 +12,7 @@ import typer
 
 from orchestrator.cli import (
     account,
+    approve,
     data,
     doctor,
     drive,
@@ -62,6 +63,7 @@ for command, name in (
     (logs.events, "events"),
     (run.cancel, "cancel"),
     (run.resume, "resume"),
+    (approve.approve, "approve"),
     (doctor.doctor, "doctor"),
     (status.list_, "list"),
     (account.compare, "compare"),

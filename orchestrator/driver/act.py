@@ -27,6 +27,7 @@ from orchestrator.driver.decide import (
     Kill,
     Move,
     Note,
+    PassGate,
     StartAttempt,
     TellUnjudged,
     Wait,
@@ -44,6 +45,7 @@ from orchestrator.ledger.records import (
     NO_NEWER,
     Asked,
     Committed,
+    GateDecision,
     Intent,
     Manifest,
     Outcome,
@@ -98,6 +100,8 @@ class Actor:
             case Evaluate(stage, inputs_digest):
                 assert self._launch.evaluator is not None
                 self._launch.evaluator.start(stage, inputs_digest)
+            case PassGate():
+                self._pass_gate(action)
             case TellUnjudged(stage, inputs_digest, reason):
                 self._launch.event("observed", stage=stage, detail=f"{NOT_EVALUATED}{reason}. Try again with: osctl eval {stage}")
                 self._launch.unjudged.add((stage, inputs_digest))
@@ -105,6 +109,15 @@ class Actor:
                 self._note(stage, detail)
             case Wait() | Finish():
                 raise AssertionError(f"{action} is no effect")
+
+    def _pass_gate(self, action: PassGate) -> None:
+        gate = self._pipeline.stage(action.stage).spec.gate
+        assert gate is not None
+        content = {"stage": action.stage, "inputs_digest": action.inputs_digest, "gate": gate, "action": "passed", "note": action.why}
+        holder = self._lease.handle.record.holder
+        with contextlib.suppress(StoreConflict):  # a person decides at the same moment: the next look sees it
+            self._ledger.decide_gate(GateDecision.model_validate({**content, "by": holder, "time": self._clock.now()}))
+        self._launch.event("observed", stage=action.stage, detail=f"gate passed: {gate}, {action.why}")
 
     def _move(self, action: Move) -> None:
         attempt, change = action.attempt, action.change

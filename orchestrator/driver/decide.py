@@ -85,6 +85,15 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class PassGate:
+    """Write down that a stage's gate is passed, before anything starts from it."""
+
+    stage: str
+    inputs_digest: str
+    why: str
+
+
+@dataclass(frozen=True)
 class TellUnjudged:
     """Write down that a stage could not be evaluated, which stops nothing."""
 
@@ -116,7 +125,7 @@ class Finish:
     reason: str
 
 
-Action = StartAttempt | CloseAttempt | Commit | Drain | Kill | Move | Evaluate | TellUnjudged | Note | Wait | Finish
+Action = StartAttempt | CloseAttempt | Commit | Drain | Kill | Move | Evaluate | TellUnjudged | PassGate | Note | Wait | Finish
 
 # --- Deciding ----------------------------------------------------------------------------------------------------------------------
 
@@ -266,7 +275,7 @@ def _go(pipeline: Pipeline, observed: Observed, now: float) -> list[Action]:
         step = _next(stage, view, observed, now, deadline_s, pipeline)
         if isinstance(step, StartAttempt):
             starts.append(step)
-        elif isinstance(step, Kill | CloseAttempt | Move):
+        elif isinstance(step, Kill | CloseAttempt | Move | PassGate):
             given_up.append(step)
         elif isinstance(step, Wait):
             waits.append(step)
@@ -292,7 +301,7 @@ def _go(pipeline: Pipeline, observed: Observed, now: float) -> list[Action]:
 
 def _next(
     stage: Stage, view: StageView, observed: Observed, now: float, deadline_s: float, pipeline: Pipeline
-) -> StartAttempt | Kill | CloseAttempt | Move | Wait | Verdict | None:
+) -> StartAttempt | Kill | CloseAttempt | Move | PassGate | Wait | Verdict | None:
     """What a wanted, uncommitted stage needs. None: its parent, which somebody else must finish first."""
     alive = [attempt for attempt in (*view.orphans, *view.attempts) if attempt.alive]
     if alive:
@@ -306,6 +315,8 @@ def _next(
     if view.refused is not None:
         return Verdict("failed", view.refused, 4)
     assert view.inputs_digest is not None, f"{stage.name} has a committed parent and no inputs"
+    if parent is not None and (held := _held(observed.stages[parent])) is not None:
+        return held
     mine = [one for one in view.attempts if one.epoch == observed.epoch or one.adopted or _ended_by_person(one, observed)]
     ends = [attempt for attempt in mine if attempt.outcome is not None]
     verdict = retry_verdict(ends, stage.spec.max_attempts, stage.config, alone=observed.targets == {stage.name})
@@ -321,6 +332,17 @@ def _next(
     order, shrinks = pipeline.pools_of(stage), view.room is not None
     nodes = placing.choose(stage, order, view, now) if order or shrinks else None
     return StartAttempt(stage.name, view.inputs_digest, number, resume, verdict.reason, nodes)
+
+
+def _held(parent: StageView) -> PassGate | Wait | Verdict | None:
+    """What a parent's gate makes of a stage that would start now. None: it may."""
+    gate = parent.gate
+    if gate is None or gate.state == "open":
+        return None
+    if gate.state == "passes":
+        assert parent.inputs_digest is not None
+        return PassGate(parent.name, parent.inputs_digest, gate.why)
+    return Wait(gate.why) if gate.state == "evaluating" else Verdict("suspended", gate.why, 4)
 
 
 def _move(stage: Stage, view: StageView, pipeline: Pipeline, now: float) -> Move | None:

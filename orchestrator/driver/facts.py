@@ -11,6 +11,7 @@ from typing import Literal
 
 from orchestrator.ledger.records import DamagedCheckpoint, Outcome, Placement, Report
 from orchestrator.ports import Life
+from orchestrator.recipe.gates import Gate
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ class StageView:
     """Attempts of other inputs without an outcome: left by a launch of an earlier configuration."""
     refused: str | None = None
     """Why this driver must not start the stage: its parent is not what was committed, or the backend says no."""
+    gate: Gate | None = None
+    """Between it and the stages that start from it. None: it has none, or is not committed."""
     judged: Judged | None = None
     """None: it asks for no evaluation, it is not committed, or its own ranks evaluate."""
     room: Room | None = None

@@ -21,6 +21,7 @@ from orchestrator.ledger import evaluations
 from orchestrator.ledger.keys import run_key
 from orchestrator.ledger.records import DamagedCheckpoint, Intent, JournalPiece, Outcome, Placement, Report
 from orchestrator.ports import Life
+from orchestrator.recipe.gates import Gate, stands
 from orchestrator.recipe.pipeline import Stage
 
 TROUBLE_POLL_S = 5.0
@@ -67,12 +68,33 @@ class Observer:
                     for number in self._ledger.attempts(stage.name, other)
                 }
             view = self._nodes.seen(stage, self._look(stage, inputs_digest, orphans[stage.name]), stage.name in wanted)
-            views[stage.name] = replace(view, judged=self._judged(stage, view)) if view.committed else view
+            if view.committed:
+                view = replace(view, judged=self._judged(stage, view))
+                view = replace(view, gate=self._gate(stage, view.judged))
+            views[stage.name] = view
             orphans[stage.name] = {(attempt.inputs_digest, attempt.number) for attempt in views[stage.name].orphans}
         self._orphans = orphans
         found = (attempt for view in views.values() for attempt in (*view.orphans, *view.attempts) if attempt.alive)
         self._launch.alive = {self._launch.run_key(attempt): attempt for attempt in found}
         return Observed(self._lease.epoch, views, wanted, stop, cancelled)
+
+    def _gate(self, stage: Stage, judged: Judged | None) -> Gate | None:
+        committed = self._results.of(stage)
+        if stage.spec.gate is None or committed is None:
+            return None
+        decisions = self._ledger.gate_decisions(stage.name, committed.inputs_digest)
+        pending = judged is not None and judged.state in ("asked", "running")
+        own = None if pending else self._read(stage)
+        parent = self._pipeline.stage(stage.spec.parent) if stage.spec.parent is not None else None
+        return stands(stage.spec.gate, stage.name, decisions[-1] if decisions else None, own, self._read(parent) if parent else {})
+
+    def _read(self, stage: Stage) -> dict[str, float]:
+        """The readings of a stage as it is asked now."""
+        committed, question = self._results.of(stage), evaluations.digest_of(stage.config)
+        if committed is None:
+            return {}
+        found = self._ledger.evaluation(stage.name, committed.inputs_digest, question) if question is not None else None
+        return dict(found.readings if found is not None else committed.evaluation)
 
     def _judged(self, stage: Stage, view: StageView) -> Judged | None:
         """How far the evaluation of a committed stage is; the ledger is asked first, since another process may have made it."""

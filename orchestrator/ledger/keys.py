@@ -96,6 +96,9 @@ class Keys:
     def evaluation(self, stage: str, inputs_digest: str, digest: str) -> str:
         return f"{self.stage(stage, inputs_digest)}/evaluations/{digest}.json"
 
+    def gate(self, stage: str, inputs_digest: str, number: int) -> str:
+        return f"{self.stage(stage, inputs_digest)}/gate/{number:06d}.json"
+
     def evaluation_sample(self, stage: str, inputs_digest: str, digest: str, name: str) -> str:
         return f"{self.stage(stage, inputs_digest)}/samples/{digest}/{name}"
 

@@ -111,9 +111,21 @@ def _link(ledger: Ledger, stage: str, inputs_digest: str, pin: _Pin | None, *, f
         intent,
         intent.parent if intent else None,
         tuple(faults),
-        (*(_remarks(ledger, intent, recorded) if intent else ()), *(where_it_ran(ledger, intent, committed.step) if intent else ())),
+        (
+            *_gate(ledger, stage, inputs_digest),
+            *(_remarks(ledger, intent, recorded) if intent else ()),
+            *(where_it_ran(ledger, intent, committed.step) if intent else ()),
+        ),
         recorded.contents if recorded else None,
     )
+
+
+def _gate(ledger: Ledger, stage: str, inputs_digest: str) -> Iterator[str]:
+    """Who let the next stage start from this one, and when."""
+    for one in ledger.gate_decisions(stage, inputs_digest):
+        done = {"approve": "approved by", "refuse": "refused by", "passed": "passed, read by"}[one.action]
+        when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(one.time))
+        yield f"gate {one.gate}: {done} {one.by} on {when}" + (f": {one.note}" if one.note else "")
 
 
 def _remarks(ledger: Ledger, intent: Intent, terms: Terms | None) -> Iterator[str]:

@@ -431,6 +431,21 @@ class Evaluation(Record):
     code: str
 
 
+class GateDecision(Record):
+    """Why the next stage may, or may not, start from a committed one that has a gate."""
+
+    stage: str
+    inputs_digest: str = Field(alias="inputs")
+    gate: str
+    """As the recipe had it."""
+    action: Literal["approve", "refuse", "passed"]
+    """A person approves or refuses; a rule was passed."""
+    by: str
+    """user@host; of a rule, the driver that read it."""
+    note: str
+    time: float
+
+
 UNUSED, NO_NEWER = "is not used: ", "as nothing newer can be used"
 """Phrases in the details of events, by which `status` and a launch recognise them."""
 

@@ -35,6 +35,7 @@ from orchestrator.ledger.records import (
     Decision,
     Evaluation,
     Event,
+    GateDecision,
     Intent,
     JournalPiece,
     Lease,
@@ -357,6 +358,18 @@ class Ledger:
     def samples(self, stage: str, inputs_digest: str, attempt: int) -> list[str]:
         """Keys."""
         return list(self._objects.list_all(f"{self.keys.attempt(stage, inputs_digest, attempt)}/samples/"))
+
+    # Gates
+
+    def gate_decisions(self, stage: str, inputs_digest: str) -> list[GateDecision]:
+        """What was decided on a committed stage's gate, the newest last."""
+        folder = self.keys.gate(stage, inputs_digest, 0).removesuffix("000000.json")
+        return self._objects.read_all(GateDecision, self._objects.list_named(folder, DECISION))
+
+    def decide_gate(self, decision: GateDecision) -> None:
+        """Raises StoreConflict where somebody else decides at the same moment."""
+        number = len(self.gate_decisions(decision.stage, decision.inputs_digest))
+        self.store.create(self.keys.gate(decision.stage, decision.inputs_digest, number), decision.encode())
 
     # Evaluations
 

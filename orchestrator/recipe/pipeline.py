@@ -25,6 +25,7 @@ from opensora.dataset.prepare_config import PrepareConfig
 from opensora.identity import Contents
 from orchestrator.ledger.keys import RESERVED
 from orchestrator.recipe.cluster_profile import ClusterProfile, DnsLabel
+from orchestrator.recipe.gates import check
 
 EXPERIMENT_CHARACTERS = 250
 """Of the name of an experiment; MLflow's databases have room for 256."""
@@ -112,6 +113,9 @@ class StageSpec(Frozen):
     """Counted attempts (docs/contracts.md: how an attempt ends) before the stage has failed."""
     hang_timeout_s: Annotated[PositiveFloat, Unit("seconds")] = 300
     """Without a heartbeat for so many seconds the attempt counts as hung."""
+    gate: Annotated[str, AfterValidator(check)] | None = None
+    """What must hold before the next stage starts from this one: a rule over its evaluation (direction_accuracy >= 0.5, held_out_loss <=
+    parent), or `approval` by a person (osctl approve). It never holds up this stage's own commit. None: nothing."""
     published: Published | None = None
     """The reference that plans and bills are compared with."""
 
@@ -124,8 +128,8 @@ class StageSpec(Frozen):
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without pools a revision is what an older release wrote, and reads."""
-        return without_added(self, write(self), ("pools",))
+        """Without pools and gate a revision is what an older release wrote, and reads."""
+        return without_added(self, write(self), ("pools", "gate"))
 
 
 def _not_reserved(name: str) -> str:
