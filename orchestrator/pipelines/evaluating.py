@@ -6,12 +6,14 @@ be killed at any moment, and made again. The first answer to a question stays. R
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import resource
+import shutil
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,19 +46,37 @@ def evaluate(workspace: Workspace, stage: Stage, committed: Committed, say: Say 
     question = evaluations.digest_of(stage.config)
     if question is None:
         raise UsageError(f"eval {stage.name}: it has neither prompts nor `evaluate`. Ask with: osctl eval {stage.name} --set {EXAMPLE}")
-    there = workspace.ledger.evaluation(stage.name, committed.inputs_digest, question)
-    if there is not None:
-        return there
-    folder, host = fetched(workspace, committed)
+    folder = workspace.host.home / "evaluating" / f"{workspace.pipeline.name}-{stage.name}-{question}"
+    with _alone(folder) as out:
+        there = workspace.ledger.evaluation(stage.name, committed.inputs_digest, question)
+        return there if there is not None else _made(workspace, stage, committed, question, out, say)
+
+
+def _made(workspace: Workspace, stage: Stage, committed: Committed, question: str, out: Path, say: Say) -> Evaluation:
+    """Evaluate now. `out`: an empty folder."""
+    checkpoint, host = fetched(workspace, committed)
     intent = workspace.ledger.intent(stage.name, committed.inputs_digest, committed.attempt)
     parent = intent.parent if intent is not None else None
     before = folder_of(workspace, host, parent.key, parent.manifest_digest) if parent is not None else None
-    with tempfile.TemporaryDirectory(prefix="osctl-eval-") as out:
-        began, computed = time.time(), _cpu_s()
-        result = _judge(stage, folder, before, Path(out), host.for_children(), say)
-        device_s = _cpu_s() - computed if result["device"] == "cpu" else time.time() - began
-        record = _record(workspace, stage, committed, question, result, device_s)
-        return workspace.ledger.write_evaluation(record, Path(out) / "samples")
+    began, computed = time.time(), _cpu_s()
+    result = _judge(stage, checkpoint, before, out, host.for_children(), say)
+    device_s = _cpu_s() - computed if result["device"] == "cpu" else time.time() - began
+    return workspace.ledger.write_evaluation(_record(workspace, stage, committed, question, result, device_s), out / "samples")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[Path]:
+    """A folder of this question, empty, for one process of this machine at a time: a second one waits, and finds the answer. What a killed
+    process left there goes with the next."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 EXAMPLE = "'stage1.evaluate={kind: digits, frames: 8}'"
