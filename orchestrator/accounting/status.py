@@ -291,6 +291,7 @@ def _stage(stage: Stage, history: History, results: dict[str, Committed], now: f
     losses = [reading.loss for reading in recent if reading.loss is not None]
     tail = losses[-max(1, step // 10) :]
     last = attempts[-1] if attempts else None
+    asks = bool(stage.config.prompts) or stage.config.evaluate is not None
     return StageStatus(
         name=stage.name,
         parent=parent,
@@ -310,7 +311,7 @@ def _stage(stage: Stage, history: History, results: dict[str, Committed], now: f
         evaluations=tuple(evaluations),
         committed=committed,
         published_gpu_hours=published,
-        at_the_end="evaluating" if stage.config.prompts or stage.config.evaluate else "saving",
+        at_the_end="evaluating" if asks and not (found and found[-1].intent.config.judging == "beside") else "saving",
         data=history.clips(found[-1]) if found else None,
         broken=broken is not None,
     )

@@ -295,7 +295,7 @@ def _go(pipeline: Pipeline, observed: Observed, now: float) -> list[Action]:
     if alive:
         return [Wait(f"{_names(alive)} runs")]
     if judged := _in_judgement(observed):
-        return [Wait(f"{', '.join(judged)} is evaluated")]
+        return [Wait(f"{', '.join(judged)} is being evaluated")]
     return [_finish(ends)]
 
 

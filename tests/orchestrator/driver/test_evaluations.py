@@ -23,12 +23,12 @@ def test_the_next_stage_does_not_wait_for_the_evaluation() -> None:
 
 def test_one_evaluation_goes_on_at_a_time() -> None:
     assert decide(CHAIN, seen(ASKED, ASKED, ASKED), NOW) == [Evaluate("one", "0a")]
-    assert decide(CHAIN, seen(DONE, RUNNING, ASKED), NOW) == [Wait("two is evaluated")]
+    assert decide(CHAIN, seen(DONE, RUNNING, ASKED), NOW) == [Wait("two is being evaluated")]
     assert decide(CHAIN, seen(DONE, DONE, ASKED), NOW) == [Evaluate("three", "0a")]
 
 
 def test_a_launch_ends_when_the_last_evaluation_has() -> None:
-    assert decide(CHAIN, seen(DONE, DONE, RUNNING), NOW) == [Wait("three is evaluated")]
+    assert decide(CHAIN, seen(DONE, DONE, RUNNING), NOW) == [Wait("three is being evaluated")]
     assert decide(CHAIN, seen(DONE, DONE, DONE), NOW) == [Finish("succeeded", 0, "every stage is committed")]
 
 
