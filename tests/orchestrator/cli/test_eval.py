@@ -65,6 +65,6 @@ def test_what_cannot_be_judged_is_one_line(trained: Osctl, tmp_path: Path) -> No
     assert "no such stage; it has stage1, stage2" in trained("eval", "stage9", expect=2).stderr
     assert "goes with a checkpoint's folder" in trained("eval", "stage1", "--out", "x", expect=2).stderr
     nothing = trained("eval", "stage1", "--set", "stage1.evaluate=null", "--set", "stage1.prompts=[]", expect=2).stderr
-    assert "neither prompts nor `evaluate`" in nothing and "osctl eval stage1 --set 'stage1.evaluate={kind: digits, frames: 8}'" in nothing
+    assert "neither prompts nor `evaluate`" in nothing and "stage1 --set 'stage1.evaluate={kind: digits, frames: 8}'" in nothing
     never = Osctl(write(tmp_path / "recipe", stages=1))
     assert "nothing is committed to judge. Make it with: osctl launch" in never("eval", expect=4).stderr
