@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,9 @@ from typing import Any
 
 from opensora import api, last_resort
 from opensora.config import SAMPLING_METHODS
+from opensora.distributed.parallel import share_clips
+from opensora.distributed.ranks import PEER_LOST, die_with_launcher, is_peer_lost
+from opensora.distributed.together import ranks_of_this_machine
 from opensora.errors import ConfigError, TrainerError
 from opensora.evaluation.video_files import written
 from opensora.printable import printable
@@ -58,6 +62,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--last-frame", type=Path, metavar="IMAGE", help="a picture that each clip ends with")
     add("--extend", type=Path, metavar="VIDEO", help="a video that goes on with what is drawn")
     add("--loop", action="store_true", help="lead each clip back to its beginning")
+    add("--devices", type=int, default=1, metavar="N", help="of this machine that share each clip [1]")
     add("--about", type=json.loads, default={}, metavar="JSON", help="what each file says of its model besides")
     return parser.parse_args(argv)
 
@@ -118,24 +123,35 @@ def _progress(shown: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _draw(args: argparse.Namespace) -> None:
+def _draw(args: argparse.Namespace, argv: Sequence[str]) -> None:
     prompts = _prompts(args)
     files = _files(args.out, prompts)
-    model = api.load(args.checkpoint)
+    with ranks_of_this_machine(args.devices, "opensora.sample", argv) as ranks:
+        model = api.load(args.checkpoint, ranks.device)
+        if ranks.world > 1:
+            model.sampler.sequence = share_clips(ranks, ranks.world)
+        _draw_with(model, args, prompts, files, first=ranks.is_first)
+
+
+def _draw_with(model: api.Model, args: argparse.Namespace, prompts: Sequence[str], files: Sequence[Path], *, first: bool) -> None:
+    """Of ranks that draw together the first one writes and speaks."""
     how: dict[str, Any] = {name: getattr(args, name) for name in _PASSED_ON}
     if args.guidance_interval is not None:
         how["guidance_interval"] = _interval(args.guidance_interval)
-    if model.stage.masks is None and (args.first_frame or args.last_frame or args.extend or args.loop):
+    if first and model.stage.masks is None and (args.first_frame or args.last_frame or args.extend or args.loop):
         sys.stderr.write(f"{UNTRAINED}\n")
     seeds = [args.seed + number for number in range(len(prompts))]
-    with _progress(sys.stderr.isatty()) as on_step:
+    with _progress(first and sys.stderr.isatty()) as on_step:
         if files[0].suffix == ".png":
             clips = api.generate_many(prompts, model, seeds=seeds, on_step=on_step, **how)
+            if not first:
+                return
             api.save_sheet(files[0], clips, args.about)
             _write_beside(files[0], {"clips": [clip.facts() for clip in clips], **args.about})
             _say_notes(clips)
             return
-        files[0].parent.mkdir(parents=True, exist_ok=True)
+        if first:
+            files[0].parent.mkdir(parents=True, exist_ok=True)
         batches = -(-len(prompts) // api.AT_ONCE)
         for batch in range(batches):  # written as they are drawn: whoever is killed keeps them, and memory holds one batch
 
@@ -144,6 +160,8 @@ def _draw(args: argparse.Namespace) -> None:
 
             some = slice(batch * api.AT_ONCE, (batch + 1) * api.AT_ONCE)
             clips = api.generate_many(prompts[some], model, seeds=seeds[some], on_step=on_own_step, **how)
+            if not first:
+                continue
             for path, clip in zip(files[some], clips, strict=True):
                 clip.save(path, args.about)
                 _write_beside(path, {**clip.facts(), **args.about})
@@ -173,22 +191,32 @@ def _write_beside(path: Path, content: Mapping[str, Any]) -> None:
 
 def _as_typed(reason: str) -> str:
     """`opensora.api` names its arguments; here they are flags of the same names."""
-    names = "frames|height|width|fps|guidance_interval|guidance_rescale|guidance|sampler|seed|steps|first_frame|last_frame|extend|loop"
+    names = (
+        "frames|height|width|fps|guidance_interval|guidance_rescale|guidance|sampler|seed|steps|first_frame|last_frame|extend|loop|devices"
+    )
     return re.sub(rf"^({names})(?= )", lambda found: f"--{found[1].replace('_', '-')}", reason)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done · 1 it failed · 2 the command is wrong."""
     args = _arguments(argv)
+    if os.environ.get("RANK", "0") != "0":
+        die_with_launcher()
     try:
-        _draw(args)
+        _draw(args, sys.argv[1:] if argv is None else argv)
     except TrainerError as error:
         sys.stderr.write(f"error: {printable(_as_typed(str(error)))}\n")
         return 2 if error.kind == "config" else 1
+    except Exception as error:
+        if not is_peer_lost(error):
+            raise
+        sys.stderr.write(f"error: another rank ended ({printable(str(error).splitlines()[0])}); nothing more was drawn\n")
+        return PEER_LOST
     except OSError as error:
         sys.stderr.write(f"error: --out {args.out}: {error.strerror or error}; make room, or name a file that can be written\n")
         return 1
-    sys.stdout.write(f"{args.out}\n")
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(f"{args.out}\n")
     return 0
 
 

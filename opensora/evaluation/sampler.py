@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from opensora.checkpoint import reader as checkpoint
@@ -19,6 +20,8 @@ from opensora.diffusion.given_frames import Held, holding, quarter, with_given
 from opensora.encoders.protocol import Autoencoder, TextEncoder, decode_clips, encode_clips, padded
 from opensora.errors import ConfigError
 from opensora.evaluation.given import Given
+from opensora.model.sequence_parallel import Sequence as SharedClips
+from opensora.model.sequence_parallel import all_of
 from opensora.model.stdit import STDiT
 
 SECOND = 2**62
@@ -46,6 +49,8 @@ class Sampler:
             device: of the network. The autoencoder decodes where it lies.
         """
         self.stage, self.autoencoder, self.text, self.device = stage, autoencoder, text, device
+        self.sequence: SharedClips | None = None
+        """Ranks that draw each clip together. All of them call `generate` with the same arguments, and all get the frames."""
         self.weights = weights
         self._models: dict[int, STDiT] = {}
 
@@ -77,13 +82,32 @@ class Sampler:
         Raises:
             ConfigError: a caption has unknown words, or frames or size do not divide into patches.
             ParentError: the weights are not those of the stage's model.
+            PeerLost: another rank of `sequence` ended.
         """
+        drawn = self.latents(captions, frames, seeds, sampling, size=size, negative=negative, given=given, loop=loop, on_step=on_step)
+        return self._decoded(drawn)
+
+    @torch.no_grad()
+    def latents(
+        self,
+        captions: Sequence[str],
+        frames: int,
+        seeds: Sequence[int],
+        sampling: SamplingConfig | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        negative: str | None = None,
+        given: Given | None = None,
+        loop: bool = False,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """(n, C, frames, h, w) on the sampler's device: what `generate` decodes, of the same arguments."""
         how = sampling or self.stage.sampling
         model, latent_size = self._model(frames), self._latent_size(size)
         vectors, mask = (part.to(self.device) for part in padded(self.text.encode([*captions, *([] if negative is None else [negative])])))
         held = None if given is None else self._held(given, len(captions), latent_size)
 
-        def latents(seeds: Sequence[int], held: Held | None) -> Tensor:
+        def draw(seeds: Sequence[int], held: Held | None) -> Tensor:
             chosen = objective.build(self.stage.objective)
             told = held.given if held is not None and held.learned else None
             network = _guided(model, vectors, mask, len(captions), how, last_time=chosen.last_time, given=told)
@@ -99,12 +123,21 @@ class Sampler:
             drawn = chosen.sample(counted, noise, how, generators)
             return drawn if held is None else with_given(drawn, held.clean, held.given)
 
-        drawn = latents(seeds, held)
+        drawn = draw(seeds, held)
         if loop:
             share = self._loop_share(frames)
-            back = latents([(seed + SECOND) % 2**63 for seed in seeds], self._ends_of(drawn, share))
+            back = draw([(seed + SECOND) % 2**63 for seed in seeds], self._ends_of(drawn, share))
             drawn = torch.cat([drawn, back[:, :, share:-share]], dim=2)
-        return decode_clips(self.autoencoder, drawn.cpu())
+        return drawn
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """(n, C, T, h, w) -> uint8 (n, T, H, W, 3) on the CPU. Ranks that share the clips decode a part of the frames each."""
+        shared = self.sequence
+        if shared is None:
+            return decode_clips(self.autoencoder, latents.cpu())
+        own = decode_clips(self.autoencoder, shared.own_frames(latents, 2, latents.shape[2]).cpu()).to(self.device)
+        whole = rearrange(all_of(own, shared), "n B T H W C -> B (n T) H W C")
+        return whole[:, : latents.shape[2]].cpu()
 
     def loop_frames(self, frames: int) -> int:
         """Frames of a loop that is drawn as two clips of so many. Raises ConfigError."""
@@ -180,6 +213,7 @@ class Sampler:
             checkpoint.compare(model.state_dict(), self.weights, "weights to sample from")
             model.load_state_dict(self.weights)
             model.freeze_temporal()  # if an image model is asked for video: what has no effect is not computed
+            model.sequence = self.sequence
             self._models[frames] = model.to(self.device).eval()
         return self._models[frames]
 

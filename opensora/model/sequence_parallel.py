@@ -87,6 +87,13 @@ class Cut:
         return rearrange(whole, "n B T S D -> B (n T) S D")[:, : self.frames]
 
 
+def all_of(own: Tensor, sequence: Sequence) -> Tensor:
+    """(…) of each rank, of one shape -> (n, …) on every rank. Without a backward pass."""
+    whole = own.new_empty(sequence.ranks, *own.shape)
+    dist.all_gather_into_tensor(whole.flatten(0, 1), own.contiguous(), group=sequence.group)
+    return whole
+
+
 def exchange(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(n, ...): part i of rank r becomes part r of rank i, and so do their gradients."""
     exchanged: Tensor = _Exchange.apply(parts.contiguous(), group)
@@ -115,9 +122,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, sequence: Sequence) -> Tensor:
         ctx.sequence = sequence
-        whole = own.new_empty(sequence.ranks, *own.shape)
-        dist.all_gather_into_tensor(whole.flatten(0, 1), own, group=sequence.group)
-        return whole
+        return all_of(own, sequence)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

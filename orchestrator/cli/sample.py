@@ -87,6 +87,9 @@ def sample(
     loop: Annotated[
         bool, typer.Option("--loop", help="Lead each clip back to its beginning: up to twice the frames, twice the time.")
     ] = False,
+    devices: Annotated[
+        int, typer.Option("--devices", min=1, metavar="N", help="GPUs of this machine that share each clip; on a CPU, processes.")
+    ] = 1,
     file: options.File = None,
     store: options.Store = None,
 ) -> None:
@@ -106,6 +109,7 @@ def sample(
         "prompt": prompt, "prompts": prompts, "out": out, "seed": seed, "frames": frames, "height": height, "width": width, "fps": fps,
         "steps": steps, "sampler": sampler, "guidance": guidance, "guidance-interval": guidance_interval,
         "guidance-rescale": guidance_rescale, "negative": negative, "first-frame": first_frame, "last-frame": last_frame, "extend": extend,
+        "devices": devices,
     }  # fmt: skip
     words = [f"--{name}={value}" for name, value in given.items() if value is not None] + ["--loop"] * loop
     if model is not None:

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from opensora import sample
 from opensora.config import StageConfig
@@ -63,6 +68,7 @@ def test_words_that_the_model_never_saw_are_said(trained: Path, tmp_path: Path, 
         (["--prompt", "a digit 3", "--prompt", "a digit 4", "--out", "x.mp4"], "2 given"),
         (["--prompt", "a digit 3", "--out", "nowhere/x.mp4"], "nowhere"),
         (["--prompt", "a digit 3", "--out", "x.mp4", "--frames", "0"], "--frames 0"),
+        (["--prompt", "a digit 3", "--out", "x.mp4", "--devices", "65"], "--devices 65: not from 1 to 64"),
     ],
 )
 def test_a_wrong_command_is_one_line_and_exit_2(
@@ -99,6 +105,24 @@ def test_a_folder_gets_a_video_for_each_prompt_and_each_says_what_it_was_drawn_f
     with av.open(str(second)) as video:
         assert video.metadata["title"] == PROMPTS[1] and json.loads(video.metadata["comment"]) | {"schema": 1} == beside
         assert video.streams.video[0].average_rate == 12
+
+
+def test_devices_share_a_clip_and_end_with_the_command(trained: Path, tmp_path: Path) -> None:
+    """Real processes: the one that is typed, and those beside it."""
+
+    def drawn(name: str, *words: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+        out = tmp_path / name
+        command = [sys.executable, "-m", "opensora.sample", str(trained), "--frames=5", "--out", str(out), *words]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120), out
+
+    done, out = drawn("two.png", "--prompt", PROMPTS[0], "--devices=2")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{out}\n", "")
+    one = tmp_path / "one.png"
+    assert sample.main([str(trained), "--frames=5", "--prompt", PROMPTS[0], "--out", str(one)]) == 0
+    ours, theirs = (np.asarray(Image.open(path)).astype(int) for path in (out, one))
+    assert np.abs(ours - theirs).max() <= 1
+    done, out = drawn("zebra.png", "--prompt", "a zebra", "--devices=2")
+    assert done.returncode == 2 and "zebra" in done.stderr and done.stderr.count("\n") == 1 and not out.exists()
 
 
 def test_the_same_values_draw_the_same_file(trained: Path, tmp_path: Path) -> None:

@@ -4,11 +4,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import gang
+import numpy as np
 import pytest
+import sampling_ranks
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from opensora.checkpoint import reader as checkpoint
 from opensora.config import StageConfig
+from opensora.distributed.ranks import Ranks
 from opensora.errors import ParentError
 from opensora.evaluation.sampler import Sampler
 from opensora.evaluation.saved_model import open_model
@@ -53,6 +59,23 @@ def test_the_average_is_what_is_sampled(trained: Path, sampler: Sampler) -> None
 
 def test_weights_serve_other_numbers_of_frames(sampler: Sampler) -> None:
     assert sampler.generate(PROMPTS[:1], 6, [1]).shape == (1, 6, 16, 16, 3)
+
+
+@pytest.mark.parametrize("masks", [None, {"first_frame": 0.5}], ids=["untrained", "trained with given frames"])
+def test_ranks_that_share_each_clip_draw_what_one_draws(
+    masks: dict[str, float] | None, tiny_stage: Callable[..., StageConfig], complete: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = complete(tiny_stage(data={"frames": 4}, optimizer={"warmup_steps": 0, "lr": 0.1}, masks=masks))
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)).save(picture)
+    alone = sampling_ranks.draw(model, picture, Ranks(0, 1, torch.device("cpu")))
+    for world in (2, 3):
+        gang.run(world, sampling_ranks.__file__, str(model), str(picture), str(tmp_path / f"{world}"))
+        ours = load_file(tmp_path / f"{world}")
+        assert (ours.pop("frames").int() - alone["frames"].int()).abs().max() <= 1
+        for name, latents in ours.items():
+            assert latents.shape == alone[name].shape
+            assert (latents - alone[name]).abs().max() < 1e-5 * alone[name].abs().max(), (world, name)
 
 
 def test_weights_that_do_not_fit_are_refused(trained: Path, tiny_stage: Callable[..., StageConfig], sampler: Sampler) -> None:
