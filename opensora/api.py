@@ -40,9 +40,12 @@ from opensora.config import SAMPLING_METHODS, SamplingConfig, StageConfig
 from opensora.distributed.ranks import Ranks
 from opensora.errors import ConfigError
 from opensora.evaluation import given as given_files
+from opensora.evaluation import memory_plan
+from opensora.evaluation.prompts import check as check_prompts
 from opensora.evaluation.sampler import Sampler, evaluations, too_long
 from opensora.evaluation.saved_model import open_model
 from opensora.evaluation.video_files import frames_per_second, write_gif, write_mp4, write_sheet, written
+from opensora.printable import quoted
 from opensora.training.run_directory import RunDirectory
 from opensora.training.stage import report_failure, run_stage
 from opensora.training.trainer import DrainRequest
@@ -255,7 +258,7 @@ def generate_many(
     on_step: Callable[[int, int], None] = lambda done, total: None,
     **how: Any,
 ) -> list[Clip]:
-    """Draw a clip for each prompt, 16 at once; clip i is of seed i. Arguments and errors are those of `generate`.
+    """Draw a clip for each prompt, 16 at once or as many as fit; clip i is of seed i. Arguments and errors are those of `generate`.
 
     Args:
         on_step: is told before each evaluation of the network how many there were, and how many there will be.
@@ -272,8 +275,10 @@ def generate_many(
             raise ConfigError(f"seed {seed}: not from 0 to {MOST_SEED}; choose another one")
     if not prompts:
         return []
+    check_prompts(prompts, model.sampler.text, asked.negative)
     given, loops = _given(model.stage, asked, count, size), 2 if asked.loop else 1
-    done, total = 0, -(-len(prompts) // AT_ONCE) * evaluations(sampling) * loops
+    at_once = memory_plan.plan(model.sampler, min(len(prompts), AT_ONCE), count, size, sampling).at_once
+    done, total = 0, -(-len(prompts) // at_once) * evaluations(sampling) * loops
 
     def beat() -> None:
         nonlocal done
@@ -287,7 +292,7 @@ def generate_many(
             count,
             seeds,
             sampling,
-            batch=AT_ONCE,
+            batch=at_once,
             size=size,
             negative=asked.negative,
             given=given,
@@ -316,6 +321,19 @@ def generate_many(
         )
         for pixels, prompt, seed, note in zip(drawn.numpy(), prompts, seeds, notes, strict=True)
     ]
+
+
+def plan(model: Model, clips: int, **how: Any) -> memory_plan.Plan:
+    """How many of so many clips are drawn at once, and what that needs of what is free now. Nothing is loaded for it.
+
+    Args:
+        how: fields of `Drawing`.
+
+    Raises:
+        ConfigError: a value is out of range, or not one clip fits.
+    """
+    count, size, sampling = _checked(model.stage, Drawing(**how), clips)
+    return memory_plan.plan(model.sampler, min(clips, AT_ONCE), count, size, sampling)
 
 
 def train(run_dir: str | Path, device: str | torch.device | None = None) -> Trained:
@@ -399,11 +417,14 @@ def _checked(stage: StageConfig, asked: Drawing, clips: int) -> tuple[int, tuple
     }  # fmt: skip
     told = stage.sampling.model_dump() | {name: value for name, value in names.items() if value is not None}
     try:
-        return count, size, SamplingConfig.model_validate(told)
+        sampling = SamplingConfig.model_validate(told)
     except ValidationError as error:
         first = error.errors()[0]
         field = f"{first['loc'][0]} {names.get(str(first['loc'][0]))}: " if first["loc"] else ""
         raise ConfigError(f"{field}{first['msg'].removeprefix('Value error, ')}") from None
+    if asked.negative is not None and sampling.guidance == 1:
+        raise ConfigError(f"negative {quoted(asked.negative, 60)}: has no effect at guidance 1; leave it out, or ask for more guidance")
+    return count, size, sampling
 
 
 def _given(stage: StageConfig, asked: Drawing, frames: int, size: tuple[int, int] | None) -> given_files.Given | None:

@@ -9,9 +9,10 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from opensora.distributed.parallel import share_clips
 from opensora.distributed.ranks import PEER_LOST, die_with_launcher, is_peer_lost
 from opensora.distributed.together import ranks_of_this_machine
 from opensora.errors import ConfigError, TrainerError
+from opensora.evaluation.prompts import check as check_prompts
 from opensora.evaluation.video_files import written
 from opensora.printable import printable
 
@@ -140,8 +142,12 @@ def _draw_with(model: api.Model, args: argparse.Namespace, prompts: Sequence[str
         how["guidance_interval"] = _interval(args.guidance_interval)
     if first and model.stage.masks is None and (args.first_frame or args.last_frame or args.extend or args.loop):
         sys.stderr.write(f"{UNTRAINED}\n")
+    check_prompts(prompts, model.sampler.text, args.negative)
+    planned = api.plan(model, len(prompts), **how)
+    if first and (sys.stderr.isatty() or planned.at_once < min(len(prompts), api.AT_ONCE)):
+        sys.stderr.write(f"{planned.sentence()}\n")
     seeds = [args.seed + number for number in range(len(prompts))]
-    with _progress(first and sys.stderr.isatty()) as on_step:
+    with _place(files[0]) if first else nullcontext(), _progress(first and sys.stderr.isatty()) as on_step:
         if files[0].suffix == ".png":
             clips = api.generate_many(prompts, model, seeds=seeds, on_step=on_step, **how)
             if not first:
@@ -150,8 +156,6 @@ def _draw_with(model: api.Model, args: argparse.Namespace, prompts: Sequence[str
             _write_beside(files[0], {"clips": [clip.facts() for clip in clips], **args.about})
             _say_notes(clips)
             return
-        if first:
-            files[0].parent.mkdir(parents=True, exist_ok=True)
         batches = -(-len(prompts) // api.AT_ONCE)
         for batch in range(batches):  # written as they are drawn: whoever is killed keeps them, and memory holds one batch
 
@@ -166,6 +170,25 @@ def _draw_with(model: api.Model, args: argparse.Namespace, prompts: Sequence[str
                 clip.save(path, args.about)
                 _write_beside(path, {**clip.facts(), **args.about})
             _say_notes(clips)
+
+
+@contextmanager
+def _place(file: Path) -> Iterator[None]:
+    """Show that a file can be written before hours of drawing; its folder is made, and removed again if nothing came to lie in it.
+
+    Raises OSError.
+    """
+    folder, made = file.parent, not file.parent.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = file.with_name(f"{file.name}.partial")
+    try:
+        probe.touch()
+        probe.unlink()
+        yield
+    finally:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _say_notes(clips: Sequence[api.Clip]) -> None:
@@ -191,9 +214,8 @@ def _write_beside(path: Path, content: Mapping[str, Any]) -> None:
 
 def _as_typed(reason: str) -> str:
     """`opensora.api` names its arguments; here they are flags of the same names."""
-    names = (
-        "frames|height|width|fps|guidance_interval|guidance_rescale|guidance|sampler|seed|steps|first_frame|last_frame|extend|loop|devices"
-    )
+    names = "frames|height|width|fps|guidance_interval|guidance_rescale|guidance|sampler|seed|steps"
+    names += "|first_frame|last_frame|extend|loop|devices|negative"
     return re.sub(rf"^({names})(?= )", lambda found: f"--{found[1].replace('_', '-')}", reason)
 
 
@@ -207,18 +229,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainerError as error:
         sys.stderr.write(f"error: {printable(_as_typed(str(error)))}\n")
         return 2 if error.kind == "config" else 1
+    except OSError as error:
+        sys.stderr.write(f"error: --out {args.out}: {error.strerror or error}; make room, or name a file that can be written\n")
+        return 1
     except Exception as error:
         if not is_peer_lost(error):
             raise
         sys.stderr.write(f"error: another rank ended ({printable(str(error).splitlines()[0])}); nothing more was drawn\n")
         return PEER_LOST
-    except OSError as error:
-        sys.stderr.write(f"error: --out {args.out}: {error.strerror or error}; make room, or name a file that can be written\n")
-        return 1
     if os.environ.get("RANK", "0") == "0":
         sys.stdout.write(f"{args.out}\n")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as an exception, so that no half file stays
     sys.exit(last_resort.run("sample", main))

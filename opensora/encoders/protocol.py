@@ -24,6 +24,7 @@ from opensora.encoders.embedded import PatchAutoencoder, WordEncoder
 from opensora.encoders.files import AUTOENCODER_FILE, TEXT_FILE, about
 from opensora.encoders.pretrained import KLAutoencoder, T5Encoder
 from opensora.errors import ConfigError, ParentError
+from opensora.planning.sampling import Encoders
 
 __all__ = ["AUTOENCODER_FILE", "TEXT_FILE", "KLAutoencoder", "PatchAutoencoder", "T5Encoder", "WordEncoder", "about"]
 
@@ -151,6 +152,14 @@ def decode_clips(autoencoder: Autoencoder, latents: torch.Tensor) -> torch.Tenso
     """(B, C, T, h, w) → uint8 (B, T, H, W, 3)."""
     frames = autoencoder.decode(rearrange(latents, "b c t h w -> (b t) c h w"))
     return rearrange(frames, "(b t) c h w -> b t h w c", b=len(latents)).contiguous()
+
+
+def needs_of(autoencoder: Autoencoder, text: TextEncoder) -> Encoders:
+    """The memory of encoders that draw clips. Embedded ones have next to no weights. Raises ConfigError."""
+    weights = sum(one.weights_bytes() for one in (autoencoder, text) if isinstance(one, KLAutoencoder | T5Encoder))
+    if isinstance(autoencoder, KLAutoencoder):
+        return Encoders(weights, autoencoder.stage.micro_batch, autoencoder.decoding_bytes())
+    return Encoders(weights)
 
 
 def padded(vectors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

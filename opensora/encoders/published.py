@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from opensora import imports
 from opensora.errors import ConfigError, ParentError
@@ -114,6 +116,13 @@ class PublishedModel:
                 raise ConfigError(f"{self.field} {self.path}: {index.name} names {lost[0]}, which is not there. Copy the model again")
         return files
 
+    def numbers(self) -> int:
+        """How many numbers the weight files hold, from their headers. Raises ConfigError."""
+        try:
+            return sum(_numbers(path) for path in self.weights())
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{self.field} {self.path}: its weights cannot be read ({error}). Copy the model again") from error
+
     def digest(self) -> str:
         """sha256 in hex over the config, the tokenizer, and for each weight file its name, size, header and 64 samples of 4 KiB.
 
@@ -144,6 +153,11 @@ class PublishedModel:
                 f"{file}: made with {told.get('path')} of digest {str(told.get('digest'))[:12]}, but {self.field} {self.path} is now of "
                 f"digest {found[:12]}: another model lies there now. Put the earlier model back"
             )
+
+
+def _numbers(path: Path) -> int:
+    with safe_open(path, "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - it is no dict
 
 
 def _samples(path: Path) -> Iterator[bytes]:

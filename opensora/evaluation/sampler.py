@@ -23,6 +23,7 @@ from opensora.evaluation.given import Given
 from opensora.model.sequence_parallel import Sequence as SharedClips
 from opensora.model.sequence_parallel import all_of
 from opensora.model.stdit import STDiT
+from opensora.printable import quoted
 
 SECOND = 2**62
 """Added to a clip's seed for the clip that leads back in a loop."""
@@ -203,6 +204,10 @@ class Sampler:
         """The model for clips of so many frames of the stage's own size, ready to be evaluated. Raises as `generate` does."""
         return self._model(frames)
 
+    def has_network(self, frames: int) -> bool:
+        """Whether the network for clips of so many frames is on the device."""
+        return frames in self._models
+
     def _model(self, frames: int) -> STDiT:
         if frames not in self._models:
             if frames % self.stage.model.patch[0]:
@@ -236,7 +241,5 @@ def too_long(text: TextEncoder, prompt: str) -> str | None:
     length = text.length(prompt)
     if length <= text.tokens:
         return None
-    return (
-        f'prompt "{prompt}": {length} {text.unit}, the model saw at most {text.tokens}, so the last {length - text.tokens} count for '
-        "nothing. Say what matters first"
-    )
+    fact = f"{length} {text.unit}, the model saw at most {text.tokens}, so the last {length - text.tokens} count for nothing"
+    return f'prompt "{quoted(prompt, 200)}": {fact}. Say what matters first'

@@ -68,6 +68,16 @@ def test_words_that_the_model_never_saw_are_said(trained: Path, tmp_path: Path, 
         (["--prompt", "a digit 3", "--prompt", "a digit 4", "--out", "x.mp4"], "2 given"),
         (["--prompt", "a digit 3", "--out", "nowhere/x.mp4"], "nowhere"),
         (["--prompt", "a digit 3", "--out", "x.mp4", "--frames", "0"], "--frames 0"),
+        (["--prompt", "", "--out", "x.mp4"], "prompt '': it is empty; say what to draw"),
+        (["--prompt", "a digit 3", "--prompt", " ", "--out", "drawn"], "it is empty"),
+        (["--prompt", "a digit " * 10_000, "--out", "x.mp4"], "80,000 characters, more than 20,000"),
+        (["--prompt", "a\x07digit", "--out", "x.mp4"], "\\x07 is no text"),
+        (["--prompt", "赤い四角", "--out", "x.mp4"], "赤い四角"),
+        (["--prompt", "a digit 3", "--out", "x.mp4", "--negative", ""], "--negative '': it is empty"),
+        (
+            ["--prompt", "a digit 3", "--out", "x.mp4", "--guidance", "1", "--negative", "a digit 8"],
+            "--negative a digit 8: has no effect at guidance 1",
+        ),
         (["--prompt", "a digit 3", "--out", "x.mp4", "--devices", "65"], "--devices 65: not from 1 to 64"),
     ],
 )
@@ -107,6 +117,40 @@ def test_a_folder_gets_a_video_for_each_prompt_and_each_says_what_it_was_drawn_f
         assert video.streams.video[0].average_rate == 12
 
 
+def test_what_cannot_be_written_is_said_before_anything_is_drawn(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sample.api, "generate_many", lambda *_, **__: pytest.fail("it was drawn"))
+    for out in ("/proc/x.mp4", "/proc/drawn/"):
+        assert sample.main([str(trained), "--prompt", PROMPTS[0], "--out", out]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: --out {out}: ") and said.count("\n") == 1
+
+
+def test_a_new_folder_in_which_nothing_came_to_lie_is_removed(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sample.main([str(trained), "--prompt", "a zebra", "--out", str(tmp_path / "drawn")]) == 2
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_an_interrupted_write_leaves_no_half_file(trained: Path, tmp_path: Path) -> None:
+    """SIGTERM arrives while the video is written."""
+    program = f"""
+import os, runpy, signal, sys
+from opensora import api
+real = api.write_mp4
+def write_mp4(path, *of):
+    real(path, *of)
+    assert path.stat().st_size > 0
+    os.kill(os.getpid(), signal.SIGTERM)
+api.write_mp4 = write_mp4
+sys.argv = ["sample", {str(trained)!r}, "--prompt", {PROMPTS[0]!r}, "--out", {str(tmp_path / "drawn")!r}]
+runpy.run_module("opensora.sample", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 143 and done.stderr == "" and not (tmp_path / "drawn").exists()
+
+
+@pytest.mark.long
 def test_devices_share_a_clip_and_end_with_the_command(trained: Path, tmp_path: Path) -> None:
     """Real processes: the one that is typed, and those beside it."""
 
