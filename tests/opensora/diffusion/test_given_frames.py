@@ -122,3 +122,7 @@ def test_a_model_that_never_saw_given_frames_is_shown_them_at_the_noise_of_the_t
     flow = objective.build(OBJECTIVES["flow"])
     seen = holding(lambda x, time: x, Held(clean, given, learned=False), noise, flow.noised)(torch.zeros_like(clean), torch.tensor([250.0]))
     assert torch.allclose(seen[:, :, 0], 0.75 * clean[:, :, 0] + 0.25 * noise[:, :, 0]) and not seen[:, :, 1].any()
+    trained = holding(lambda x, time: x, Held(clean, given, learned=True), noise, flow.noised)(
+        torch.zeros_like(clean), torch.tensor([250.0])
+    )
+    assert torch.equal(trained[:, :, 0], clean[:, :, 0]), "a trained one sees them clean"
