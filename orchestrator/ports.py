@@ -166,8 +166,12 @@ class Backend(Protocol):
 class Evaluator(Protocol):
     """Judges committed stages beside the training. What it finds out it writes into the ledger itself; nothing rests on it."""
 
-    def start(self, stage: str, inputs_digest: str) -> None:
-        """Begin; where it has begun, nothing. A failure to begin is found by `state`."""
+    def start(self, stage: str, inputs_digest: str, *, yields: bool) -> None:
+        """Begin; where it has begun, nothing. A failure to begin is found by `state`.
+
+        Args:
+            yields: whether a training beside it goes first.
+        """
 
     def state(self, stage: str, inputs_digest: str) -> tuple[Literal["absent", "running", "ended"], str]:
         """Whether it has begun here and goes on; with `ended`, why it failed, empty where it did not."""

@@ -34,7 +34,7 @@ class Judge:
     began: list[str] = field(default_factory=list)
     closed: int = 0
 
-    def start(self, stage: str, inputs_digest: str) -> None:
+    def start(self, stage: str, inputs_digest: str, *, yields: bool) -> None:
         self.looks[stage, inputs_digest] = 0
         self.began.append(stage)
 

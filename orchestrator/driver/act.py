@@ -97,9 +97,9 @@ class Actor:
                 self._launch.given_up[self._launch.run_key(attempt)] = why
             case Move():
                 self._move(action)
-            case Evaluate(stage, inputs_digest):
+            case Evaluate(stage, inputs_digest, yields):
                 assert self._launch.evaluator is not None
-                self._launch.evaluator.start(stage, inputs_digest)
+                self._launch.evaluator.start(stage, inputs_digest, yields=yields)
             case PassGate():
                 self._pass_gate(action)
             case TellUnjudged(stage, inputs_digest, reason):

@@ -82,6 +82,8 @@ class Evaluate:
 
     stage: str
     inputs_digest: str
+    yields: bool = True
+    """Whether something else is still to be trained, which goes first."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,9 @@ def _judge(observed: Observed) -> list[Action]:
         if view.judged.state == "failed" and not view.judged.told:
             actions.append(TellUnjudged(view.name, view.inputs_digest, view.judged.reason))
     if not _in_judgement(observed):
-        actions += [Evaluate(view.name, view.inputs_digest or "") for view in wanted if view.judged and view.judged.state == "asked"][:1]
+        trains = not all(view.committed for view in observed.stages.values() if view.name in observed.targets)
+        asked = [view for view in wanted if view.judged is not None and view.judged.state == "asked"]
+        actions += [Evaluate(view.name, view.inputs_digest or "", trains) for view in asked[:1]]
     return actions
 
 

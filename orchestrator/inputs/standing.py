@@ -156,7 +156,8 @@ def goes_on_otherwise(ledger: Ledger, standing: Standing) -> str:
     if last is None or ledger.committed(stage.name, standing.inputs_digest) is not None:
         return ""
     then = last.nodes * last.devices_per_node
-    changed = [one for one in identity.differences(last.config, stage.config, then, stage.devices) if one.kind == "execution"]
+    differences = identity.differences(last.config, stage.config, then, stage.devices)
+    changed = [one for one in differences if one.kind == "execution" and one.path != "judging"]  # a driver's choice, and no person's
     if then != stage.devices:
         changed.insert(0, Difference("devices", then, stage.devices, "execution"))
     return f"{stage.name} goes on where it was: {said(changed)}; its numbers stay the same result" if changed else ""

@@ -39,12 +39,14 @@ class BesideDriver:
         self._processes: dict[tuple[str, str], subprocess.Popen[bytes]] = {}
         self._faults: dict[tuple[str, str], str] = {}
 
-    def start(self, stage: str, inputs_digest: str) -> None:
+    def start(self, stage: str, inputs_digest: str, *, yields: bool) -> None:
         about = stage, inputs_digest
         if about in self._processes or about in self._faults:
             return
         words = ["--store", self._store_url, "--pipeline", self._pipeline, "--stage", stage, "--inputs", inputs_digest]
-        command = modules.command("orchestrator.pipelines.evaluating_beside", *words, "--launcher-pid", str(os.getpid()))
+        command = modules.command(
+            "orchestrator.pipelines.evaluating_beside", *words, "--launcher-pid", str(os.getpid()), *(["--yields"] if yields else [])
+        )
         log = self._log(stage)
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -122,8 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("store", "pipeline", "stage", "inputs"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--launcher-pid", type=int, required=True, help="the driver, with which this ends")
+    parser.add_argument("--yields", action="store_true", help="leave the machine to a training beside it")
     options = parser.parse_args(argv)
-    os.nice(NICE)
+    if options.yields:
+        os.nice(NICE)
     _end_with(options.launcher_pid)
     try:
         run(options)

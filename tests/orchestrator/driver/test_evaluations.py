@@ -22,9 +22,9 @@ def test_the_next_stage_does_not_wait_for_the_evaluation() -> None:
 
 
 def test_one_evaluation_goes_on_at_a_time() -> None:
-    assert decide(CHAIN, seen(ASKED, ASKED, ASKED), NOW) == [Evaluate("one", "0a")]
+    assert decide(CHAIN, seen(ASKED, ASKED, ASKED), NOW) == [Evaluate("one", "0a", yields=False)]
     assert decide(CHAIN, seen(DONE, RUNNING, ASKED), NOW) == [Wait("two is being evaluated")]
-    assert decide(CHAIN, seen(DONE, DONE, ASKED), NOW) == [Evaluate("three", "0a")]
+    assert decide(CHAIN, seen(DONE, DONE, ASKED), NOW) == [Evaluate("three", "0a", yields=False)], "nothing is left to train"
 
 
 def test_a_launch_ends_when_the_last_evaluation_has() -> None:

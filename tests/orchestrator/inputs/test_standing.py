@@ -63,6 +63,12 @@ def test_work_goes_on_whatever_its_execution_is(ledger: Ledger) -> None:
     assert "devices is 4 (was 8)" in said and "accumulate is 2 (was 1)" in said
 
 
+def test_who_judges_is_the_drivers_choice_and_no_change_that_a_person_is_told(ledger: Ledger) -> None:
+    worked(ledger, pipeline(judging="beside"))
+    there = standing(ledger, pipeline())
+    assert there.begun and inputs_digest.goes_on_otherwise(ledger, there) == ""
+
+
 def test_what_begins_anew_is_said_with_its_reason_and_what_was_spent(ledger: Ledger) -> None:
     worked(ledger, pipeline())
     found = standing(ledger, pipeline(seed=7))

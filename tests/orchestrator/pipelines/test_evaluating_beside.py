@@ -20,7 +20,7 @@ from pathlib import Path
 from orchestrator.pipelines.evaluating_beside import BesideDriver
 from orchestrator.pipelines.host import Host
 beside = BesideDriver("none", sys.argv[1], Host.here(home=Path(sys.argv[2])))
-beside.start("stage1", "0a")
+beside.start("stage1", "0a", yields=True)
 (process,) = beside._processes.values()
 print(process.pid, flush=True)
 time.sleep(600)
@@ -30,19 +30,19 @@ time.sleep(600)
 def test_a_failure_is_told_with_its_reason_and_not_tried_twice(tmp_path: Path) -> None:
     beside = BesideDriver("none", str(tmp_path / "store"), Host.here(home=tmp_path))
     assert beside.state("stage1", "0a") == ("absent", "")
-    beside.start("stage1", "0a")
+    beside.start("stage1", "0a", yields=True)
     end = time.monotonic() + 120
     while (state := beside.state("stage1", "0a"))[0] == "running":
         assert time.monotonic() < end
         time.sleep(0.05)
     assert state[0] == "ended" and "no pipeline of that name" in state[1]
-    beside.start("stage1", "0a")
+    beside.start("stage1", "0a", yields=True)
     assert beside.state("stage1", "0a") == state
 
 
 def test_it_ends_when_its_driver_closes_or_is_killed(tmp_path: Path) -> None:
     beside = BesideDriver("none", str(tmp_path / "store"), Host.here(home=tmp_path))
-    beside.start("stage1", "0a")
+    beside.start("stage1", "0a", yields=True)
     (process,) = beside._processes.values()
     beside.close()
     assert process.returncode == -signal.SIGKILL and not psutil.pid_exists(process.pid)
