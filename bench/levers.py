@@ -52,6 +52,7 @@ NOISE = {"objective": {"kind": "iddpm"}, "sampling": {"method": "ddim", "steps":
 WAYS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "flow": (None, {}),
     "flow, routing 0.5": ("flow", {"routing": {"rate": 0.5, "first_blocks": 1, "last_blocks": 1}}),
+    "flow, muon": ("flow", {"optimizer": {"matrices": "muon"}}),
     "iddpm": (None, NOISE),
     "iddpm, min_snr 5": ("iddpm", NOISE | {"objective": {"kind": "iddpm", "min_snr": 5.0}}),
 }

@@ -69,8 +69,8 @@ class Frozen(BaseModel):
 
 ADDED = ("accumulate", "masks", "judging", "routing")
 ADDED_TO_DATA, ADDED_TO_SAMPLING = ("fps", "max_left_out"), ("guidance_interval", "guidance_rescale")
-ADDED_TO_IDDPM = ("min_snr",)
-"""Fields of `StageConfig`, of `DataConfig`, of `SamplingConfig` and of `IDDPM` that 0.1.0 did not have."""
+ADDED_TO_IDDPM, ADDED_TO_OPTIMIZER = ("min_snr",), ("matrices", "momentum")
+"""Fields of `StageConfig`, of `DataConfig`, of `SamplingConfig`, of `IDDPM` and of `OptimizerConfig` that 0.1.0 did not have."""
 
 
 def without_added(part: Frozen, content: dict[str, Any], added: tuple[str, ...]) -> dict[str, Any]:
@@ -276,7 +276,7 @@ TextEncoder = Annotated[WordEncoder | T5Encoder, Field(discriminator="kind")]
 
 
 class OptimizerConfig(Frozen):
-    """AdamW."""
+    """AdamW, and Muon where `matrices` says so."""
 
     lr: Annotated[PositiveFloat, Unit("per step")] = 2e-5
     """Learning rate, after the warm-up."""
@@ -292,6 +292,16 @@ class OptimizerConfig(Frozen):
     """How the learning rate ends: `linear` and `cosine` reach 0 at the last step."""
     grad_clip: Annotated[PositiveFloat | None, Unit("norm")] = 1.0
     """Largest norm of the whole gradient; none: no clipping."""
+    matrices: Literal["adamw", "muon"] = "adamw"
+    """What moves the matrices of the blocks. muon: gradients averaged and made orthogonal (Jordan et al. 2024), with AdamW's learning rate
+    and decay, since its updates are scaled to AdamW's size (Liu et al., arXiv:2502.16982 §2.2); all else stays AdamW's."""
+    momentum: Annotated[Fraction, Unit("fraction")] = 0.95
+    """muon: decay of the average of the gradient."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """See `without_added`."""
+        return without_added(self, write(self), ADDED_TO_OPTIMIZER)
 
 
 class CheckpointConfig(Frozen):
@@ -554,6 +564,8 @@ class StageConfig(Frozen):
         if routing is not None and routing.first_blocks + routing.last_blocks >= depth:
             kept = f"first_blocks {routing.first_blocks} and last_blocks {routing.last_blocks}"
             raise ValueError(f"routing: {kept} leave none of {depth} blocks to skip. Lower them, or set routing: null")
+        if self.optimizer.matrices == "muon" and self.parallel.strategy == "colossalai":
+            raise ValueError("optimizer.matrices muon goes with parallel.strategy ddp or fsdp, not with colossalai")
         if routing is not None and self.parallel.strategy == "colossalai":
             raise ValueError("routing goes with parallel.strategy ddp or fsdp, not with colossalai")
         sizes = [(bucket.frames, bucket.height, bucket.width) for bucket in self.data.buckets]

@@ -18,7 +18,7 @@ from opensora.config import StageConfig
 from opensora.distributed.ranks import PeerLost, Ranks
 from opensora.distributed.strategy import Shards, not_finite
 from opensora.model.stdit import STDiT
-from opensora.optim.adamw import AdamW
+from opensora.optim import muon
 from opensora.optim.ema import EMA
 
 BUCKET_BYTES = 64 << 20
@@ -35,7 +35,8 @@ class Replicated:
     def __init__(self, model: STDiT, stage: StageConfig, ranks: Ranks) -> None:
         self.model, self._ranks = model, ranks
         trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        self.optimizer = AdamW(trained, stage.optimizer)
+        shapes = {name: weight.shape for name, weight in trained.items()}
+        self.optimizer = muon.build(trained, stage.optimizer, muon.Division(ranks.rank, ranks.world, ranks.sum_, shapes))
         self.ema = EMA(dict(model.named_parameters()), stage.ema_decay)
         backwards = list(reversed(trained.values()))
         self._gradients = torch.zeros(sum(weight.numel() for weight in backwards), device=ranks.device)

@@ -17,7 +17,7 @@ from opensora.distributed.ranks import Ranks
 from opensora.distributed.strategy import Shards, not_finite
 from opensora.errors import ConfigError
 from opensora.model.stdit import STDiT
-from opensora.optim.adamw import AdamW
+from opensora.optim import muon
 from opensora.optim.ema import EMA
 
 
@@ -55,7 +55,9 @@ class Sharded:
         self._weights = dict(model.named_parameters())
         own = {name: _own(weight) for name, weight in self._weights.items()}
         self._trained = [name for name, weight in self._weights.items() if weight.requires_grad]
-        self.optimizer = AdamW({name: own[name] for name in self._trained}, stage.optimizer)
+        shapes = {name: self._weights[name].shape for name in self._trained}
+        division = muon.Division(ranks.rank, ranks.world, ranks.sum_, shapes, self._rows, speaks=self._copy == 0)
+        self.optimizer = muon.build({name: own[name] for name in self._trained}, stage.optimizer, division)
         self.ema = EMA(own, stage.ema_decay)
         self._norm = torch.zeros((), device=ranks.device)
 

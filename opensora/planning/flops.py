@@ -41,6 +41,13 @@ def block_parameters(model: ModelConfig) -> int:
     return 2 * temporal_parameters(model) + cross_attention + mlp + 6 * width
 
 
+def matrix_parameters(model: ModelConfig, *, temporal: bool = True) -> int:
+    """Of all blocks, the weights of linear layers without their biases: what `optimizer.matrices` is about."""
+    width, hidden = model.width, int(model.width * model.mlp_ratio)
+    attention = 4 * width * width
+    return model.depth * (attention * (3 if temporal else 2) + 2 * width * hidden)
+
+
 def temporal_parameters(model: ModelConfig) -> int:
     """Of one block's temporal attention, which `freeze: temporal` does not train; its spatial one has as many."""
     return _weights(model.width, 3 * model.width) + _weights(model.width, model.width)

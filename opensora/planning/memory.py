@@ -21,15 +21,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from opensora.config import Activations, Bucket, StageConfig
-from opensora.planning.flops import block_parameters, parameters, temporal_parameters
+from opensora.planning.flops import block_parameters, matrix_parameters, parameters, temporal_parameters
 from opensora.planning.memory_tape import Tape
 from opensora.planning.sized_model import BF16, FP32, DeviceKind, SizedModel
 
 MOMENTS = 2
-"""Of AdamW: averages of the gradient and of its square."""
+"""Of AdamW: averages of the gradient and of its square. Muon has the first alone."""
 RESERVE = 0.08
 """Share of a device that `choose` does not fill. Arbitrary: about what CUDA, NCCL and fragments took in published runs of this size."""
 
+MUON_NUMBERS = 32 << 20
+"""As in `opensora.optim.muon`: numbers of the matrices whose updates travel together."""
+MUON_BYTES = 22
+"""Of each number of the matrix that is being moved: averages, update, the iteration's own, and the new weight (measured)."""
 WHOLE_BLOCKS = 3
 """fsdp: of a block, what is whole at a time: weights in use, those on their way, gradients being divided. Fits what was measured."""
 BUCKET_BYTES = 64 << 20
@@ -45,7 +49,7 @@ class Memory:
     gradients: int
     """fp32."""
     optimizer: int
-    """AdamW's two averages."""
+    """AdamW's two averages, Muon's one."""
     ema: int
     """The moving average of the weights, fp32."""
     activations: int
@@ -91,7 +95,9 @@ def _predict(stage: StageConfig, devices: int, size: Bucket, device: DeviceKind)
         shards = parallel.ranks_per_clip
     compute = BF16 if device == "cuda" and stage.dtype == "bf16" else FP32
     weights, gradients = FP32 * whole / shards, FP32 * trained / shards
-    optimizer, ema = MOMENTS * FP32 * trained / shards, FP32 * whole / shards
+    once = matrix_parameters(stage.model, temporal=stage.freeze != "temporal") if stage.optimizer.matrices == "muon" else 0
+    moments = MOMENTS * trained - once
+    optimizer, ema = FP32 * moments / shards, FP32 * whole / shards
     null = FP32 * stage.model.caption_tokens * stage.model.caption_width
     block = block_parameters(stage.model)
     if divided:
@@ -104,10 +110,10 @@ def _predict(stage: StageConfig, devices: int, size: Bucket, device: DeviceKind)
     inputs, activations, peak = network.step()
     host = tape.host.peak if stage.activations.offload and device == "cuda" else network.waiting
     if stage.checkpoint.background:
-        host += round((FP32 * (2 * whole + MOMENTS * trained) + 2 * null) / devices)
+        host += round((FP32 * (2 * whole + moments) + 2 * null) / devices)
     state = weights + gradients + optimizer + ema
     at_reduce = min(FP32 * trained, BUCKET_BYTES) if devices > 1 and not divided else 0
-    total = state + max(peak, at_reduce)
+    total = state + max(peak, at_reduce, _at_muons_step(stage, once, shards, alone=devices == 1))
     return Memory(
         round(weights),
         round(gradients),
@@ -119,6 +125,16 @@ def _predict(stage: StageConfig, devices: int, size: Bucket, device: DeviceKind)
         round(total),
         round(host),
     )
+
+
+def _at_muons_step(stage: StageConfig, matrices: int, shards: int, *, alone: bool) -> float:
+    """Bytes of an optimizer step with `matrices` numbers in matrices: updates in fp32, and what travels in bf16."""
+    if not matrices:
+        return 0
+    width = stage.model.width
+    largest = width * max(3 * width, int(width * stage.model.mlp_ratio))
+    together = 0 if alone else min(matrices, MUON_NUMBERS + largest)
+    return MUON_BYTES * largest + together * (FP32 / shards + (BF16 if shards == 1 else 2 * BF16))
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_a_lever_differs_from_what_it_is_compared_with_in_the_lever_alone(way: s
     if against is not None:
         mine, theirs = (settings.stage(name, 0).model_dump(mode="json") for name in (way, against))
         (field,) = {name for name in mine | theirs if mine.get(name) != theirs.get(name)}
-        assert field in ("routing", "objective")
+        assert field in ("routing", "objective", "optimizer")
 
 
 def test_the_table_has_what_was_read_and_the_next_call_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from opensora.config import (
     ADDED,
     ADDED_TO_DATA,
     ADDED_TO_IDDPM,
+    ADDED_TO_OPTIMIZER,
     IDDPM,
     Activations,
     Bucket,
@@ -100,6 +101,7 @@ def test_execution_changes_no_digest(changes: dict[str, Any]) -> None:
         ({"steps": 301}, "steps"),
         ({"routing": RoutingConfig(rate=0.5)}, "routing.rate"),
         ({"seed": 7}, "seed"),
+        ({"optimizer": OptimizerConfig(matrices="muon")}, "optimizer.matrices"),
         ({"optimizer": OptimizerConfig(lr=1.0)}, "optimizer.lr"),
         ({"batch_size": 5}, "global batch"),
         ({"freeze": "temporal", "data": stage().data.model_copy(update={"frames": 1})}, "freeze"),
@@ -164,6 +166,7 @@ def test_known_content_counts_in_place_of_where_it_lies() -> None:
 def test_a_field_of_a_later_release_is_not_written_at_its_default() -> None:
     assert not set(ADDED) & set(stage().model_dump())
     assert not set(ADDED_TO_DATA) & set(stage().model_dump()["data"])
+    assert not set(ADDED_TO_OPTIMIZER) & set(stage().model_dump()["optimizer"])
     assert not set(ADDED_TO_IDDPM) & set(stage(**IDDPM_STAGE).model_dump()["objective"])
     assert stage(accumulate=2).model_dump()["accumulate"] == 2
     assert StageConfig.model_validate(stage(accumulate=2).model_dump()) == stage(accumulate=2)

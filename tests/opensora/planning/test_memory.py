@@ -141,6 +141,7 @@ ONE_DEVICE = {
     "offload": stage(depth=4, policy={"recompute": "full", "offload": True}),
     "chunks": stage(policy={"mlp_chunks": 4}),
     "chunks of one clip": stage(batch=1, width=128, policy={"mlp_chunks": 4}),
+    "muon": stage(2, 2, width=256, batch=1, optimizer={"matrices": "muon"}),
     "routing": stage(depth=6, routing={"rate": 0.75, "first_blocks": 1, "last_blocks": 1}),
     "routing, every 3": stage(
         depth=6, policy={"recompute": "full", "every": 3}, routing={"rate": 0.5, "first_blocks": 1, "last_blocks": 1}

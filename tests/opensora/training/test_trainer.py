@@ -86,8 +86,9 @@ def test_routing_at_rate_0_is_training_without_it_bitwise(tiny_stage: Stages, co
     assert (off / "model.safetensors").read_bytes() != (on / "model.safetensors").read_bytes()
 
 
-def test_a_resume_with_routing_continues_bitwise(tiny_stage: Stages, make_run: Runs, complete: Complete) -> None:
-    stage = tiny_stage(**ROUTED)
+@pytest.mark.parametrize("changes", [ROUTED, {"optimizer": {"matrices": "muon"}}], ids=["routing", "muon"])
+def test_a_resume_with_a_lever_continues_bitwise(changes: dict[str, Any], tiny_stage: Stages, make_run: Runs, complete: Complete) -> None:
+    stage = tiny_stage(**changes)
     whole = complete(stage)
     run = make_run(stage, resume=whole.with_name("step-00000002"))
     assert in_process(run)["status"] == "completed"
