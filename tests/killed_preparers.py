@@ -1,13 +1,11 @@
 """Preparations that are killed and begun again, for tests/opensora/prepare/test_kills.py. The steps are those of tests/prepare_steps.py.
 
-    python tests/killed_preparers.py FOLDER SEED TRIALS calls|moments|ray
+    python tests/killed_preparers.py FOLDER SEED TRIALS calls|moments
 
 `calls`: the engine is killed before one of the calls that change a directory, chosen at random among all of a run. `moments`: the engine
-or a process of its (fork server, guard, encoder) is killed at a random moment, up to four times a trial. `ray`: the run is one on Ray;
-the engine is killed before such a call, or at a random moment the engine, the process that drives Ray, a raylet, a worker or a guard; it
-goes on inline. In every other trial the data set of an older configuration is there already. After each death `out` must be absent or
-whole; after the last run digest and rows must be those of a run that nobody killed. Prints what it saw as JSON; ends with a traceback
-where a law is broken.
+or a process of its (fork server, guard, encoder) is killed at a random moment, up to four times a trial. In every other trial the data
+set of an older configuration is there already. After each death `out` must be absent or whole; after the last run digest and rows must be
+those of a run that nobody killed. Prints what it saw as JSON; ends with a traceback where a law is broken.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ import prepare_steps
 import psutil
 import yaml
 
-from opensora.dataset.prepare_config import EngineName
 from opensora.prepare import engine, publish
 
 CALLS = ("os.rename", "os.link", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "shutil.rmtree", "open")
@@ -52,7 +49,7 @@ def configure(run: Path, videos: Path, rules: object) -> None:
     (run / "prepare.yaml").write_text(yaml.safe_dump(content))
 
 
-def begin(run: Path, last_call: int | None = None, on: EngineName = "inline") -> int:
+def begin(run: Path, last_call: int | None = None) -> int:
     """Fork an engine; its pid. It is killed before call `last_call` of those that change a directory."""
     pid = os.fork()
     if pid:
@@ -73,7 +70,7 @@ def begin(run: Path, last_call: int | None = None, on: EngineName = "inline") ->
     sys.addaudithook(count)
     code = 99
     try:
-        code = engine.run(run, prepare_steps.STEPS, engine=on).code
+        code = engine.run(run, prepare_steps.STEPS).code
         (run.parent / "counted").write_text(str(counted))
     except BaseException:  # noqa: BLE001 - a forked child
         traceback.print_exc()
@@ -100,8 +97,8 @@ def rows(run: Path) -> tuple[str, str, list[str]]:
     return about["digest"], (run / "out" / "captions.csv").read_text(), sorted(about["files"])
 
 
-def finished(run: Path, on: EngineName = "inline") -> None:
-    code = os.waitstatus_to_exitcode(os.waitpid(begin(run, on=on), 0)[1])
+def finished(run: Path) -> None:
+    code = os.waitstatus_to_exitcode(os.waitpid(begin(run), 0)[1])
     assert code == 0, (code, (run / "result.json").read_text())
 
 
@@ -132,39 +129,6 @@ def killed_at_moments(run: Path, draw: random.Random, seconds: float) -> int:
     return kills
 
 
-WORDS = {"driver": "opensora.prepare.ray.driver", "raylet": "raylet/raylet", "worker": "MapWorker", "guard": "multiprocessing.forkserver"}
-
-
-def killed_on_ray(run: Path, draw: random.Random, seconds: float, calls: int) -> int:
-    whom = draw.choice(["call", "engine", *WORDS])
-    pid = begin(run, draw.randint(1, calls) if whom == "call" else None, "ray")
-    kills = 0
-    if whom != "call":
-        time.sleep(draw.uniform(0, seconds))
-        victims = [pid] if whom == "engine" else [one for one in guards(pid) if WORDS[whom] in words_of(one)]
-        if victims:
-            kills += killed(draw.choice(victims))
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, -signal.SIGKILL), (whom, code, (run / "result.json").read_text())
-    whole(run)
-    return kills + int(whom == "call" and code != 0)
-
-
-def killed(pid: int) -> int:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return 0
-    return 1
-
-
-def words_of(pid: int) -> str:
-    try:
-        return " ".join(psutil.Process(pid).cmdline())
-    except psutil.NoSuchProcess:
-        return ""
-
-
 def guards(pid: int) -> list[int]:
     """The engine's processes: its fork server, guards and encoder."""
     return [process.pid for process in psutil.Process(pid).children(recursive=True)]
@@ -177,7 +141,7 @@ def main() -> None:
     unbroken = folder / "unbroken" / "run"
     configure(unbroken, folder / "videos", FINAL)
     began = time.monotonic()
-    finished(unbroken, "ray" if kind == "ray" else "inline")
+    finished(unbroken)
     seconds, calls = time.monotonic() - began, int((folder / "unbroken" / "counted").read_text())
     kills = 0
     for trial in range(trials):
@@ -186,10 +150,7 @@ def main() -> None:
             configure(run, folder / "videos", OLDER)
             finished(run)
         configure(run, folder / "videos", FINAL)
-        if kind == "ray":
-            kills += killed_on_ray(run, draw, seconds, calls)
-        else:
-            kills += killed_at_a_call(run, draw, calls) if kind == "calls" else killed_at_moments(run, draw, seconds)
+        kills += killed_at_a_call(run, draw, calls) if kind == "calls" else killed_at_moments(run, draw, seconds)
         finished(run)
         assert rows(run) == rows(unbroken)
         assert not (run / "out.partial").exists()

@@ -36,11 +36,17 @@ def prepare(argv: Sequence[str], steps: Steps | None) -> int:
     parser.add_argument("run_dir", type=Path, help="holds prepare.yaml; `export` writes a finished data set in another form")
     parser.add_argument("--retry", choices=("all", "none"), default="all", help="rows that earlier runs could not work on: try again (all)")
     parser.add_argument("--engine", choices=("inline", "ray"), help="what calls the steps; default: what prepare.yaml says, or inline")
+    parser.add_argument("--shard", metavar="K/N", help="look at shard K of N of the sources alone, K from 0, and cut their clips")
     chosen = parser.parse_args(argv)
     for name in ONE_THREAD:
         os.environ.setdefault(name, "1")
     from opensora.prepare import engine
+    from opensora.prepare.shards import Shard
 
+    try:
+        shard = Shard.parse(chosen.shard) if chosen.shard is not None else None
+    except ValueError as error:
+        parser.error(f"--shard {error}")
     stop = threading.Event()
 
     def leave(_number: int, _frame: FrameType | None) -> None:
@@ -48,7 +54,7 @@ def prepare(argv: Sequence[str], steps: Steps | None) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
-    return engine.run(chosen.run_dir, steps, stop=stop, retry=chosen.retry == "all", engine=chosen.engine).code
+    return engine.run(chosen.run_dir, steps, stop=stop, retry=chosen.retry == "all", engine=chosen.engine, shard=shard).code
 
 
 def export(argv: Sequence[str]) -> int:

@@ -36,6 +36,7 @@ from opensora.prepare.guarded import FULL_DISK
 from opensora.prepare.pool import Pool
 from opensora.prepare.reconcile import check_settled
 from opensora.prepare.run_state import Drained, Folders, RunState
+from opensora.prepare.shards import Shard
 from opensora.prepare.source_phase import SourcePhase
 from opensora.prepare.status import Status
 from opensora.prepare.steps import Steps
@@ -69,7 +70,7 @@ class Ended:
 
 def run(
     run_dir: Path, steps: Steps | None = None, *, stop: threading.Event | None = None, retry: bool = True, engine: EngineName | None = None,
-    pool: Pooled | None = None,
+    pool: Pooled | None = None, shard: Shard | None = None,
 ) -> Ended:  # fmt: skip
     """Do what is not done yet, and write `result.json`.
 
@@ -79,11 +80,12 @@ def run(
         retry: try rows that earlier runs quarantined again.
         engine: another one than `prepare.yaml` names.
         pool: makes the pool, for tests.
+        shard: look at these sources alone and cut their clips; no data set is made.
     """
     folders, counts = Folders(run_dir), dict[str, Any]()
     try:
         with _locked(folders):
-            ended = _run(folders, steps or Steps(), stop or threading.Event(), retry, counts, engine, pool or _pool)
+            ended = _run(folders, steps or Steps(), stop or threading.Event(), retry, counts, engine, pool or _pool, shard)
             _report(folders, ended)
             return ended
     except Drained:
@@ -141,9 +143,12 @@ def _locked(folders: Folders) -> Iterator[None]:
 
 
 def _run(
-    folders: Folders, steps: Steps, stop: threading.Event, retry: bool, counts: dict[str, Any], engine: EngineName | None, pool: Pooled
+    folders: Folders, steps: Steps, stop: threading.Event, retry: bool, counts: dict[str, Any], engine: EngineName | None, pool: Pooled,
+    shard: Shard | None,
 ) -> Ended:  # fmt: skip
     config = read_config(folders.config)
+    if shard is not None:
+        config = shard.configured(config)
     if engine is not None:
         config = config.model_copy(update={"engine": engine})
     columns.check(config.filter)
@@ -163,14 +168,14 @@ def _run(
 
     workers = workers_of(config)
     with pool(config, folders, steps, workers, halt) as guards:
-        state = RunState(folders, config, steps, guards, Held(workers), halt, retry)
+        state = RunState(folders, config, steps, guards, Held(workers), halt, retry, shard)
         guards.on_tell = lambda content: state.held.take(content) if isinstance(content, Device) else None
         try:
             with state, Status(folders.path / "status.json", folders.temporary, state.tallies, workers) as status:
                 state.status = status
                 status.cpu_of, status.held_of = state.cpu_s, state.held.content
                 status.digests = vars(state.digests)
-                return _phases(state, stages)
+                return _phases(state, stages) if shard is None else _of_shard(state, shard)
         finally:
             counts |= state.counts()
 
@@ -209,6 +214,19 @@ def _phases(state: RunState, stages: Mapping[str, Path]) -> Ended:
     reason = f"{several(len(clips), 'clip')}, digest {wanted.digest[:16]}"
     log.info("%s", reason)
     return Ended("completed", reason, COMPLETED, wanted.digest, state.counts())
+
+
+def _of_shard(state: RunState, shard: Shard) -> Ended:
+    """What can be done without the other shards, and needs no model."""
+    rows = SourcePhase(state).run()
+    clips = clip_phases.filtered(state, rows.clips, clip_phases.Alone())
+    rows.clips.clear()
+    clips = clip_phases.with_files(state, rows, clips)
+    state.guards.close()
+    check_settled(state.tallies)
+    reason = f"shard {shard.number} of {shard.of}: {several(len(clips), 'clip')}"
+    log.info("%s", reason)
+    return Ended("completed", reason, COMPLETED, counts=state.counts())
 
 
 def _publish(

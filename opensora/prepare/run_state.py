@@ -21,6 +21,7 @@ from opensora.prepare.digests import Digests, digests
 from opensora.prepare.kept import Columns, Kept, KeptFiles, SingleFiles
 from opensora.prepare.pool import Pool
 from opensora.prepare.reconcile import Tally, check_share
+from opensora.prepare.shards import Shard
 from opensora.prepare.status import Status
 from opensora.prepare.steps import Steps
 
@@ -93,6 +94,9 @@ class Results(Kept[Row]):
         self._any_aside = Path(self._aside.name("")).parent.parent.exists()
         self._retry = state.retry
 
+    def has(self, key: str) -> bool:
+        return super().has(key) or (not self._retry and self._aside.read(key) is not None)
+
     def read(self, key: str, stamp: str = "") -> Row | Leaves | None:
         found = super().read(key, stamp)
         return self._aside.read(key) if found is None and not self._retry else found
@@ -123,6 +127,8 @@ class RunState:
     halt: Callable[[], bool]
     retry: bool = True
     """Whether rows that earlier runs quarantined are tried again."""
+    shard: Shard | None = None
+    """These sources alone. None: all."""
     tallies: dict[str, Tally] = field(default_factory=dict)
     status: Status | None = None
     refetched: int = 0

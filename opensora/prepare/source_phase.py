@@ -82,8 +82,10 @@ class SourcePhase:
         return self._rows()
 
     def _listed(self) -> Iterator[Source]:
-        left_out = of_run(self.state.folders.path)
+        left_out, shard = of_run(self.state.folders.path), self.state.shard
         for source in self.state.steps.listed(self.state.config.sources, left_out):
+            if shard is not None and not shard.has(source):
+                continue
             self.downloads.into += 1
             yield source
         if told := left_out.told():

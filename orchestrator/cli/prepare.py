@@ -20,6 +20,7 @@ from orchestrator.cli.prepare_options import (
     Licence,
     Name,
     Named,
+    PodsOf,
     Recipe,
     Set,
     There,
@@ -63,6 +64,7 @@ def run(
     store: options.Store = None,
     cluster: Cluster = None,
     gpus: Gpus = 0,
+    pods: PodsOf = None,
     follow: Annotated[
         bool,
         typer.Option(
@@ -93,6 +95,7 @@ def run(
     osctl prepare run prepare.yaml -f open-sora-1.0 --store s3://bucket/runs
     """
     from orchestrator.cli.prepare_run import drive, emit
+    from orchestrator.errors import UsageError
     from orchestrator.pipelines.host import Host
     from orchestrator.pipelines.preparing import asked_for, check, folder_of
     from orchestrator.prepare import same_name
@@ -107,9 +110,11 @@ def run(
     if cluster is not None:
         from orchestrator.cli import prepare_there
 
-        wanted = wanted_of(config, opened, host, cluster, gpus, replace=may_replace, retry=retry)
+        wanted = wanted_of(config, opened, host, cluster, gpus, pods=pods, replace=may_replace, retry=retry)
         prepare_there.launch(wanted, follow=follow, quiet=quiet, dry_run=dry_run)
         return
+    if pods is not None:
+        raise UsageError(f"--pods {pods}: on one machine there are none; it decodes with --workers. Name a --cluster")
     check(config, opened, host)
     if dry_run:
         from orchestrator.cli import prepare_plan

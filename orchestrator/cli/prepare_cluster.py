@@ -8,12 +8,14 @@ import typer
 
 from orchestrator.cli import options
 from orchestrator.cli.prepare_options import (
+    MOST_PODS,
     Cluster,
     EngineOf,
     Given,
     Gpus,
     Name,
     Named,
+    PodsOf,
     Recipe,
     Set,
     There,
@@ -52,6 +54,7 @@ def render(
     cluster: Cluster = None,
     gpus: Gpus = 0,
     engine: EngineOf = None,
+    pods: PodsOf = None,
 ) -> None:
     """Print what run --cluster would send, as kubectl apply takes it. Needs no cluster.
 
@@ -71,13 +74,14 @@ def render(
     if named is None:
         raise UsageError(f"prepare render {config.name}: no manifest is written for this machine. Name a --cluster")
     opened = store_of(store, host, config.encode, named)
-    prepare_there.render(wanted_of(config, opened, host, named, gpus, replace=True, retry=False))
+    prepare_there.render(wanted_of(config, opened, host, named, gpus, pods=pods, replace=True, retry=False))
 
 
 def drive(
     store: Annotated[str, typer.Option(help="Object store.")],
     name: Annotated[str, typer.Option(help="Name of the data set.")],
     order: Annotated[str, typer.Option(help="Digest of the order in the store.")],
+    shards: Annotated[int, typer.Option(min=1, max=MOST_PODS, help="Pods among which the sources are divided. Default: 1.")] = 1,
 ) -> None:
     """Prepare as an order in the store says, from inside a cluster. People type osctl prepare run --cluster.
 
@@ -87,4 +91,4 @@ def drive(
     from orchestrator.pipelines.host import Host
     from orchestrator.stores import open_store
 
-    prepare_there.drive(open_store(store), name, order, Host.here())
+    prepare_there.drive(open_store(store), name, order, Host.here(), shards)

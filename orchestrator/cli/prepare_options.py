@@ -73,6 +73,16 @@ There = Annotated[
 Gpus = Annotated[
     int, typer.Option("--gpus", min=0, max=1024, help="With --cluster: GPUs for models that caption, score or encode. Default: none.")
 ]
+MOST_PODS = 1024
+PodsOf = Annotated[
+    int | None,
+    typer.Option(
+        "--pods",
+        min=1,
+        max=MOST_PODS,
+        help="With --cluster: pods that decode. Default: 1; with --engine ray what the profile says (prepare.ray_pods).",
+    ),
+]
 Named = Annotated[
     str | None, typer.Argument(metavar="[NAME]", help="A data set that is, or was, prepared. Default: the only one of this machine.")
 ]
@@ -115,12 +125,22 @@ def store_of(store: str | None, host: Host, recipe: str | None, cluster: str | N
     return open_store(url, reached(url, host, cluster, file=recipe).env)
 
 
-def wanted_of(config: PrepareConfig, store: Store, host: Host, cluster: str, gpus: int, *, replace: bool, retry: bool) -> Wanted:
+def wanted_of(
+    config: PrepareConfig, store: Store, host: Host, cluster: str, gpus: int, *, pods: int | None = None, replace: bool, retry: bool
+) -> Wanted:
+    """Raises UsageError."""
     from orchestrator.cli.prepare_there import Wanted
+    from orchestrator.errors import UsageError
     from orchestrator.recipe.prices import with_named_price
 
     profile = with_named_price(site_at(cluster), host.env)
-    return Wanted(config, store, host, profile, gpus, profile.prepare.ray_pods, replace, retry)
+    if config.engine != "ray" and gpus and (pods or 1) > 1:
+        raise UsageError(
+            f"--pods {pods} with --gpus {gpus}: pods that divide the sources have no GPU, since one alone would use it. Leave one of them "
+            "out, or ask for both with --engine ray"
+        )
+    many = profile.prepare.ray_pods if config.engine == "ray" else 1
+    return Wanted(config, store, host, profile, gpus, pods or many, replace, retry)
 
 
 def site_at(cluster: str) -> ClusterProfile:

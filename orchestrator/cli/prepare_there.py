@@ -35,7 +35,7 @@ class Wanted:
     """Without pools."""
     gpus: int
     pods: int
-    """Of Ray, that decode."""
+    """That decode: of Ray, or among which the sources are divided."""
     replace: bool
     retry: bool
 
@@ -137,18 +137,29 @@ def render(wanted: Wanted) -> None:
     output.raw(yaml_text.dump([body]))
 
 
-def drive(store: Store, name: str, digest: str, host: Host) -> None:
+def drive(store: Store, name: str, digest: str, host: Host, shards: int = 1) -> None:
     """What the pod runs: the launcher of a preparation over an order. Ends the process with its exit code.
 
-    Raises as `Preparation.run`.
+    Args:
+        shards: among how many pods the sources are divided. All but the pod of shard 0 work on theirs alone.
+
+    Raises as `Preparation.run`, and as `ShardWorker.run`.
     """
-    from orchestrator.kube.prepare_job import JOB
+    from orchestrator.kube.prepare_job import JOB, POD
     from orchestrator.pipelines import prepare_pod
     from orchestrator.pipelines.signals import save_on_signals
     from orchestrator.prepare import order as orders
     from orchestrator.prepare.run import Preparation
+    from orchestrator.prepare.shard_worker import ShardWorker
 
-    asked = prepare_pod.asked_by(orders.read(store, name, digest), store, host)
+    asked = prepare_pod.asked_by(orders.read(store, name, digest), store, host, shards)
+    if asked.place is not None and asked.place.shard:
+        worker = ShardWorker(asked, asked.place, host.env.get(POD, ""), output.note)
+        with save_on_signals(worker, output.note):
+            done = worker.run()
+        if not done:
+            raise SystemExit(LEFT)
+        return
     preparation = Preparation(asked, say=output.note)
     with save_on_signals(preparation, output.note):
         prepare_pod.wait_for_lease(store, name, host.env.get(JOB, ""), lambda: preparation.stopped, output.note)

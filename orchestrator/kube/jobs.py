@@ -213,7 +213,8 @@ def job_of(
     spec: Manifest,
     profile: ClusterProfile,
     *,
-    backoff_limit: int,
+    backoff_limit: int | None,
+    pods: int = 1,
     queue: Mapping[str, str] | None = None,
     **policy: object,
 ) -> Manifest:
@@ -221,6 +222,8 @@ def job_of(
 
     Args:
         spec: its pod's spec.
+        backoff_limit: None means that `policy` says how often a pod is started again.
+        pods: how many, all at once.
         queue: labels by which Kueue finds it. None means the profile's queue of such Jobs, if it has one.
         policy: when the pod is started again, with the names of V1JobSpec's fields.
     """
@@ -232,8 +235,8 @@ def job_of(
         policy["suspend"] = True  # Kueue starts it
     job = part(
         "V1JobSpec",
-        completions=1,
-        parallelism=1,
+        completions=pods,
+        parallelism=pods,
         backoff_limit=backoff_limit,
         ttl_seconds_after_finished=profile.keep_s,
         **policy,

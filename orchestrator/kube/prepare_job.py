@@ -1,7 +1,8 @@
-"""The Job of one pod that prepares raw videos in a cluster: osctl's own launcher of a preparation, over an order in the store. Pure.
+"""The Job that prepares raw videos in a cluster: osctl's own launcher of a preparation, over an order in the store. Pure.
 
-Owns what that pod runs, what it takes of its node and which of its ends are final. Refuses to give it the token of an account: it decodes
-what strangers made. Refuses to hold a secret and to talk to a cluster.
+Of one pod, or of several: an Indexed Job, each index a shard of the sources; index 0 merges what the others do, and publishes. Owns what
+pods run, what they take of their nodes and which of their ends are final. Refuses to give them the token of an account: they decode what
+strangers made. Refuses to hold a secret and to talk to a cluster.
 """
 
 from __future__ import annotations
@@ -21,33 +22,37 @@ TRIES = 6
 """How often a pod that ends without a last word is started again. Each goes on from what is kept; Kubernetes' own default."""
 SINCE = "/run/osctl-pod"
 """A folder that kubelet fills as soon as it has got the pod, before it fetches an image: its age says since when the node is held."""
+INDEX, JOB_UID = "JOB_COMPLETION_INDEX", "OSCTL_JOB_UID"
+"""Variables of a pod of an Indexed Job: its index, which Kubernetes sets, and its Job's uid, by which its pods find each other's words."""
 CORES, GPUS, POD, JOB = "OSCTL_POD_CORES", "OSCTL_POD_GPUS", "OSCTL_POD_NAME", "OSCTL_JOB_NAME"
 """Variables by which a pod knows what it takes of its node, its own name, and that of its Job or RayJob."""
 SELECTOR, NAMESPACE = "OSCTL_PODS", "OSCTL_NAMESPACE"
 """Variables with the label selector of all pods that a launcher pays for, and their namespace. Absent: it pays for its own alone."""
 
 
-def prepare_job(profile: ClusterProfile, store_url: str, name: str, order: str, number: int, *, gpus: int = 0) -> Manifest:
+def prepare_job(profile: ClusterProfile, store_url: str, name: str, order: str, number: int, *, pods: int = 1, gpus: int = 0) -> Manifest:
     """The Job that prepares the data set `name` as `order` says.
 
     Args:
         profile: without pools.
         order: digest of the order in the store.
         number: number of this Job. Its name is made from it, the store and the data set's name.
-        gpus: how many GPUs the pod gets, for models that caption, score or encode.
+        pods: among how many pods the sources are divided.
+        gpus: how many GPUs the pod gets, for models that caption, score or encode. Of one pod alone.
 
     Raises:
         Refused: the store's URL holds credentials.
     """
     check_store(store_url)
     site = at(profile, gpus)
+    command = ["osctl", "prepare", "drive", "--store", store_url, "--name", name, "--order", order]
     resources = {"cpu": site.cpu, "memory": site.memory, "ephemeral-storage": site.scratch}
     if gpus and site.gpu_resource is not None:
         resources[site.gpu_resource] = str(gpus)
     container = container_of(
         CONTAINER,
         site.image,
-        ["osctl", "prepare", "drive", "--store", store_url, "--name", name, "--order", order],
+        [*command, *(["--shards", str(pods)] if pods > 1 else [])],
         site,
         resources={"requests": resources, "limits": dict(resources)},
         mounts=[
@@ -58,7 +63,7 @@ def prepare_job(profile: ClusterProfile, store_url: str, name: str, order: str, 
     )
     metadata = prepare_metadata(site, store_url, name, number)
     own = {CORES: site.cpu, GPUS: str(gpus), JOB: metadata["name"]}
-    container["env"] = [*container["env"], *env(own), own_name(), *caption_key(site)]
+    container["env"] = [*container["env"], *env(own), own_name(), *(_job_uid() if pods > 1 else ()), *caption_key(site)]
     spec = pod(
         site,
         site.driver_service_account,
@@ -75,11 +80,17 @@ def prepare_job(profile: ClusterProfile, store_url: str, name: str, order: str, 
         metadata,
         spec,
         site,
-        backoff_limit=TRIES,
+        pods=pods,
+        backoff_limit=TRIES if pods == 1 else None,
+        **(INDEXED if pods > 1 else {}),
         queue=queue_labels(site) or None,
         pod_replacement_policy="Failed",  # one that is still leaving holds the lease
         pod_failure_policy=last_words(CONTAINER, DRIVER_EXITS),
     )
+
+
+INDEXED: Mapping[str, object] = {"completion_mode": "Indexed", "backoff_limit_per_index": TRIES, "max_failed_indexes": 0}
+"""A shard that is lost TRIES times ends the Job: nobody can merge without it, and waiting pods are paid for."""
 
 
 def prepare_metadata(profile: ClusterProfile, store_url: str, name: str, number: int) -> Manifest:
@@ -117,6 +128,12 @@ def own_name() -> Manifest:
     """The variable POD."""
     field = part("V1ObjectFieldSelector", api_version="v1", field_path="metadata.name")
     return part("V1EnvVar", name=POD, value_from=part("V1EnvVarSource", field_ref=field))
+
+
+def _job_uid() -> list[Manifest]:
+    """The variable JOB_UID."""
+    field = part("V1ObjectFieldSelector", api_version="v1", field_path="metadata.labels['batch.kubernetes.io/controller-uid']")
+    return [part("V1EnvVar", name=JOB_UID, value_from=part("V1EnvVarSource", field_ref=field))]
 
 
 def caption_key(profile: ClusterProfile) -> list[Manifest]:

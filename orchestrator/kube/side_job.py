@@ -104,5 +104,10 @@ def last_words(api: Api, job: str) -> str:
     with contextlib.suppress(NotFound, Refused, Unreachable):
         pods, _ = api.list("pods", f"batch.kubernetes.io/job-name={job}")
         for pod in pods[-1:]:
-            return b"".join(api.pod_log(pod["metadata"]["name"], tail=1)).decode(errors="replace").strip().removeprefix("error: ")
+            return last_line(api, pod["metadata"]["name"])
     return ""
+
+
+def last_line(api: Api, pod: str) -> str:
+    """Raises NotFound, Refused, Unreachable."""
+    return b"".join(api.pod_log(pod, tail=1)).decode(errors="replace").strip().removeprefix("error: ")

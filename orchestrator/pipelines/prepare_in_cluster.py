@@ -256,7 +256,7 @@ def rendered(order: Order, store_url: str, profile: ClusterProfile, number: int,
     digest = order.digest()[:16]
     if order.config.get("engine") == "ray":
         return "rayjobs", ray_job(profile, store_url, order.name, digest, number, pods=pods, gpus=gpus)
-    return "jobs", prepare_job(profile, store_url, order.name, digest, number, gpus=gpus)
+    return "jobs", prepare_job(profile, store_url, order.name, digest, number, pods=pods, gpus=gpus)
 
 
 def check_nobody_else(store: Store, name: str) -> None:
@@ -310,7 +310,10 @@ def last_words(api: Api, there: There) -> str:
     from orchestrator.kube import side_job
 
     if there.kind == "jobs":
-        return side_job.last_words(api, there.name)
+        with contextlib.suppress(Refused, Unreachable, NotFound):
+            last = _last_end(api, there)
+            return side_job.last_line(api, last[2]) if last else ""
+        return ""
     with contextlib.suppress(Refused, Unreachable, NotFound):
         there = There.of(api.get(there.kind, there.name), there.kind)
     lines = [line.strip() for line in there.reason.splitlines() if line.strip()]
@@ -325,16 +328,23 @@ def exit_code(api: Api, there: There) -> int:
         found = RAY_EXIT.search(there.reason)
         return _known(int(found[1])) if found else 3
     with contextlib.suppress(Refused, Unreachable, NotFound):
-        pods, _ = api.list("pods", f"batch.kubernetes.io/job-name={there.name}")
-        ends = [
-            (status["state"]["terminated"].get("finishedAt") or "", int(status["state"]["terminated"]["exitCode"]))
-            for pod in pods
-            for status in pod.get("status", {}).get("containerStatuses", ())
-            if "terminated" in status.get("state", {})
-        ]
-        if ends:
-            return _known(max(ends)[1])
+        if last := _last_end(api, there):
+            return _known(last[1])
     return 3
+
+
+def _last_end(api: Api, there: There) -> tuple[str, int, str] | None:
+    """(when, exit code, pod) of the pod whose end was the Job's: of several the others were asked to leave. Raises as `Api.list`."""
+    from orchestrator.kube.jobs import DRIVER_EXITS
+
+    pods, _ = api.list("pods", f"batch.kubernetes.io/job-name={there.name}")
+    ends = [
+        (status["state"]["terminated"].get("finishedAt") or "", int(status["state"]["terminated"]["exitCode"]), pod["metadata"]["name"])
+        for pod in pods
+        for status in pod.get("status", {}).get("containerStatuses", ())
+        if "terminated" in status.get("state", {})
+    ]
+    return max([end for end in ends if end[1] in DRIVER_EXITS] or ends, default=None)
 
 
 def _known(code: int) -> int:

@@ -19,27 +19,49 @@ if TYPE_CHECKING:
     from orchestrator.ports import Store
     from orchestrator.prepare.records import Order, PodHeld
     from orchestrator.prepare.run import Asked
+    from orchestrator.prepare.shards import Place
 
 POLL_S = 1.0
 """Seconds between two questions for a lease."""
 
 
-def asked_by(order: Order, store: Store, host: Host) -> Asked:
-    """What an order means in this pod. Encoders are brought out of the store. Raises Refused, CorruptCheckpoint, Unreachable."""
+def asked_by(order: Order, store: Store, host: Host, shards: int = 1) -> Asked:
+    """What an order means in this pod, one of `shards`. Encoders are brought out of the store. Raises Refused, CorruptCheckpoint,
+    Unreachable."""
     from opensora.dataset.prepare_config import PrepareConfig
     from orchestrator.inputs import imports
     from orchestrator.kube.prepare_job import JOB, SELECTOR
     from orchestrator.pipelines.preparing import folder_of
+    from orchestrator.prepare.records import Keys
     from orchestrator.prepare.run import Asked
+    from orchestrator.prepare.shards import Shards
 
     config = PrepareConfig.model_validate(order.config)
     places = {name: str(imports.fetch(store, digest, host.imports / digest)) for name, digest in order.imports.items()}
     told = host.told_of(places)
+    watch = all_pods(host.env) if SELECTOR in host.env else own_pod(host.env)
+    place = place_in(host.env, shards)
+    if place is not None and not place.shard:
+        watch = Shards(store, Keys(order.name), place).with_others(watch)
     return Asked(
         config, order.stages, store, folder_of(host, config.name), told.env, parents=order.parents, price=order.price, gpu=order.gpu,
         gpu_price=order.gpu_price, holder=f"osctl@{socket.gethostname()}", own=(host.home,), replace=order.replace, retry=order.retry,
-        where=host.env.get(JOB, ""), pods=all_pods(host.env) if SELECTOR in host.env else own_pod(host.env),
+        where=host.env.get(JOB, ""), pods=watch, place=place,
     )  # fmt: skip
+
+
+def place_in(env: Mapping[str, str], shards: int) -> Place | None:
+    """Of this pod among those of its Indexed Job. None: it is alone. Raises Refused."""
+    from orchestrator.errors import Refused
+    from orchestrator.kube.prepare_job import INDEX, JOB_UID
+    from orchestrator.prepare.shards import Place
+
+    if shards == 1:
+        return None
+    index, job = env.get(INDEX, ""), env.get(JOB_UID, "")
+    if not (index.isdigit() and int(index) < shards and job):
+        raise Refused(f"--shards {shards}: {INDEX} is {index or 'not set'}, {JOB_UID} is {job or 'not set'}: no pod of an Indexed Job")
+    return Place(job, int(index), shards)
 
 
 def all_pods(env: Mapping[str, str]) -> Callable[[float], Sequence[PodHeld]]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from opensora.dataset.kept_packs import name_of, without
+from opensora.dataset.kept_packs import SUFFIX, name_of, without
 from orchestrator.errors import NotFound, StoreConflict
 from orchestrator.ports import Store, check_key
 
@@ -38,14 +38,15 @@ class Mirror:
         self._waiting: list[str] = []
         self._rest_until = 0.0
 
-    def bring_back(self, say: Callable[[int, int], None] = lambda done, total: None) -> int:
+    def bring_back(self, say: Callable[[int, int], None] = lambda done, total: None, *, only: str = "") -> int:
         """Fetch what the store has and this folder has not; how many files. Raises Unreachable, Refused.
 
         Args:
             say: told after each file (fetched, to fetch).
+            only: how names end that are fetched.
         """
         self._there = {check_key(key).removeprefix(f"{self._prefix}/") for key in self._store.list(f"{self._prefix}/")}
-        missing = sorted(name for name in self._there if not (self._folder / name).is_file())
+        missing = sorted(name for name in self._there if name.endswith(only) and not (self._folder / name).is_file())
         with ThreadPoolExecutor(TRANSFERS) as pool:
             for done, _ in enumerate(pool.map(self._fetch, missing), 1):
                 say(done, len(missing))
@@ -88,6 +89,16 @@ class Mirror:
         self.forget([name])
 
     def _new(self) -> Iterator[str]:
+        """Packs last: whoever has a pack of clips may trust that the store has the clips."""
+        packs: list[str] = []
+        for name in self._found():
+            if name.endswith(SUFFIX):
+                packs.append(name)
+            else:
+                yield name
+        yield from packs
+
+    def _found(self) -> Iterator[str]:
         for place, folders, files in os.walk(self._folder):
             folder = Path(place)
             folders[:] = sorted(name for name in folders if not name.startswith("."))

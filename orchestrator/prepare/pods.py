@@ -22,10 +22,10 @@ Watch = Callable[[float], Sequence[PodHeld]]
 
 
 class PodsObject:
-    """The object of one attempt, kept up to date by its launcher."""
+    """The object of one attempt, or of one pod of an Indexed Job, kept up to date by who has it."""
 
-    def __init__(self, store: Store, keys: Keys, number: int, watch: Watch, clock: Clock) -> None:
-        self._store, self._key, self._watch, self._clock = store, keys.pods(number), watch, clock
+    def __init__(self, store: Store, key: str, watch: Watch, clock: Clock) -> None:
+        self._store, self._key, self._watch, self._clock = store, key, watch, clock
         self._known: dict[str, PodHeld] = {}
         self._etag: str | None = None
         self._next = 0.0

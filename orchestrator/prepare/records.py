@@ -6,6 +6,7 @@ datasets/<name>/attempts/<n>/intent.json         written before the process star
 datasets/<name>/attempts/<n>/outcome.json        how it ended and what it cost
 datasets/<name>/attempts/<n>/pods.json           which pods of a cluster it has held, and since when; replaced
 datasets/<name>/asked/<digest>.json              what a pod of a cluster is to prepare
+datasets/<name>/shards/<job>/…                   what the pods of an Indexed Job tell each other (`orchestrator.prepare.shards`)
 datasets/<name>/status.json                      how far it is; replaced
 datasets/<name>/kept/…                           results of the steps, as in the run directory
 datasets/<name>/prepared/<version>/…             the data set; DATASET.json is written last
@@ -65,6 +66,9 @@ class Keys:
 
     def pods(self, number: int) -> str:
         return f"{self.attempt(number)}/pods.json"
+
+    def shards(self, job: str) -> str:
+        return f"{self.folder}/shards/{job}"
 
     def order(self, digest: str) -> str:
         return f"{self.folder}/asked/{digest}.json"
@@ -179,6 +183,15 @@ class Pods(Record):
     """The pods of one attempt. Written as they are seen, so that it outlives whoever watches them."""
 
     pods: tuple[PodHeld, ...]
+
+
+class ShardDone(Record):
+    """A shard of the sources is done: all that was kept of it lies in the store."""
+
+    shard: NonNegativeInt
+    of: PositiveInt
+    pod: str
+    ended: float
 
 
 class Order(Record):

@@ -19,7 +19,7 @@ from opensora.dataset.left_out import LeftOut
 from opensora.dataset.prepare_config import PrepareConfig
 from opensora.printable import several
 from orchestrator import modules
-from orchestrator.agent.trainer_process import TrainerProcess
+from orchestrator.agent.trainer_process import Ended, TrainerProcess
 from orchestrator.driver.act import code_version
 from orchestrator.driver.clock import Clock, SystemClock
 from orchestrator.driver.held_lease import HeldLease
@@ -35,12 +35,15 @@ from orchestrator.prepare import pods as pods_of
 from orchestrator.prepare.bill import bill
 from orchestrator.prepare.mirror import Mirror
 from orchestrator.prepare.publish import CAPTIONS, Published, publish, register
-from orchestrator.prepare.records import EXIT_CODES, End, Intent, Keys, Outcome, held_of
+from orchestrator.prepare.records import EXIT_CODES, End, Intent, Keys, Outcome, ShardDone, held_of
 from orchestrator.prepare.run_directory import RunDirectory
+from orchestrator.prepare.shards import Place, Shards
 from orchestrator.prepare.status_object import StatusObject
 
 LOOK_S = 0.2
 """Between two looks at the process."""
+LOOK_SHARDS_S = 1.0
+"""Between two questions whether the other pods' shards are done."""
 CANCEL_POLL_S = 2.0
 """Between two looks for a `cancel` in the store; on S3 each is a request."""
 DEVICE = "cpu-core"
@@ -80,6 +83,8 @@ class Asked:
     """Name of the Job or RayJob that this runs in; empty: on one machine."""
     pods: pods_of.Watch | None = None
     """Says which pods it holds there; None: none."""
+    place: Place | None = None
+    """Its place among the pods of an Indexed Job, shard 0: it merges what the others do. None: it does all itself."""
 
     @property
     def written(self) -> tuple[Path, ...]:
@@ -201,7 +206,7 @@ class _Run:
             self.whole.say(f"{self.name}: brought back {several(brought, 'result')} that another run has kept in {self.store.url}")
         intent = self._intent(config)
         if self.asked.pods is not None:
-            self.pods = pods_of.PodsObject(self.store, self.keys, intent.attempt, self.asked.pods, self.clock)
+            self.pods = pods_of.PodsObject(self.store, self.keys.pods(intent.attempt), self.asked.pods, self.clock)
         try:
             return self._through(intent)
         finally:
@@ -248,25 +253,64 @@ class _Run:
 
     def _attempt(self, intent: Intent) -> Outcome:
         clock = AttemptClock.here()
-        self.lease.check()
-        process = TrainerProcess(self.directory.path, self.lock, clock)
         bound = clock()
-        try:
-            words = [word.replace("{run_dir}", str(self.directory.path)) for word in self.asked.command]
-            variables = modules.reading_clips(modules.environment(self.asked.env)) | {"PYTHONUNBUFFERED": "1"}
-            process.start(words, variables, log=self.directory.log)
-            self._watch(process, clock)
-            ended = process.ended
-            assert ended is not None
-        finally:
-            process.close()  # whatever happened: nothing of it outlives this launcher
-            (self.directory.path / ALIVE).unlink(missing_ok=True)
+        place = self.asked.place
+        ended = self._process(clock) if place is None else self._sharded(clock, Shards(self.store, self.keys, place))
         self._copy(all_=True)
         outcome = self._outcome(intent, bound, ended.time, ended.status)
         self.lease.check()
         self.store.create(self.keys.outcome(intent.attempt), outcome.encode())
         self.status.write(self.directory.status())
         return outcome
+
+    def _process(self, clock: AttemptClock, *more: str) -> Ended:
+        """Run the process over the run directory, to its end."""
+        self.lease.check()
+        process = TrainerProcess(self.directory.path, self.lock, clock)
+        try:
+            words = [word.replace("{run_dir}", str(self.directory.path)) for word in (*self.asked.command, *more)]
+            variables = modules.reading_clips(modules.environment(self.asked.env)) | {"PYTHONUNBUFFERED": "1"}
+            process.start(words, variables, log=self.directory.log)
+            self._watch(process, clock)
+            assert process.ended is not None
+            return process.ended
+        finally:
+            process.close()  # whatever happened: nothing of it outlives this launcher
+            (self.directory.path / ALIVE).unlink(missing_ok=True)
+
+    def _sharded(self, clock: AttemptClock, shards: Shards) -> Ended:
+        """Own shard, then all that the other pods have done of theirs, as one data set."""
+        shards.forget_others()
+        if not shards.is_done(0):
+            ended = self._process(clock, *shards.place.words)
+            if ended.status != 0:
+                return ended
+            self._copy(all_=True)
+            Mirror(self.directory.quarantined, self.store, shards.aside).copy_new(all_=True)
+            shards.commit(ShardDone(shard=0, of=shards.place.of, pod=self.asked.holder, ended=self.clock.now()))
+        self._wait_for(shards)
+        self.mirror.bring_back()
+        Mirror(self.directory.quarantined, self.store, shards.aside).bring_back()
+        return self._process(clock, "--retry", "none")  # each pod has tried its own rows
+
+    def _wait_for(self, shards: Shards) -> None:
+        """Until all shards are done, or somebody asks to stop: then the process that merges leaves at once."""
+        said = ""
+        while not self.whole.stopped:
+            with contextlib.suppress(Unreachable):  # asked again
+                missing = shards.missing()
+                if not missing:
+                    return
+                words = f"{self.name}: {shards.place.of - len(missing)} of {shards.place.of} shards are done"
+                if words != said:
+                    self.whole.say(words)
+                said = words
+                self._listen()
+                if self.pods is not None:
+                    self.pods.look_sometimes()
+            self.lease.check()
+            self.clock.sleep(LOOK_SHARDS_S)
+        self.directory.ask_to_drain()
 
     def _watch(self, process: TrainerProcess, clock: AttemptClock) -> None:
         asked = ""

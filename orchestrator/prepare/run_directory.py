@@ -29,6 +29,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.kept, self.out, self.log = path / "kept", path / "out", path / LOG
+        self.quarantined = path / "quarantined"
 
     @property
     def config(self) -> Path:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +40,23 @@ def test_many_killed_runs_that_are_begun_again_come_to_the_same_data_set(tmp_pat
     proof.count(30, f"{kind}: {kills} deaths")
 
 
+def on_ray(folder: Path, *words: object, patience_s: int) -> Counter[str]:
+    """Deaths by who died, and before what."""
+    command = [sys.executable, str(SCRIPT.with_name("killed_on_ray.py")), str(folder), *map(str, words)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience_s, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Counter(json.loads(done.stdout)["deaths"])
+
+
+@pytest.mark.long
+def test_a_run_on_ray_outlives_a_guard_and_a_worker_and_is_finished_inline_after_its_own_death(tmp_path: Path) -> None:
+    assert on_ray(tmp_path, 0, 1, "guard", "worker", "engine", patience_s=280).total() == 3
+
+
 @pytest.mark.prove("ray-kills")
-def test_many_killed_runs_on_ray_come_to_the_data_set_that_inline_goes_on_to(tmp_path: Path, proof: Proof) -> None:
-    """After each death the run goes on inline: engines share what is kept."""
-    kills = trials(tmp_path, 1 + proof.seed, 30, "ray", 6000)
-    proof.count(30, f"{kills} deaths")
+def test_each_of_many_deaths_on_ray_leaves_a_run_that_comes_to_the_data_set_of_inline(tmp_path: Path, proof: Proof) -> None:
+    """The engine, the process that drives Ray, a raylet, a worker and a guard, six times each."""
+    deaths = on_ray(tmp_path, 1 + proof.seed, 30, patience_s=6000)
+    assert deaths.total() == 30
+    proof.count(30, ", ".join(f"{died}: {times}" for died, times in sorted(deaths.items())))

@@ -19,6 +19,7 @@ from orchestrator.labels import Label
 from orchestrator.recipe.cluster_profile import ClusterProfile
 
 GOLDEN = Path(__file__).parents[1] / "golden/prepare.yaml"
+INDEXED = GOLDEN.with_name("prepare-indexed.yaml")
 STORE = "s3://b/$(HOME)"
 
 
@@ -77,6 +78,25 @@ def test_kueue_starts_it_where_the_profile_queues(profile: ClusterProfile) -> No
 def test_a_store_with_credentials_in_it_is_refused(profile: ClusterProfile) -> None:
     with pytest.raises(Refused, match="holds credentials"):
         prepare_job(profile, "s3://key:secret@b/p", "mine", "0" * 16, 1)
+
+
+def test_of_several_pods_each_index_has_its_own_tries_and_knows_its_job(profile: ClusterProfile) -> None:
+    job = prepare_job(profile, STORE, "mine", "0" * 16, 1, pods=8)
+    spec, (pod,) = job["spec"], manifest.pods(job)[:1]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 8, 8)
+    assert (spec["backoffLimitPerIndex"], spec["maxFailedIndexes"]) == (6, 0) and "backoffLimit" not in spec
+    assert spec["podFailurePolicy"] == prepare_job(profile, STORE, "mine", "0" * 16, 1)["spec"]["podFailurePolicy"]
+    (container,) = pod["spec"]["containers"]
+    assert container["command"][-2:] == ["--shards", "8"] and violations(pod) == [] and not pod["spec"]["automountServiceAccountToken"]
+    (uid,) = (one for one in container["env"] if one["name"] == "OSCTL_JOB_UID")
+    assert uid["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['batch.kubernetes.io/controller-uid']"
+
+
+def test_golden_manifest_of_a_preparation_on_several_pods(profile: ClusterProfile) -> None:
+    text = yaml_text.dump([prepare_job(profile, "s3://open-sora/runs", "films", "0" * 16, 1, pods=4)])
+    if os.environ.get("OSCTL_UPDATE_GOLDEN"):
+        INDEXED.write_text(text)
+    assert INDEXED.read_text() == text
 
 
 def test_golden_manifest_of_a_preparation(profile: ClusterProfile) -> None:

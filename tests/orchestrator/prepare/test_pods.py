@@ -39,7 +39,7 @@ def on_pods(bench: Bench, watch: pods.Watch, *words: str) -> Preparation:
 
 def test_a_pod_that_went_keeps_what_it_held_until_it_was_seen_last(bench: Bench) -> None:
     seen = [[pod("a", 100, 110), pod("b", 100, 110)], [pod("a", 100, 130)]]
-    book = pods.PodsObject(bench.store, KEYS, 1, lambda now: seen.pop(0), bench.clock)
+    book = pods.PodsObject(bench.store, KEYS.pods(1), lambda now: seen.pop(0), bench.clock)
     book.look()
     book.look()
     assert {one.name: one.core_seconds for one in pods.held(bench.store, KEYS, 1)} == {"a": 60, "b": 20}
@@ -54,7 +54,7 @@ def test_what_was_seen_is_there_after_whoever_watched_it_died(bench: Bench) -> N
     )  # fmt: skip
     lost = Ledger(bench.store, KEYS.folder).acquire(time.time())
     bench.store.create(KEYS.intent(1), intent.encode())
-    pods.PodsObject(bench.store, KEYS, 1, lambda now: [pod("head", 0, 100), pod("worker", 50, 100)], bench.clock).look()
+    pods.PodsObject(bench.store, KEYS.pods(1), lambda now: [pod("head", 0, 100), pod("worker", 50, 100)], bench.clock).look()
     lost.lost = True
     bench.clock = LateClock(2 * TTL_S)
     bench.run()
