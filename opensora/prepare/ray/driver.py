@@ -19,14 +19,17 @@ import shutil
 import signal
 import sys
 import threading
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
+from opensora.dataset.ray_cores import of_actor
+from opensora.errors import ConfigError
 from opensora.prepare.ray.feed import Feed, Rows
-from opensora.prepare.ray.setup import Answer, Ended, Failed, Heard, Ready, Setup
+from opensora.prepare.ray.setup import Answer, Ended, Failed, Heard, Ready, Refusal, Setup
 from opensora.prepare.ray.worker import Worker
 from opensora.printable import one_line
 
@@ -49,6 +52,7 @@ def main(wire: Connection) -> int:
 
     try:
         _start(setup)
+        setup = _with_room(setup)
         feed = ray.remote(num_cpus=0, max_restarts=0)(Feed).remote()
         send(Ready())
         for target, name in ((_rows_in, "rows"), (_heard, "heard")):
@@ -57,6 +61,8 @@ def main(wire: Connection) -> int:
             columns = (table.column(name).to_pylist() for name in ("number", "answer", "cpu_s"))
             send([Answer(*one) for one in zip(*columns, strict=True)])
         send(Ended(_spilled()))
+    except ConfigError as error:
+        send(Refusal(str(error)))
     except Exception as error:  # noqa: BLE001 - whatever Ray raises, the engine decides
         send(Failed(one_line(f"{type(error).__name__}: {error}", 600)))
     finally:
@@ -78,6 +84,17 @@ def _start(setup: Setup) -> None:
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # a film of hours takes hours; the engine hears whether actors live
     context.max_consecutive_actor_init_deaths = INIT_DEATHS
+
+
+def _with_room(setup: Setup) -> Setup:
+    """In a Ray that runs, actors leave room for the read task. Raises ConfigError where an actor fits on no node."""
+    if not setup.address:
+        return setup
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    fits = of_actor(setup.num_cpus, nodes)
+    if fits != setup.num_cpus:
+        sys.stdout.write(f"ray.num_cpus {setup.num_cpus:g} would fill every node, so an actor asks for {fits:g}\n")  # into ray.log
+    return replace(setup, num_cpus=fits)
 
 
 def _answers(setup: Setup, feed: Any) -> Any:
@@ -111,8 +128,8 @@ def _rows_in(wire: Connection, _send: Any, feed: Any, setup: Setup) -> None:
 def _heard(_wire: Connection, send: Any, feed: Any, _setup: Setup) -> None:
     with contextlib.suppress(ray.exceptions.RayError, OSError):
         while True:
-            told, silent_s = ray.get(feed.heard.remote())
-            send(Heard(tuple(pickle.loads(one) for one in told), silent_s))  # noqa: S301 - a guard of ours wrote it
+            told, silent_s, worked_by = ray.get(feed.heard.remote())
+            send(Heard(tuple(pickle.loads(one) for one in told), silent_s, worked_by))  # noqa: S301 - a guard of ours wrote it
             threading.Event().wait(LOOK_S)
 
 

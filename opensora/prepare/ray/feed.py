@@ -27,7 +27,7 @@ class Feed:
         self._ends = False
         self._more = asyncio.Event()
         self._told: list[bytes] = []
-        self._heard = time.monotonic()
+        self._heard, self._worked_by = time.monotonic(), False
 
     async def put(self, rows: list[Sent]) -> None:
         self._rows += rows
@@ -49,11 +49,11 @@ class Feed:
         self._told.append(told)
 
     async def beat(self) -> None:
-        self._heard = time.monotonic()
+        self._heard, self._worked_by = time.monotonic(), True
 
-    async def heard(self) -> tuple[list[bytes], float]:
+    async def heard(self) -> tuple[list[bytes], float, bool]:
         told, self._told = self._told, []
-        return told, time.monotonic() - self._heard
+        return told, time.monotonic() - self._heard, self._worked_by
 
 
 class Rows(Datasource):  # type: ignore[misc]

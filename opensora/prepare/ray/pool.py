@@ -111,7 +111,7 @@ class RayPool:
     def map(
         self, function: Callable[[Row], Result], rows: Iterable[Row | Later], deadline_s: float | Callable[[Row], float]
     ) -> Iterator[tuple[Row, Result | Leaves]]:
-        """As `Pool.map` says. Raises EngineLost."""
+        """As `Pool.map` says. Rows that wait while no actor is there are not begun. Raises EngineLost."""
         given, flying, again = iter(rows), dict[int, _Flying](), deque[_Flying]()
         seconds_of = deadline_s if callable(deadline_s) else lambda row: deadline_s
         more, waits = True, False
@@ -134,6 +134,9 @@ class RayPool:
                 if not flying:
                     time.sleep(POLL_S)
                     continue
+                if self._halt() and not (self._stream is not None and self._stream.works):
+                    log.info("ray: leaves; no worker is there to take the %d rows that wait", len(flying))
+                    return
                 try:
                     answers = self._exchanged(some)
                 except StreamLost as error:

@@ -64,10 +64,19 @@ class Heard:
 
     told: tuple[Any, ...]
     silent_s: float
+    worked_by: bool
+    """Whether an actor has been heard of at all."""
 
 
 @dataclass(frozen=True)
 class Failed:
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Another try would end in the same way."""
+
     reason: str
 
 

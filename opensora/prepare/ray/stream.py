@@ -19,11 +19,14 @@ from typing import Any
 
 import psutil
 
-from opensora.prepare.ray.setup import Answer, Ended, Failed, Heard, Ready, Sent, Setup
+from opensora.errors import ConfigError
+from opensora.prepare.ray.setup import Answer, Ended, Failed, Heard, Ready, Refusal, Sent, Setup
 
 START_S = 300.0
 """For Ray to start here, or to be reached."""
 END_S = 30.0
+LATELY_S = 15.0
+"""Actors say every five seconds that they live."""
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0", "RAY_memory_monitor_refresh_ms": "0",
     "RAY_worker_register_timeout_seconds": "240", "RAY_ENABLE_AUTO_CONNECT": "0",
@@ -54,7 +57,7 @@ class Stream:
         self._wire, self._setup, self._log = ours, setup, log
         self._told: list[Any] = []
         self._began = time.monotonic()
-        self._silent_s, self._spilled = 0.0, 0
+        self._silent_s, self._spilled, self._worked_by = 0.0, 0, False
         self._ended, self._failed = False, ""
         self.ready = False
         """Whether Ray has started."""
@@ -64,16 +67,22 @@ class Stream:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def works(self) -> bool:
+        """Whether there are actors: one has been heard of lately."""
+        return self._worked_by and self._silent_s < LATELY_S
+
     def send(self, rows: list[Sent]) -> None:
         """Raises StreamLost."""
         self._send(rows)
 
     def answers(self, patience_s: float) -> list[Answer]:
-        """What has been answered, waiting so long for the first. Raises StreamLost."""
+        """What has been answered, waiting so long for the first. Raises StreamLost, and ConfigError where no other try helps."""
         found: list[Answer] = []
         try:
             while not self._failed and self._wire.poll(0 if found else patience_s):
                 self._take(self._wire.recv(), found)
+                self._worked_by = self._worked_by or bool(found)
         except (EOFError, OSError):
             if not found:
                 raise StreamLost(f"its process ended ({self._how()}); {self._log} has its last words") from None
@@ -123,13 +132,15 @@ class Stream:
             found.extend(message)
         elif isinstance(message, Heard):
             self._told += message.told
-            self._silent_s = message.silent_s
+            self._silent_s, self._worked_by = message.silent_s, message.worked_by
         elif isinstance(message, Ready):
             self.ready = True
         elif isinstance(message, Ended):
             self._spilled, self._ended = message.spilled, True
         elif isinstance(message, Failed):
             self._failed = message.reason
+        elif isinstance(message, Refusal):
+            raise ConfigError(message.reason)
 
     def _send(self, message: object) -> None:
         try:

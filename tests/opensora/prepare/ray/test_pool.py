@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,18 @@ def test_who_is_killed_costs_nothing_and_no_row_comes_twice(ray: Asked, whom: st
             os.kill(ray.processes(word)[-1].pid, signal.SIGKILL)
         ended.append(one)
     assert sorted(ended) == [(0.2 + 0.001 * row, "done") for row in range(12)]
+
+
+def test_a_run_that_is_to_leave_does_not_wait_for_rows_that_no_worker_can_take(tmp_path: Path) -> None:
+    """Its actors ask for a GPU, and there is none: on a cluster the node may still be on its way."""
+    config = PrepareConfig.model_validate(CONFIG | {"ray": {"num_gpus": 1}, "filter": {"scores": "/models"}})
+    asked = threading.Event()
+    steps = replace(Steps(preload=("guard_rows",)), measure=guard_rows.same)
+    with opened.pool(config, tmp_path, steps, 2, asked.is_set) as pool:
+        threading.Timer(0.5, asked.set).start()
+        began = time.monotonic()
+        assert list(pool.map(guard_rows.same, range(5), 60.0)) == []
+    assert time.monotonic() - began < 60, "the rows' own deadline, and far from the 120 s after which actors count as lost"
 
 
 def test_a_run_that_is_to_leave_finishes_what_is_in_work_and_begins_nothing(ray: Asked) -> None:
