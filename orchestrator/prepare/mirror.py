@@ -112,9 +112,12 @@ class Mirror:
                 self._looked[folder] = changed if changed < time.time_ns() - 2 * 10**9 else 0  # a clock of files may be coarse
 
     def _send(self, names: Sequence[str]) -> None:
+        """Packs after all others; several are on their way at a time."""
+        packs = [name for name in names if name.endswith(SUFFIX)]
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            for name in pool.map(self._send_one, names):
-                self._there.add(name)
+            for some in ([name for name in names if not name.endswith(SUFFIX)], packs):
+                for name in pool.map(self._send_one, some):
+                    self._there.add(name)
 
     def _send_one(self, name: str) -> str:
         key = check_key(f"{self._prefix}/{name}")

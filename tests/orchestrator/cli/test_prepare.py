@@ -46,6 +46,14 @@ def prepared(osctl: Osctl, videos: Path) -> Osctl:
     return osctl
 
 
+def test_pods_are_of_a_cluster_and_of_cores_alone(osctl: Osctl, videos: Path) -> None:
+    said = osctl("prepare", "run", str(videos), "--pods", "4", expect=2).stderr
+    assert "--pods 4: on one machine there are none" in said and "--cluster" in said
+    asked = ("prepare", "render", "s3://b/films", "--name", "films", "--store", "s3://b/runs", "--cluster", "kind-cpu", "--pods", "4")
+    said = osctl(*asked, "--gpus", "1", expect=2).stderr
+    assert "--pods 4 with --gpus 1" in said and "--engine ray" in said
+
+
 def test_a_plan_of_400_000_clips_names_its_rates_and_the_published_captions(osctl: Osctl, videos: Path) -> None:
     found = osctl.json("prepare", "plan", str(videos), "--clips", "400000", "--caption-gpu-s", "1.5", "-f", "open-sora-1.0")
     steps = {step["name"]: step for step in found["steps"]}

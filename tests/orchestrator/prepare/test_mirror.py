@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,25 @@ def test_what_another_machine_kept_counts_and_is_brought_back(kept: Path, store:
     elsewhere = tmp_path / "elsewhere"
     assert Mirror(elsewhere, store, "datasets/mine/kept").bring_back() == 2
     assert (elsewhere / "clips/e/cd/cde.mp4").read_bytes() == b"film" and not list(elsewhere.rglob(".*"))
+
+
+def test_a_pack_is_in_the_store_after_the_clips_that_it_describes(tmp_path: Path) -> None:
+    """A pod that shares no files believes a pack (`opensora.prepare.shards`)."""
+
+    class Slow(FolderStore):
+        def upload(self, key: str, path: Path) -> None:
+            time.sleep(0.05 if key.endswith(".mp4") else 0)
+            super().upload(key, path)
+            sent.append(key.rpartition(".")[2])
+
+    sent: list[str] = []
+    for number in range(50):
+        clip = tmp_path / f"kept/clips/d/{number % 7:02}/{number}.mp4"
+        clip.parent.mkdir(parents=True, exist_ok=True)
+        clip.write_text("film")
+    (tmp_path / "kept/clips/d/0123.jsonl").write_text("rows")
+    Mirror(tmp_path / "kept", Slow(tmp_path / "store"), "k").copy_new(all_=True)
+    assert sent == ["mp4"] * 50 + ["jsonl"]
 
 
 def test_a_store_never_leads_out_of_the_folder(kept: Path, store: FolderStore) -> None:
