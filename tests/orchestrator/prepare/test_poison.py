@@ -82,9 +82,8 @@ def gaps(folder: Path) -> Iterator[list[float]]:
             for path in folder.glob("*/status.json"):
                 with contextlib.suppress(OSError, ValueError):
                     status = json.loads(path.read_bytes())
-                    looked = [
-                        sum((one["kept"], *one["dropped"].values(), *one["quarantined"].values())) for one in status["steps"].values()
-                    ]
+                    steps = [one for name, one in status["steps"].items() if name != "download"]  # that is done before Ray has started
+                    looked = [one["kept"] + sum(one["dropped"].values()) + sum(one["quarantined"].values()) for one in steps]
                     if sum(looked) and before.get(path) != looked:
                         now = time.monotonic()
                         found.append(now - since if since else 0.0)
