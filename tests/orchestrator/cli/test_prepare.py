@@ -49,7 +49,19 @@ def prepared(osctl: Osctl, videos: Path) -> Osctl:
 def test_pods_are_of_a_cluster_and_of_cores_alone(osctl: Osctl, videos: Path) -> None:
     said = osctl("prepare", "run", str(videos), "--pods", "4", expect=2).stderr
     assert "--pods 4: on one machine there are none" in said and "--cluster" in said
-    asked = ("prepare", "render", "s3://bucket/films", "--name", "films", "--store", "s3://bucket/runs", "--cluster", "kind-cpu", "--pods", "4")
+    asked = (
+        "prepare",
+        "render",
+        "s3://bucket/films",
+        "--name",
+        "films",
+        "--store",
+        "s3://bucket/runs",
+        "--cluster",
+        "kind-cpu",
+        "--pods",
+        "4",
+    )
     said = osctl(*asked, "--gpus", "1", expect=2).stderr
     assert "--pods 4 with --gpus 1" in said and "--engine ray" in said
     job = yaml.safe_load(osctl(*asked).stdout)
