@@ -27,6 +27,7 @@ from orchestrator.cli import (
     run,
     sample,
     status,
+    ui,
     weights,
 )
 from orchestrator.cli.typed import Command
@@ -72,6 +73,7 @@ for command, name in (
     (account.sync, "sync"),
     (sample.sample, "sample"),
     (evaluate.evaluate, "eval"),
+    (ui.ui, "ui"),
     (export.export, "export"),
     (encode.encode, "encode"),
     (account.mlflow, "mlflow"),

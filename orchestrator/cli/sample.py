@@ -118,8 +118,7 @@ def sample(
     workspace = launched(None, file, store=store)
     found = newest(workspace, stage, to="sample") if wanted is None else _published(workspace, stage, wanted)
     folder, host = fetched(workspace, found)
-    about = {"model": found.run_key, "step": found.step, "manifest": found.manifest_digest, "weights": found.weights_digest}
-    _run(folder, [*words, f"--about={json.dumps(about)}"], host.for_children())
+    _run(folder, [*words, f"--about={json.dumps(about(found))}"], host.for_children())
     output.note(f"drew {out} with {found.run_key}, step {found.step}")
 
 
@@ -171,3 +170,13 @@ def _published(workspace: Workspace, stage: str | None, wanted: tuple[int, int |
         of = f"step {step}" if attempt is None else f"step {step} of attempt {attempt}"
         raise Refused(f"sample {status.name}: the store has no checkpoint of {of}; it has those of the steps {said}. Name one of them")
     raise Refused(f"sample {name}: no checkpoint is there yet. Train it with: osctl launch{f' {stage}' if stage else ''}")
+
+
+def about(checkpoint: Committed | Published) -> dict[str, Any]:
+    """What a file that it draws says of it."""
+    return {
+        "model": checkpoint.run_key,
+        "step": checkpoint.step,
+        "manifest": checkpoint.manifest_digest,
+        "weights": checkpoint.weights_digest,
+    }

@@ -151,13 +151,15 @@ class Api:
         """The object of this name. Raises NotFound, Refused, Unreachable."""
         return self._ask("GET", self._path(kind, name))
 
-    def list(self, kind: str, selector: str = "") -> tuple[Sequence[Object], str]:
-        """All objects of a kind that a label selector selects, unchecked, and the version to watch from.
+    def list(self, kind: str, selector: str = "", fields: str = "") -> tuple[Sequence[Object], str]:
+        """All objects of a kind that a label selector and a field selector select, unchecked, and the version to watch from.
 
         Raises NotFound if the cluster does not know the kind, Refused, Unreachable.
         """
         items: list[Object] = []
         query: dict[str, str | int] = {"labelSelector": selector, "limit": PAGE}
+        if fields:
+            query["fieldSelector"] = fields
         while True:
             answer = self._ask("GET", self._path(kind), query)
             about, found = answer.get("metadata"), answer.get("items") or []

@@ -17,6 +17,7 @@ from orchestrator.errors import NotFound, Refused, Unreachable
 from orchestrator.kube import names
 from orchestrator.kube.client import Api
 from orchestrator.kube.faults import AlreadyExists
+from orchestrator.kube.observed import Notice, first_line
 from orchestrator.kube.parts import Manifest
 
 POLL_S = 1.0
@@ -85,9 +86,15 @@ def _ran_out_of_time(job: Mapping[str, Any]) -> bool:
 
 
 def waits_for(api: Api, job: str, selector: str = "") -> str:
-    """Why the Job's pod cannot start, in Kubernetes' words. Empty means that no reason is known. `selector`: of pods that no Job has."""
+    """Why the Job's pod cannot be made or cannot start, in Kubernetes' words. Empty means that no reason is known.
+
+    `selector`: of pods that no Job has.
+    """
     with contextlib.suppress(NotFound, Refused, Unreachable):
-        for pod in api.list("pods", selector or f"batch.kubernetes.io/job-name={job}")[0]:
+        pods, _ = api.list("pods", selector or f"batch.kubernetes.io/job-name={job}")
+        if not pods:
+            return why_not_made(api, job)
+        for pod in pods:
             status = pod.get("status", {})
             unmet = [
                 one.get("message") for one in status.get("conditions", ()) if (one["type"], one["status"]) == ("PodScheduled", "False")
@@ -97,6 +104,16 @@ def waits_for(api: Api, job: str, selector: str = "") -> str:
             if told := next(filter(None, unmet), ""):
                 return str(told).splitlines()[0]
     return ""
+
+
+def why_not_made(api: Api, job: str) -> str:
+    """What kept Kubernetes from making a pod for this object, as an account that is not there or a quota. Empty: nothing is known.
+
+    Raises NotFound, Refused, Unreachable.
+    """
+    events, _ = api.list("events", fields=f"involvedObject.name={job},type=Warning")
+    refusals = [note for note in (Notice.read(event, 0.0) for event in events) if "Creat" in note.reason]
+    return first_line(max(refusals, key=lambda note: note.time).message) if refusals else ""
 
 
 def last_words(api: Api, job: str) -> str:

@@ -104,6 +104,8 @@ class ClusterWatch:
         self._fault = ""
         self._patience_s = FIRST_VIEW_S
         self._driver: Driver | None = None
+        self._driver_refused = ""
+        """What keeps Kubernetes from making the driver's pod, as of `_driver_seen`."""
         self._driver_seen = 0.0
         try:
             self._api = connect(workspace)
@@ -213,6 +215,7 @@ class ClusterWatch:
             except OsctlError:  # pods may be looked at and Jobs not; or the server has just gone away
                 found = []
             self._driver = live(found) or next(reversed(found), None)
+            self._driver_refused = self._why_no_pod(self._driver)
         driver = self._driver
         if driver is None or driver.state == "complete":
             return None, [], []
@@ -221,14 +224,28 @@ class ClusterWatch:
                 return None, [], []
             return None, [], [Waiting("driver", driver.number, f"{driver.name} is over: {driver.reason}", "fault", None, "cluster")]
         run = names.run_hash(self.workspace.store_url, names.driver_key(self.workspace.pipeline.name, driver.number))
-        pods = [pod for pod in watcher.cache.pods(run) if not pod.over(now)]
+        made = watcher.cache.pods(run)
+        pods = [pod for pod in made if not pod.over(now)]
         rows = [_row("driver", driver.number, pod, now) for pod in pods]
         otherwise = f"waits for its turn in queue {driver.queue}" if driver.queue else "is about to drive"
         since = min((pod.created for pod in pods), default=None)
         waiting = why_pods_wait(pods) or held_up.Waiting(otherwise, since=since)
+        if self._driver_refused and not made:
+            waiting = held_up.Waiting(self._driver_refused, "fault", driver.created, "refused")
         advice = DRIVERS.get(waiting.cause, NEXT.get(waiting.cause, "")) if waiting.cause is not None else ""
         coming = Waiting("driver", driver.number, waiting.words, waiting.kind, waiting.since, "cluster", waiting.cause, advice)
         return driver.name, rows, [coming]
+
+    def _why_no_pod(self, driver: Driver | None) -> str:
+        """Why a living driver's Job has no pod. Empty: it has one, or nothing is known."""
+        from orchestrator.kube.side_job import why_not_made
+
+        if driver is None or driver.state != "live":
+            return ""
+        try:
+            return why_not_made(self._api, driver.name)
+        except OsctlError:  # events may not be looked at, or the server has just gone away
+            return ""
 
 
 def _row(stage: str, attempt: int, pod: Pod, now: float) -> PodRow:

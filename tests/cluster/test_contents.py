@@ -16,7 +16,7 @@ import pytest
 import raw_videos
 import yaml
 from cluster.kube_rig import client
-from cluster.pipelines import Site, installed
+from cluster.pipelines import Site, installed, until
 from conftest import Cluster
 from tiny_encoders import WIDTH, make_autoencoder, make_text
 from tiny_recipe import Osctl
@@ -136,3 +136,26 @@ def test_an_image_that_cannot_run_a_stage_is_refused_before_a_job_of_it_is_there
     jobs = fresh.json("get", "jobs")["items"]
     assert len([job for job in jobs if "image-check" in job["metadata"]["name"]]) == 2, "a question that was answered is not asked again"
     assert fresh.json("get", "pytorchjobs")["items"] == []
+
+
+class Told(Exception):
+    """The first line about a wait."""
+
+
+def test_pods_that_cannot_be_made_are_told_of_in_kubernetes_words(fresh: Site, tmp_path: Path) -> None:
+    """Without its service account a Job gets no pod: there are events about the Job, and nothing else to look at."""
+    accounts = ("osctl-trainer", "osctl-driver")
+    fresh.cluster.kubectl("-n", fresh.namespace, "delete", "serviceaccount", *accounts)
+
+    def say(words: str) -> None:
+        if " waits: " in words:
+            raise Told(words)
+
+    profile = ClusterProfile.model_validate(yaml.safe_load(fresh.profile.read_text()))
+    with client(fresh.cluster.kubeconfig, fresh.namespace) as api, pytest.raises(Told, match='serviceaccount "osctl-trainer" not found'):
+        image_check.check(api, profile, fresh.store, ImageNeeds(abilities=("imports",)), "launch demo", ["imports"], say)
+
+    osctl = fresh.osctl(tmp_path / "orphan", stages=1, nodes=1, devices=1)
+    osctl("launch")
+    (waits,) = until("its reason", lambda: [one for one in osctl.json("status")["waits"] if one["kind"] == "fault"])
+    assert (waits["cause"], 'serviceaccount "osctl-driver" not found' in waits["why"]) == ("refused", True), waits

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import getpass
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import browsers
 import pytest
 from written_ledger import Writer, pipeline
 
@@ -28,16 +28,7 @@ WAIT_S = 180
 
 
 @pytest.fixture(scope="module")
-def chromium(require: Any) -> tuple[str, str]:
-    """Debian's browser and its driver."""
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if browser is None or driver is None:
-        require("browser", "chromium and chromedriver are not installed: apt-get install chromium chromium-driver")
-    return browser, driver
-
-
-@pytest.fixture(scope="module")
-def served(chromium: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[mlflow_ui.Server, Facts]]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[mlflow_ui.Server, Facts]]:
     home = tmp_path_factory.mktemp("home")
     story = Writer(Ledger(open_store(str(home / "store")), "demo"), pipeline(steps=300), step_s=0.9)
     story.three_stages()
@@ -55,20 +46,9 @@ def served(chromium: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def browser(chromium: tuple[str, str], tmp_path: Path) -> Iterator[Any]:
-    """A window without a screen. Selenium is told where everything is, so it fetches nothing."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium[0]
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1500,1750", f"--user-data-dir={tmp_path}"):
-        options.add_argument(argument)
-    browser = webdriver.Chrome(options=options, service=Service(chromium[1]))
-    try:
-        yield browser
-    finally:
-        browser.quit()
+def browser(require: Any, tmp_path: Path) -> Iterator[Any]:
+    with browsers.window(require, tmp_path / "profile") as window:
+        yield window
 
 
 class Page:

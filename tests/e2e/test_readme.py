@@ -36,10 +36,10 @@ def named(text: str) -> list[str]:
     return re.findall(r"`(osctl [^`]+)`", "\n".join(line for line in text.splitlines() if line.startswith("|")))
 
 
-LAUNCH, SYNC, MLFLOW = "osctl launch", "osctl sync", "osctl mlflow"
+LAUNCH, SYNC, MLFLOW, UI = "osctl launch", "osctl sync", "osctl mlflow", "osctl ui"
 SAMPLE, EXPORT = 'osctl sample "a digit 3 moving left" --out three.mp4', "osctl export --format diffusers DIR"
-OWN = (LAUNCH, SYNC, MLFLOW, SAMPLE, EXPORT)
-"""Commands that have a test of their own below."""
+OWN = (LAUNCH, SYNC, MLFLOW, SAMPLE, EXPORT, UI)
+"""Commands that have a test of their own, below or in test_ui.py."""
 ELSEWHERE = {command for command in named(TABLE) if "s3://…" in command or "--cluster" in command}
 ELSEWHERE |= set(commands_of("docs/own-clips.md", "tests/e2e/test_pages.py"))
 """Typed by test_data.py, which sends clips into a bucket, by test_pages.py, and by cluster/test_prepare_in_cluster.py."""

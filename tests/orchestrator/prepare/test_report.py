@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
+import browsers
 import pytest
 from prepare_bench import Bench
 
@@ -64,28 +64,11 @@ def test_a_page_of_a_preparation_that_has_just_begun_is_a_page(bench: Bench) -> 
 @pytest.mark.long
 @pytest.mark.browser
 def test_a_browser_shows_it_without_a_script_or_a_request(bench: Bench, tmp_path: Path, require: Any) -> None:
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if browser is None or driver is None:
-        require("browser", "chromium and chromedriver are not installed: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
     from selenium.webdriver.common.by import By
 
     path = tmp_path / "report.html"
     path.write_text(written(prepared(bench, filter=RULES)), encoding="utf-8")
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(browser)
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--window-size=1200,1600",
-        f"--user-data-dir={tmp_path}/u",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = webdriver.Chrome(options=options, service=Service(driver))
-    try:
+    with browsers.window(require, tmp_path / "u", (1200, 1600)) as window:
         window.get(path.as_uri())
         assert window.title == "mine: preparation"
         assert [one.text for one in window.find_elements(By.TAG_NAME, "h2")] == [
@@ -98,5 +81,3 @@ def test_a_browser_shows_it_without_a_script_or_a_request(bench: Bench, tmp_path
         width = window.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
         assert width[0] <= width[1], "nothing leaves the window, however long a name is"
         assert window.get_log("browser") == []
-    finally:
-        window.quit()
