@@ -6,7 +6,7 @@ live attempt that has written nothing yet is `starting`) and to read anything bu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
@@ -128,6 +128,38 @@ class Earlier:
 
 
 @dataclass(frozen=True)
+class PreparationStatus:
+    """The data set that is made of raw videos before the first stage begins. Its rooms lie above this one: who reads the store fills it in.
+
+    It is billed whole, with all that was ever spent on the data set of that name, whoever asked for it.
+    """
+
+    name: str
+    state: str
+    """asked, running, prepared, stopped, failed; unknown: the store has nothing of it."""
+    step: str
+    """At which it is. Empty means that it has not said."""
+    done: int
+    """Rows of that step that are over."""
+    rows: int
+    eta_s: float | None
+    reason: str
+    """How it ended. Empty means that it lives, or that no reason is known."""
+    attempts: int
+    core_hours: float
+    gpu_hours: float
+    usd: Decimal
+    """Of what is priced."""
+    not_priced: tuple[str, ...]
+    """Devices that it held and that are in no price list."""
+    device_seconds: Mapping[str, float]
+    """By step."""
+    clips: int | None = None
+    place: str | None = None
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """One pipeline."""
 
@@ -146,10 +178,12 @@ class Snapshot:
     """What was spent on stages that the recipe no longer names, oldest first."""
     store: str = ""
     """URL of the store."""
+    preparation: PreparationStatus | None = None
+    """Of its clips, where its recipe names raw videos."""
 
     @property
     def bill(self) -> Bill:
-        """Everything that was ever paid for this pipeline."""
+        """Everything that was ever paid for this pipeline's stages."""
         return merge([*(stage.bill for stage in self.stages), *(one.bill for one in self.earlier)])
 
     @property
@@ -164,7 +198,8 @@ class Snapshot:
 
     @property
     def usd(self) -> Decimal:
-        return self.bill.usd
+        """Of its stages, and of its clips."""
+        return self.bill.usd + (self.preparation.usd if self.preparation is not None else 0)
 
 
 def take_snapshot(pipeline: Pipeline, history: History, now: float) -> Snapshot:

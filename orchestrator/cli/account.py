@@ -52,7 +52,7 @@ def cost(
     """The bill: what each held device-second was spent on, at the price of the day on which the attempt was made.
 
     Held categories sum to devices x wall time; queueing holds nothing and costs nothing. What was spent under earlier inputs has lines of
-    its own. Where booked and held time differ, a remark says so.
+    its own, and so have clips that were made of raw videos first. Where booked and held time differ, a remark says so.
 
     Example: osctl cost --by-attempt -o json
     """
@@ -70,8 +70,8 @@ def cost(
     if output_ is not output.Format.table:
         output.emit(rows, output_)
         return
-    spent = [category for category in HELD if any(row["device_seconds"][category] for row in rows)]
-    cells = [{**row, **{key: output.duration(row["device_seconds"][key]) for key in spent}, **_cells(row)} for row in rows]
+    spent = [category for category in HELD if any(row["device_seconds"].get(category) for row in rows)]
+    cells = [{**row, **{key: output.duration(row["device_seconds"].get(key)) for key in spent}, **_cells(row)} for row in rows]
     columns = {"name": "stage"} | ({"attempt": "attempt"} if by_attempt else {})
     columns |= {"pool": "pool"} if any(row.get("pool") for row in rows) else {}
     columns |= {key: key.replace("_", " ") for key in spent}
@@ -81,6 +81,9 @@ def cost(
     output.note(f"device-seconds by what they were spent on; total {output.dollars(current.usd)}{display.of_earlier(current)}")
     for line in _prices(current.bill):
         output.note(line)
+    if (made := current.preparation) is not None and made.attempts:
+        less = f", without {', '.join(made.not_priced)}, which have no price" if made.not_priced else ""
+        output.note(f"{made.name}: all that was spent on these clips{less}; by step: osctl prepare status {made.name}")
 
 
 def _prices(bill: Bill) -> list[str]:

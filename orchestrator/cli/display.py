@@ -6,17 +6,19 @@ import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from opensora.printable import several
 from orchestrator.cli import output
 from orchestrator.cli.typed import expanded
 
 if TYPE_CHECKING:
-    from orchestrator.accounting.status import AttemptStatus, Snapshot, StageStatus
+    from orchestrator.accounting.status import AttemptStatus, PreparationStatus, Snapshot, StageStatus
     from orchestrator.pipelines.cluster_view import ClusterView
 
 PODS = 32
 """Lines of pods in a table. Arbitrary: what a screen holds beside the stages."""
-MARK = {"committed": "✔", "running": "●", "failed": "✘", "ready": "○", "blocked": "·"}
-COLOUR = {"committed": "green", "running": "cyan", "failed": "red", "ready": "yellow", "blocked": "dim"}
+MARK = {"committed": "✔", "prepared": "✔", "running": "●", "failed": "✘", "ready": "○", "stopped": "○", "asked": "○", "blocked": "·"}
+COLOUR = {"committed": "green", "prepared": "green", "running": "cyan", "failed": "red", "blocked": "dim"}
+COLOUR |= dict.fromkeys(("ready", "stopped", "asked"), "yellow")
 
 
 def tree(snapshot: Snapshot, cluster_view: ClusterView | None = None, trouble: str = "") -> Any:
@@ -111,6 +113,8 @@ def _stages(snapshot: Snapshot, cluster_view: ClusterView | None) -> Any:
     grid = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for heading in ("stage", "", "step", "loss", "ETA", "time", "cost", ""):
         grid.add_column(heading, justify="left" if heading in ("stage", "") else "right")
+    if (made := snapshot.preparation) is not None:
+        grid.add_row(*_clips_row(made, of_clips(snapshot)))
     for stage in snapshot.stages:
         colour = COLOUR.get(stage.state, "white")
         bar = rich.progress_bar.ProgressBar(total=max(stage.steps, 1), completed=stage.step, width=20)
@@ -133,6 +137,36 @@ def _stages(snapshot: Snapshot, cluster_view: ClusterView | None) -> Any:
         cells = (f"- {one.stage}", "", str(one.step), "", "", "", output.dollars(one.bill.usd), "no longer in the recipe")
         grid.add_row(*(output.styled(text, style="dim") for text in cells))
     return grid
+
+
+def _clips_row(made: PreparationStatus, doing: str) -> list[Any]:
+    import rich.progress_bar
+
+    running = made.state == "running"
+    done = made.rows if made.state == "prepared" else made.done
+    return [
+        output.styled(f"{MARK.get(made.state, '·')} {made.name}", style=COLOUR.get(made.state, "dim")),
+        rich.progress_bar.ProgressBar(total=max(made.rows, 1), completed=done, width=20),
+        f"{made.done}/{made.rows}" if running else "",
+        "",
+        output.duration(made.eta_s) if running else "",
+        "",
+        output.dollars(made.usd) if made.attempts else "",
+        output.styled(doing, style="dim"),
+    ]
+
+
+def of_clips(snapshot: Snapshot) -> str:
+    """How far the clips are that are made first, or why they are not further; empty: there are none to make."""
+    made = snapshot.preparation
+    if made is None:
+        return ""
+    if made.state == "prepared":
+        return f"prepared, {several(made.clips or 0, 'clip')}"
+    doing = f"prepares clips: {made.step} {made.done:,} of {made.rows:,}" if made.state == "running" and made.step else ""
+    seen = snapshot.said.detail if snapshot.driver is not None and snapshot.said is not None else ""
+    state = {"unknown": "not prepared yet", "running": "prepares clips", "asked": "is to be prepared"}.get(made.state, made.state)
+    return expanded(doing or seen or (f"{state}: {made.reason}" if made.reason else state))
 
 
 def spent(stage: StageStatus, cluster_view: ClusterView | None) -> str:
@@ -203,6 +237,7 @@ def whole(snapshot: Snapshot, cluster_view: ClusterView | None) -> dict[str, Any
         "state": snapshot.state,
         "driver": snapshot.driver,
         "usd": snapshot.usd,
+        "preparation": vars(snapshot.preparation) if snapshot.preparation is not None else None,
         "stages": rows(snapshot, cluster_view),
         "remarks": list(map(expanded, snapshot.remarks)),
         "earlier": [

@@ -33,6 +33,9 @@ def drive(
     pipeline: Annotated[str, typer.Option(help="Name in the ledger.")],
     revision: Annotated[int, typer.Option(min=1, help="Number of the launched revision.")],
     target: Annotated[list[str] | None, typer.Option(help="Stage to run; repeatable. Default: all.")] = None,
+    prepare: Annotated[
+        str | None, typer.Option(metavar="DIGEST", help="Order in the store of a preparation that comes first. Default: none does.")
+    ] = None,
 ) -> None:
     """Drive a launched revision from inside the cluster. People type osctl launch.
 
@@ -44,9 +47,11 @@ def drive(
     from orchestrator.driver.runner import Detached, Runner
     from orchestrator.errors import Refused
     from orchestrator.ledger.store import Ledger
+    from orchestrator.pipelines import cluster_driver, prepare_first
     from orchestrator.pipelines.host import Host
     from orchestrator.pipelines.launch import backend_of, mlflow_beside, nodes_of
     from orchestrator.pipelines.signals import leave_on_signals
+    from orchestrator.pipelines.workspace import Workspace
     from orchestrator.recipe import launched
     from orchestrator.recipe.prices import named_prices
     from orchestrator.stores import open_store
@@ -63,8 +68,13 @@ def drive(
     # The profile's context is one of a person's kubeconfig; here the pod's own account is the way in.
     cluster = resolved.cluster.model_copy(update={"context": None}) if resolved.cluster is not None else None
     here = resolved.model_copy(update={"cluster": cluster})
+    first = None
+    if prepare is not None:
+        workspace, api = Workspace(resolved, host), cluster_driver.connect(Workspace(here, host))
+        resolved, first = prepare_first.begin(workspace, revision, prepare, target or (), api, output.note)
     backend, nodes = backend_of(here, opened, store, host), nodes_of(here, host)
-    runner = Runner(resolved, ledger, backend, on_event=_say, prices=named_prices().at(resolved.cluster), nodes=nodes)
+    prices = named_prices().at(resolved.cluster)
+    runner = Runner(resolved, ledger, backend, on_event=_say, prices=prices, nodes=nodes, first=first)
     try:
         # A database on a disk that goes away with this pod would show nobody anything.
         beside = contextlib.nullcontext() if resolved.tracking.startswith("sqlite") else mlflow_beside(resolved, store, host, output.note)

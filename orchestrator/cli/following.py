@@ -100,6 +100,13 @@ class Follower:
             self.over.set()
 
     def _say(self, current: Snapshot, cluster_view: ClusterView | None, said: dict[str, str]) -> None:
+        if (made := current.preparation) is not None:
+            doing = display.of_clips(current)
+            words = "".join(letter for letter in doing if not letter.isdigit())
+            key = f"{made.state} {10 * made.done // max(made.rows, 1)} {words}"
+            if said.get(f"clips of {made.name}") != key:
+                said[f"clips of {made.name}"] = key
+                output.note(f"{made.name}: {doing}{f' {output.dollars(made.usd)}' if made.attempts else ''}")
         for stage in current.stages:
             doing = display.describe(stage, cluster_view)
             tenth = 10 * stage.step // max(stage.steps, 1)

@@ -63,7 +63,7 @@ def run(
     changes: Set = None,
     store: options.Store = None,
     cluster: Cluster = None,
-    gpus: Gpus = 0,
+    gpus: Gpus = None,
     pods: PodsOf = None,
     follow: Annotated[
         bool,

@@ -52,7 +52,7 @@ def render(
     changes: Set = None,
     store: options.Store = None,
     cluster: Cluster = None,
-    gpus: Gpus = 0,
+    gpus: Gpus = None,
     engine: EngineOf = None,
     pods: PodsOf = None,
 ) -> None:

@@ -71,7 +71,8 @@ There = Annotated[
     typer.Option("--cluster", metavar="NAME|FILE", help="The cluster in which it is prepared.", autocompletion=options.cluster_names),
 ]
 Gpus = Annotated[
-    int, typer.Option("--gpus", min=0, max=1024, help="With --cluster: GPUs for models that caption, score or encode. Default: none.")
+    int | None,
+    typer.Option("--gpus", min=0, max=1024, help="With --cluster: GPUs for models that caption, score or encode. Default: the profile's."),
 ]
 MOST_PODS = 1024
 PodsOf = Annotated[
@@ -126,7 +127,7 @@ def store_of(store: str | None, host: Host, recipe: str | None, cluster: str | N
 
 
 def wanted_of(
-    config: PrepareConfig, store: Store, host: Host, cluster: str, gpus: int, *, pods: int | None = None, replace: bool, retry: bool
+    config: PrepareConfig, store: Store, host: Host, cluster: str, gpus: int | None, *, pods: int | None = None, replace: bool, retry: bool
 ) -> Wanted:
     """Raises UsageError."""
     from orchestrator.cli.prepare_there import Wanted
@@ -134,6 +135,7 @@ def wanted_of(
     from orchestrator.recipe.prices import with_named_price
 
     profile = with_named_price(site_at(cluster), host.env)
+    gpus = profile.prepare.gpus if gpus is None else gpus
     if config.engine != "ray" and gpus and (pods or 1) > 1:
         raise UsageError(
             f"--pods {pods} with --gpus {gpus}: pods that divide the sources have no GPU, since one alone would use it. Leave one of them "

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from opensora.dataset.prepare_config import PrepareConfig
     from orchestrator.inputs.datasets import DataSet
     from orchestrator.pipelines.workspace import Workspace
+    from orchestrator.prepare.records import Order
     from orchestrator.prepare.run import Asked, Prepared
 
 
@@ -53,11 +54,47 @@ def drive(asked: Asked, *, quiet: bool, follow: bool) -> Prepared | None:
     return prepared
 
 
-def before_launch(workspace: Workspace, *, dry_run: bool, quiet: bool) -> Workspace:
+def before_launch(workspace: Workspace, *, dry_run: bool, quiet: bool) -> tuple[Workspace, Order | None]:
     """The same pipeline on the data set that its recipe's `prepare:` makes; that is made first, unless nothing has changed.
+
+    Returns:
+        With an order, the data set is still to come: a driver in the cluster has it made.
 
     Raises as `drive`.
     """
+
+    config = workspace.pipeline.prepare
+    assert config is not None
+    if workspace.pipeline.backend == "kubernetes":
+        from orchestrator.pipelines.prepare_first import only_here
+
+        if not (why := only_here(workspace)):
+            return _before_launch_there(workspace, dry_run=dry_run)
+        output.note(f"{config.name}: is prepared on this machine, which has to stay on until then. {why}")
+    return _before_launch_here(workspace, dry_run=dry_run, quiet=quiet), None
+
+
+def _before_launch_there(workspace: Workspace, *, dry_run: bool) -> tuple[Workspace, Order | None]:
+    from orchestrator.pipelines import cluster_driver, prepare_first, preparing
+    from orchestrator.prepare import order as orders
+
+    config = workspace.pipeline.prepare
+    assert config is not None
+    if dry_run:
+        found = preparing.known(workspace)
+        foretell(config, found, "its driver")
+        return preparing.to_come(workspace) if found is None else preparing.on_prepared(workspace, found.source), None
+    cluster_driver.check_store(workspace)
+    with contextlib.closing(cluster_driver.connect(workspace)) as api:
+        cluster_driver.drivers(api, workspace)  # with the cluster away, the store is not written to
+    order = prepare_first.order_of(workspace)
+    if (made := orders.done(workspace.store, order)) is None:
+        return preparing.to_come(workspace), order
+    output.note(f"{config.name}: nothing has changed since it was prepared; {several(made.rows, 'clip')}, at {made.source}")
+    return preparing.on_prepared(workspace, made.source), None
+
+
+def _before_launch_here(workspace: Workspace, *, dry_run: bool, quiet: bool) -> Workspace:
     from orchestrator.pipelines import preparing
 
     config = workspace.pipeline.prepare
@@ -86,10 +123,11 @@ def before_launch(workspace: Workspace, *, dry_run: bool, quiet: bool) -> Worksp
     return preparing.on_prepared(workspace, prepared.published.place)
 
 
-def foretell(config: PrepareConfig, found: DataSet | None) -> None:
-    """The first line of a plan."""
+def foretell(config: PrepareConfig, found: DataSet | None, who: str = "") -> None:
+    """The first line of a plan. `who`: prepares it, where that is not this process."""
     there = f"prepared already: {several(found.rows, 'clip')} at {found.source}" if found is not None else "not prepared yet"
-    output.note(f"first: prepares {config.name} of {', '.join(given.path for given in config.sources)}; {there}")
+    verb = f"{who} has {config.name} prepared" if who else f"prepares {config.name}"
+    output.note(f"first: {verb} of {', '.join(given.path for given in config.sources)}; {there}")
 
 
 def emit(prepared: Prepared, output_: output.Format) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from orchestrator.accounting.status import Snapshot
     from orchestrator.driver.runner import Result
     from orchestrator.ledger.records import Event
+    from orchestrator.prepare.records import Order
 
 
 def launch(
@@ -51,30 +52,48 @@ def launch(
     Repeating it does nothing twice.
     Locally it shows progress until the end; Ctrl-C once saves and stops (exit 130), twice ends at once. Launching again goes on.
     On Kubernetes it creates a driver in the cluster and returns; launching again finds the driver that is there.
-    A recipe with `prepare:` makes its clips of raw videos first, in this process, into the store: name a bucket for a cluster.
+    A recipe with `prepare:` makes its clips of raw videos first: in this process, or in the cluster where its pods reach the videos.
 
     Examples: osctl launch          osctl launch stage2 --set stage2.steps=500          osctl launch --data ~/clips
 
     osctl launch -f open-sora-1.0 --cluster my-pool.yaml --store s3://bucket/runs
     """
     from orchestrator.pipelines.find import check_stage
-    from orchestrator.pipelines.launch import check_writable
 
     workspace = opened(file, settings=settings, store=store, tracking=tracking, data=data, backend=backend, cluster=cluster, prices=prices)
     workspace.check_recipe()
     check_stage(workspace, stage, "launch")
     decisions = Decisions(tuple(keep or ()), tuple(anew or ()))
+    _launch(workspace, stage, decisions, foreground=foreground, dry_run=dry_run, wait=wait, quiet=quiet, output_=output_)
+
+
+def _launch(
+    workspace: Workspace,
+    stage: str | None,
+    decisions: Decisions,
+    *,
+    foreground: bool,
+    dry_run: bool,
+    wait: bool,
+    quiet: bool,
+    output_: output.Format,
+) -> None:
+    """What a recipe asks for, from its raw videos on where it has any."""
+    from orchestrator.pipelines.launch import check_writable
+
+    order = None
     if workspace.pipeline.prepare is not None:
         from orchestrator.cli.prepare_run import before_launch
 
-        workspace = before_launch(workspace, dry_run=dry_run, quiet=quiet)
+        workspace, order = before_launch(workspace, dry_run=dry_run, quiet=quiet)
     if not dry_run and workspace.pipeline.backend == "local":
         check_writable(workspace)
     if dry_run or workspace.pipeline.backend == "local" or foreground:
-        workspace = workspace.with_contents(needed=not dry_run, say=output.note)
-        run_here(workspace, stage, decisions, dry_run=dry_run, quiet=quiet, output_=output_)
-    else:
-        launch_there(workspace, [stage] if stage else [], decisions, attach=False, wait=wait, quiet=quiet, output_=output_)
+        workspace = workspace.with_contents(needed=not dry_run, clips=order is None, say=output.note)
+        run_here(workspace, stage, decisions, dry_run=dry_run, quiet=quiet, output_=output_, order=order)
+        return
+    targets = [stage] if stage else []
+    launch_there(workspace, targets, decisions, attach=False, wait=wait, quiet=quiet, output_=output_, order=order)
 
 
 def resume(
@@ -99,6 +118,7 @@ def resume(
     Examples: osctl resume          osctl resume demo --set stage2.optimizer.lr=5e-4
     """
     from orchestrator.pipelines.find import check_stage, to_resume
+    from orchestrator.pipelines.preparing import is_on_version
 
     at_hand = (
         Workspace.of_name(pipeline, file=file, store=store, cluster=cluster)
@@ -114,6 +134,9 @@ def resume(
         workspace = workspace.with_contents(needed=True, say=output.note)
     check_stage(workspace, stage, "resume")
     decisions = Decisions(tuple(keep or ()), tuple(anew or ()))
+    if workspace.pipeline.prepare is not None and not is_on_version(workspace.pipeline):
+        _launch(workspace, stage, decisions, foreground=foreground, dry_run=False, wait=wait, quiet=quiet, output_=output_)
+        return
     if workspace.pipeline.backend == "local" or foreground:
         run_here(workspace, stage, decisions, dry_run=False, quiet=quiet, output_=output_)
     else:
@@ -136,8 +159,21 @@ def cancel(
     output.note(ask(launched(pipeline, file, store=store, cluster=cluster), now=now))
 
 
-def run_here(workspace: Workspace, target: str | None, decisions: Decisions, *, dry_run: bool, quiet: bool, output_: output.Format) -> None:
-    """Plan, refuse or drive in this process; then say what came out. Ends the process with the run's exit code."""
+def run_here(
+    workspace: Workspace,
+    target: str | None,
+    decisions: Decisions,
+    *,
+    dry_run: bool,
+    quiet: bool,
+    output_: output.Format,
+    order: Order | None = None,
+) -> None:
+    """Plan, refuse or drive in this process; then say what came out. Ends the process with the run's exit code.
+
+    Args:
+        order: what this driver has prepared in the cluster first.
+    """
     from orchestrator.cli import display
     from orchestrator.cli.following import Follower
     from orchestrator.cli.plans import show_plan
@@ -157,10 +193,10 @@ def run_here(workspace: Workspace, target: str | None, decisions: Decisions, *, 
         if known is not None:
             changes.foretell(workspace, targets, output.note)
         return
-    prepared = prepare(workspace, targets, decisions, output.note, known=known, estimate=estimate)
+    prepared = prepare(workspace, targets, decisions, output.note, known=known, estimate=estimate, order=order)
     following = Follower(workspace) if not quiet else None
     whys = following.whys if following is not None else frozenset[str]()
-    runner = prepared.runner(lambda event: tell(event, whys))
+    runner = prepared.runner(lambda event: tell(event, whys), output.note)
     with save_on_signals(runner, output.note), prepared.mlflow(output.note), following or contextlib.nullcontext():
         result = runner.run(targets or None)
     current = snapshot(workspace, quiet=True)  # its remarks were said at the start, or when they came
@@ -176,12 +212,21 @@ def run_here(workspace: Workspace, target: str | None, decisions: Decisions, *, 
 
 
 def launch_there(
-    workspace: Workspace, targets: list[str], decisions: Decisions, *, attach: bool, wait: bool, quiet: bool, output_: output.Format
+    workspace: Workspace,
+    targets: list[str],
+    decisions: Decisions,
+    *,
+    attach: bool,
+    wait: bool,
+    quiet: bool,
+    output_: output.Format,
+    order: Order | None = None,
 ) -> None:
     """Plan, refuse or leave it to a driver in the cluster. With `wait`, ends the process with the driver's exit code.
 
     Args:
         attach: whether a live driver will do whatever stages it was given.
+        order: what that driver has prepared first.
     """
     from orchestrator.cli import display
     from orchestrator.cli.following import Follower
@@ -191,9 +236,9 @@ def launch_there(
     cluster_driver.check_store(workspace)
     with contextlib.closing(cluster_driver.connect(workspace)) as api:
         if not attach:
-            workspace = workspace.with_contents(needed=True, say=output.note)
+            workspace = workspace.with_contents(needed=True, clips=order is None, say=output.note)
             pipeline = workspace.pipeline
-        driver = cluster_driver.find_or_submit(api, workspace, targets, decisions, output.note, attach=attach)
+        driver = cluster_driver.find_or_submit(api, workspace, targets, decisions, output.note, attach=attach, order=order)
         if driver is None:
             output.note(f"{pipeline.name}: every stage that was asked for is committed. See: osctl compare")
             output.emit({"pipeline": pipeline.name, "driver": None, "revision": None}, output_)

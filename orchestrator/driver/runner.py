@@ -19,6 +19,7 @@ from orchestrator.driver.act import Actor
 from orchestrator.driver.clock import Clock, SystemClock
 from orchestrator.driver.decide import Finish, Wait, decide, parentless
 from orchestrator.driver.facts import Observed, StageView
+from orchestrator.driver.first import LOOK_S, First, NotYet
 from orchestrator.driver.held_lease import HeldLease
 from orchestrator.driver.launch import Launch
 from orchestrator.driver.nodes import NodesSeen
@@ -95,6 +96,7 @@ class Runner:
         prices: Prices | None = None,
         nodes: NodeCounter | None = None,
         evaluator: Evaluator | None = None,
+        first: First | None = None,
     ):
         """
         Args:
@@ -102,13 +104,14 @@ class Runner:
             prices: what devices cost where this pipeline runs, written down with each attempt; none: the shipped list, at its cluster.
             nodes: counts the cluster's nodes for stages that may go on with fewer; none: no stage does.
             evaluator: judges committed stages beside the training; none: each stage's own ranks do.
+            first: what comes before the first stage, and says which pipeline is then driven; none: nothing does.
         """
         self.pipeline, self.ledger, self.backend = pipeline, ledger, backend
         self.prices = prices if prices is not None else load_prices().at(pipeline.cluster)
         self.clock: Clock = clock or SystemClock()
         self.on_event = on_event
         self.lease_ttl_s = lease_ttl_s
-        self._nodes, self._evaluator = nodes, evaluator
+        self._nodes, self._evaluator, self._first = nodes, evaluator, first
         self.detached = False
         """Whether it was asked to leave."""
         self._results = Results(pipeline, ledger)
@@ -135,13 +138,15 @@ class Runner:
             Detached: `detach` was called.
         """
         launched.check_ours(self.ledger)
-        wanted = self._wanted(targets)
+        wanted = self._named(targets)
+        if self._first is None:
+            self._check_parents(wanted)
         lease = self.ledger.acquire(self.clock.now(), self.lease_ttl_s)
         try:
             with HeldLease(lease, self.clock, self.lease_ttl_s, self.pipeline.name) as held:
                 self._begin(held, wanted)
                 try:
-                    finish = self._drive(wanted)
+                    finish = self._before(held, wanted) or self._drive(wanted)
                 except Refused as error:
                     with contextlib.suppress(Refused, Unreachable):  # where the lease is lost, the words are another driver's
                         self._launch.event("ended", detail=f"failed: {error}")
@@ -168,16 +173,46 @@ class Runner:
     # --- The loop ------------------------------------------------------------------------------------------------------------------
 
     def _begin(self, lease: HeldLease, wanted: frozenset[str]) -> None:
+        self._take(lease)
+        self._heard = (lease.epoch, -1)
+        self._launch.event("launched", detail=",".join(stage.name for stage in self.pipeline.stages if stage.name in wanted))
+        self._launch.repair_events(tell=False)
+        self._observer.remember()
+
+    def _take(self, lease: HeldLease) -> None:
+        """Make what drives the pipeline, and write down which one it is."""
         self._launch = Launch(
             self.pipeline, self.ledger, self.backend, self.clock, lease, self._results, lambda event: self.on_event(event), self._evaluator
         )
         self._observer = Observer(self._launch, NodesSeen(self._launch, self._nodes, self.prices))
         self._actor = Actor(self._launch, self.prices)
-        self._heard = (lease.epoch, -1)
         self.ledger.add_revision(self.pipeline.model_dump(mode="json"), self.clock.now())
-        self._launch.event("launched", detail=",".join(stage.name for stage in self.pipeline.stages if stage.name in wanted))
-        self._launch.repair_events(tell=False)
-        self._observer.remember()
+
+    def _before(self, lease: HeldLease, wanted: frozenset[str]) -> Finish | None:
+        """What comes before the first stage. None: the stages may begin. Raises Refused, Detached."""
+        said = ""
+        while self._first is not None:
+            try:
+                lease.check()
+                if self.detached:
+                    self._leave()
+                self._listen()
+                found = self._first.look(self._stop, cancelled=self._cancelled)
+                if isinstance(found, Finish):
+                    return found
+                if not isinstance(found, NotYet):
+                    self.pipeline, self._results = found, Results(found, self.ledger)
+                    self._check_parents(wanted)
+                    self._take(lease)
+                    self._observer.remember()
+                    return None
+                self._say(found.doing)
+                said = ""
+            except Unreachable as error:
+                if said != (said := str(error)):
+                    log.warning("%s; asking again every %.0f s", said, LOOK_S)
+            self.clock.sleep(LOOK_S)
+        return None
 
     def _drive(self, wanted: frozenset[str]) -> Finish:
         said = ""
@@ -281,18 +316,20 @@ class Runner:
 
     # --- Targets and result --------------------------------------------------------------------------------------------------------
 
-    def _wanted(self, targets: Sequence[str] | None) -> frozenset[str]:
+    def _named(self, targets: Sequence[str] | None) -> frozenset[str]:
         names = [stage.name for stage in self.pipeline.stages]
         for target in targets or ():
             if target not in names:
                 raise UsageError(f"launch {target}: {self.pipeline.name} has no such stage; it has {', '.join(names)}")
-        wanted = frozenset(targets or names)
-        for name in names:
+        return frozenset(targets or names)
+
+    def _check_parents(self, wanted: frozenset[str]) -> None:
+        """Raises Refused where a parent is neither committed nor asked for."""
+        for name in [stage.name for stage in self.pipeline.stages]:
             stage = self.pipeline.stage(name)
             parent = stage.spec.parent
             if name in wanted and parent is not None and parent not in wanted and self._results.of(self.pipeline.stage(parent)) is None:
                 raise Refused(self._results.refused.get(parent) or parentless(stage))
-        return wanted
 
     def _summed_up(self, wanted: frozenset[str], finish: Finish) -> tuple[StageResult, ...]:
         """The summary of a run that is over. A store that is away for a moment is asked again: the run must not fail for it."""

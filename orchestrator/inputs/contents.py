@@ -143,6 +143,7 @@ def resolve_contents(
     sources: Sources | None = None,
     *,
     needed: bool,
+    clips: bool = True,
     far: bool = True,
     cluster: str | None = None,
 ) -> Resolved:
@@ -150,7 +151,8 @@ def resolve_contents(
 
     Args:
         store: where contents may be registered; None: it is not asked.
-        sources: None: imports are not looked for.
+        sources: None: imports are not looked for, and what is known of them stays.
+        clips: whether clips are looked for.
         far: whether addresses are read, too: that asks a network, and may take long.
         needed: whether contents that cannot be found are a reason to refuse. Otherwise they stay unknown, and that is a note.
         cluster: how `--cluster` calls the pipeline's profile, in commands to paste.
@@ -160,7 +162,7 @@ def resolve_contents(
         Refused: contents were needed, and nobody can see them.
         Unreachable: the store or the data did not answer.
     """
-    return _Search(pipeline, store, files, sources, needed=needed, far=far, cluster=cluster).resolved()
+    return _Search(pipeline, store, files, sources, needed=needed, clips=clips, far=far, cluster=cluster).resolved()
 
 
 class _Search:
@@ -174,11 +176,12 @@ class _Search:
         sources: Sources | None,
         *,
         needed: bool,
+        clips: bool,
         far: bool,
         cluster: str | None,
     ) -> None:
         self.pipeline, self.store, self.files, self.sources = pipeline, store, files, sources
-        self.needed, self.far, self.cluster = needed, far, cluster
+        self.needed, self.clips, self.far, self.cluster = needed, clips, far, cluster
         self.imported: dict[tuple[imports.Role, str], Imported] = {}
         self.stored: dict[str, str] = {}
         self.manifests: dict[str, DataManifest] = {}
@@ -200,16 +203,12 @@ class _Search:
     def _stage(self, stage: Stage) -> Stage:
         known: dict[str, str | None] = {}
         source = stage.config.data.source
-        if isinstance(source, FolderSource | ManifestSource):
+        if self.clips and isinstance(source, FolderSource | ManifestSource):
             if source.path not in self._found:
                 self._found[source.path] = self._data(source)
             known["data"] = self._found[source.path]
             self._check_words(stage, self._captioned.get(source.path))
-        for role, name in imports_of(stage.config):
-            key = f"{role} {name}"
-            if key not in self._found:
-                self._found[key] = self._import(role, name)
-            known[role] = self._found[key]
+        known |= self._imports(stage.config, self.sources) if self.sources is not None else {}
         if not known:
             return stage
         return stage.model_copy(update={"contents": stage.contents.model_copy(update=known)})
@@ -341,12 +340,17 @@ class _Search:
 
     # Imports
 
-    def _import(self, role: imports.Role, name: str) -> str | None:
+    def _imports(self, config: StageConfig, sources: Sources) -> dict[str, str | None]:
+        """By role."""
+        for role, name in imports_of(config):
+            if (key := f"{role} {name}") not in self._found:
+                self._found[key] = self._import(role, name, sources)
+        return {role: self._found[f"{role} {name}"] for role, name in imports_of(config)}
+
+    def _import(self, role: imports.Role, name: str, sources: Sources) -> str | None:
         """The digest of weights or an encoder; None: nobody knows it."""
-        if self.sources is None:
-            return None
         try:
-            return self._brought_in(role, name) or self._brought(role, name, self.sources)
+            return self._brought_in(role, name) or self._brought(role, name, sources)
         except NotFound:
             if self.needed:
                 kind = UsageError if name.startswith(("/", ".", "~")) else Refused  # a path of this machine was mistyped

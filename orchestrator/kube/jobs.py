@@ -39,7 +39,7 @@ ROLE = "driver"
 """The role of all these Jobs: a reader needs the same network access as a driver."""
 
 
-def driver_job(pipeline: Pipeline, store_url: str, revision: int, launch: int, targets: Sequence[str]) -> Manifest:
+def driver_job(pipeline: Pipeline, store_url: str, revision: int, launch: int, targets: Sequence[str], order: str = "") -> Manifest:
     """The Job that drives a launched revision of a pipeline from inside the cluster.
 
     It starts another driver whenever one is lost, and ends when a driver exits with 0 or one of DRIVER_EXITS.
@@ -48,6 +48,7 @@ def driver_job(pipeline: Pipeline, store_url: str, revision: int, launch: int, t
         revision: the revision's number in the ledger.
         launch: number of this launch. The Job's name is made from it, the store and the pipeline.
         targets: names of the stages to run. Empty means all.
+        order: digest of the order of a preparation that comes first. Empty means that none does.
 
     Raises:
         Refused: the store's URL holds credentials.
@@ -57,6 +58,7 @@ def driver_job(pipeline: Pipeline, store_url: str, revision: int, launch: int, t
     check_store(store_url)
     command = ["osctl", "drive", "--store", store_url, "--pipeline", pipeline.name, "--revision", str(revision)]
     command += [word for target in targets for word in ("--target", target)]
+    command += ["--prepare", order] if order else []
     container = container_of(
         "driver",
         profile.driver_image,

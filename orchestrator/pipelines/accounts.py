@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from orchestrator.pipelines.workspace import Workspace
 if TYPE_CHECKING:
     from orchestrator.accounting.cost import AttemptBill, Bill
     from orchestrator.accounting.history import AttemptHistory
-    from orchestrator.accounting.status import Snapshot
+    from orchestrator.accounting.status import PreparationStatus, Snapshot
     from orchestrator.ledger.lineage import Link
     from orchestrator.ledger.records import JournalPiece
     from orchestrator.ledger.store import Ledger
@@ -67,7 +67,8 @@ def comparison(current: Snapshot) -> list[dict[str, Any]]:
 
 def cost(current: Snapshot, *, by_attempt: bool = False) -> list[dict[str, Any]]:
     """A row a stage, one for its evaluations beside the training, and one for all that was spent on it under earlier inputs; or a row for
-    each of their attempts."""
+    each of their attempts. Before them a row of the clips, where they were made of raw videos first; its device-seconds are those of the
+    preparation's steps."""
     from orchestrator.accounting.cost import AttemptBill, Bill, merge
 
     parts: list[tuple[str, str | None, bool, Bill]] = []
@@ -79,7 +80,7 @@ def cost(current: Snapshot, *, by_attempt: bool = False) -> list[dict[str, Any]]
             parts += [(name, one.inputs_digest, True, one.bill) for one in earlier]
         elif earlier:
             parts.append((name, None, True, merge(one.bill for one in earlier)))
-    rows: list[dict[str, Any]] = []
+    rows = _of_clips(current.preparation, by_attempt=by_attempt)
     for name, inputs_digest, old, bill in parts:
         about = {"name": name, "inputs": inputs_digest, "earlier": old}
         for one in bill.attempts if by_attempt else (bill.of_attempts,):
@@ -88,6 +89,27 @@ def cost(current: Snapshot, *, by_attempt: bool = False) -> list[dict[str, Any]]
             beside = Bill((), bill.evaluations)
             rows.append({**about, "evaluations": [one.question for one in bill.evaluations], **_bill(beside)})
     return rows
+
+
+def _of_clips(made: PreparationStatus | None, *, by_attempt: bool) -> list[dict[str, Any]]:
+    if made is None or not made.attempts:
+        return []
+    return [
+        {
+            "name": made.name,
+            "inputs": None,
+            "earlier": False,
+            **({"attempt": None, "pool": None} if by_attempt else {}),
+            "device_seconds": dict(made.device_seconds),
+            "waiting_s": 0.0,
+            "held_s": sum(made.device_seconds.values()),
+            "difference_s": 0.0,
+            "device_hours": made.core_hours + made.gpu_hours,
+            "gpu_hours": made.gpu_hours,
+            "usd": made.usd,
+            "goodput": None,
+        }
+    ]
 
 
 def _bill(bill: Bill | AttemptBill) -> dict[str, Any]:
@@ -111,7 +133,7 @@ def added_up_anew(workspace: Workspace, current: Snapshot) -> Snapshot:
     from orchestrator.ledger.store import Ledger
 
     history = History(Ledger(workspace.store, workspace.pipeline.name), workspace.named_prices, verify=True)
-    anew = status.take_snapshot(workspace.pipeline, history, time.time())
+    anew = replace(status.take_snapshot(workspace.pipeline, history, time.time()), preparation=current.preparation)
     found = {(about, one.attempt): one for about, bill in anew.bills() for one in bill.attempts}
     for about, bill in current.bills():
         for one in bill.attempts:

@@ -26,6 +26,8 @@ RIGHTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 """What a person needs with every operator, with and without Kueue: a part of the Role `osctl-user` of k8s/base."""
 RAY_RIGHTS = (("ray.io", "rayjobs", ("get", "list", "watch", "create", "delete")),)
 """For `osctl prepare run --engine ray --cluster`, where KubeRay is there."""
+PREPARE_RIGHTS = (("batch", "jobs", ("get", "list", "create", "delete")), ("ray.io", "rayjobs", ("get", "list", "create", "delete")))
+"""What a driver needs for a recipe with `prepare:`: of RayJobs where KubeRay is there."""
 KUEUE_RIGHTS = (
     ("kueue.x-k8s.io", "workloads", ("get", "list", "watch")),
     ("kueue.x-k8s.io", "localqueues", ("get", "list", "watch")),
@@ -110,7 +112,10 @@ def driver_rights(api: Api, profile: ClusterProfile, operator: str) -> str:
     needed = {(group, resource, verb) for group, resource, verbs in rights if resource != "jobs" for verb in verbs}
     if missing := sorted(f"{verb} {resource}" for group, resource, verb in needed - given):
         raise Refused(f"{account} may not: {', '.join(missing)}")
-    return f"{account} has what a driver needs"
+    kinds = PREPARE_RIGHTS if serves_rayjobs(api) else PREPARE_RIGHTS[:1]
+    lacks = [f"{verb} {resource}" for group, resource, verbs in kinds for verb in verbs if (group, resource, verb) not in given]
+    but = f", but for a recipe with `prepare:`: it may not {', '.join(lacks)}" if lacks else ""
+    return f"{account} has what a driver needs{but}"
 
 
 def accounts(api: Api, profile: ClusterProfile) -> str:

@@ -20,10 +20,11 @@ from orchestrator.recipe import launched
 
 if TYPE_CHECKING:
     from orchestrator.kube.client import Api
-    from orchestrator.ledger.records import Lease
+    from orchestrator.ledger.records import Lease, Revision
     from orchestrator.ledger.store import Ledger
     from orchestrator.pipelines.changes import Decisions
     from orchestrator.pipelines.workspace import Workspace
+    from orchestrator.prepare.records import Order
     from orchestrator.recipe.cluster_profile import ClusterProfile
 
 POLL_S = 1.0
@@ -113,17 +114,26 @@ def check_store(workspace: Workspace) -> None:
 
 
 def find_or_submit(
-    api: Api, workspace: Workspace, targets: Sequence[str], decisions: Decisions, say: Callable[[str], None], *, attach: bool
+    api: Api,
+    workspace: Workspace,
+    targets: Sequence[str],
+    decisions: Decisions,
+    say: Callable[[str], None],
+    *,
+    attach: bool,
+    order: Order | None = None,
 ) -> Driver | None:
     """The live driver, if it does what is asked for, else a new one. None: every stage that was asked for is committed.
 
     Args:
         attach: a live driver is taken whatever it does.
+        order: what the driver has prepared first; None: nothing.
 
     Raises Refused, Unreachable; nothing was done then.
     """
     from orchestrator.kube.image_check import refuse_old_image
     from orchestrator.pipelines import changes
+    from orchestrator.pipelines.prepare_first import check_decisions
 
     pipeline = workspace.pipeline
     found = drivers(api, workspace)  # first of all: with the cluster away, the store is not written to
@@ -131,13 +141,17 @@ def find_or_submit(
     if driver is None:
         workspace.store.probe()
         launched.check_ours(workspace.ledger)
-        changes.settle(workspace, targets, decisions, say)
-        if nothing_left(workspace, targets, say):
+        if order is None:
+            changes.settle(workspace, targets, decisions, say)
+        else:
+            check_decisions(pipeline.name, decisions)
+        if nothing_left(workspace, targets, say, clips_known=order is None):
             return None
         refuse_old_image(api, pipeline, workspace.store_url, targets, say)
-        driver, new = submit(api, workspace, targets, found)
+        driver, new = submit(api, workspace, targets, found, order)
     if new:
-        say(f"{pipeline.name}: launched, driven by Job {driver.name} in namespace {api.namespace}")
+        first = f"; it has {order.name} prepared first" if order is not None else ""
+        say(f"{pipeline.name}: launched, driven by Job {driver.name} in namespace {api.namespace}{first}")
         if pipeline.tracking.startswith("sqlite"):
             say("MLflow: its database lies on this machine, which the driver does not reach; fill it with: osctl sync")
     else:
@@ -146,14 +160,18 @@ def find_or_submit(
     return driver
 
 
-def submit(api: Api, workspace: Workspace, targets: Sequence[str], found: Sequence[Driver]) -> tuple[Driver, bool]:
-    """Write the revision and create the driver's Job: (driver, whether it is new). Nothing of either where another one drives.
+def submit(
+    api: Api, workspace: Workspace, targets: Sequence[str], found: Sequence[Driver], order: Order | None = None
+) -> tuple[Driver, bool]:
+    """Write the revision, and what is prepared first, and create the driver's Job: (driver, whether it is new). Nothing of it where
+    another one drives.
 
     Raises Refused, Unreachable.
     """
     from orchestrator.kube import names
     from orchestrator.kube.faults import AlreadyExists
     from orchestrator.kube.jobs import driver_job
+    from orchestrator.prepare import order as orders
 
     ledger, pipeline, now = workspace.ledger, workspace.pipeline, time.time()
     holder = ledger.holder(now)
@@ -164,9 +182,10 @@ def submit(api: Api, workspace: Workspace, targets: Sequence[str], found: Sequen
         )
     _drop_old_cancels(ledger, now)
     workspace.keep_contents()
+    digest = orders.write(workspace.store, order) if order is not None else ""
     revision = ledger.add_revision(pipeline.model_dump(mode="json"), now)
     number = max((driver.number for driver in found), default=0) + 1
-    body = driver_job(pipeline, workspace.store_url, revision, number, targets)
+    body = driver_job(pipeline, workspace.store_url, revision, number, targets, digest)
     name = body["metadata"]["name"]
     try:
         return Driver.of(api.create("jobs", body)), True
@@ -195,7 +214,7 @@ def check_same(driver: Driver, workspace: Workspace, targets: Sequence[str] | No
     """Whether a live driver does what is asked for. `targets` None: whatever it was given. Raises Refused."""
     name = workspace.pipeline.name
     revision = workspace.ledger.revision(driver.revision)
-    if revision is None or revision.pipeline != workspace.pipeline.model_dump(mode="json"):
+    if revision is None or not _drives(revision, workspace):
         fact = f"launch {name}: {driver.name} drives revision {driver.revision}, and this configuration is another one"
         fact += " (what differs: osctl diff)"
     elif targets is not None and set(targets) != set(driver.targets):
@@ -204,6 +223,16 @@ def check_same(driver: Driver, workspace: Workspace, targets: Sequence[str] | No
     else:
         return
     raise Refused(f"{fact}. Wait for its end (osctl watch), or stop it first: osctl cancel")
+
+
+def _drives(revision: Revision, workspace: Workspace) -> bool:
+    """Whether it is what is asked for; of clips that are made first, whichever version."""
+    from orchestrator.pipelines import preparing
+
+    if revision.pipeline == workspace.pipeline.model_dump(mode="json"):
+        return True
+    there = launched.read(revision) if workspace.pipeline.prepare is not None else None
+    return there is not None and preparing.alike(there, workspace.pipeline)
 
 
 def check_none(api: Api, workspace: Workspace) -> None:
@@ -216,8 +245,11 @@ def check_none(api: Api, workspace: Workspace) -> None:
         )
 
 
-def nothing_left(workspace: Workspace, targets: Sequence[str], say: Callable[[str], None]) -> bool:
+def nothing_left(workspace: Workspace, targets: Sequence[str], say: Callable[[str], None], *, clips_known: bool = True) -> bool:
     """Whether all that is asked for is committed. What is not is planned, and its cost held against the budget.
+
+    Args:
+        clips_known: False: clips are still to be made, and which stages are committed is for the driver to find out.
 
     Raises Refused beyond the budget, and for a stage whose parent is neither committed nor asked for.
     """
@@ -231,7 +263,7 @@ def nothing_left(workspace: Workspace, targets: Sequence[str], say: Callable[[st
     say_remarks(known.remarks if known else (), say)
     committed = {stage.name for stage in known.stages if stage.state == "committed"} if known else set()
     wanted = set(targets) or {stage.name for stage in pipeline.stages}
-    for stage in pipeline.stages:
+    for stage in pipeline.stages if clips_known else ():
         if stage.name in wanted and stage.spec.parent is not None and stage.spec.parent not in wanted | committed:
             raise Refused(parentless(stage))
     estimate = plan_of(workspace, committed=known, target=targets[0] if targets else None)
@@ -247,12 +279,22 @@ def cancel_coming(api: Api, workspace: Workspace, detail: str) -> str:
         return f"{name}: nobody drives it, nothing to cancel"
     left = [f"{stage} attempt {number}" for stage, inputs_digest in ledger.stages() for number in ledger.attempts(stage, inputs_digest)
             if ledger.outcome(stage, inputs_digest, number) is None]  # fmt: skip
+    left += preparing_now(api, workspace)
     if left:
         lease = ledger.lease()
         ledger.ask_cancel(time.time(), detail, epoch=lease.epoch + 1 if lease else 1)
         return f"{name}: Job {driver.name} is about to take over {', '.join(left)}, and will be asked to stop. Follow it with: osctl watch"
     api.delete("jobs", driver.name, uid=driver.uid)
     return f"{name}: Job {driver.name} had started nothing yet, and was removed"
+
+
+def preparing_now(api: Api, workspace: Workspace) -> list[str]:
+    """A phrase for the Job that makes the pipeline's clips; empty: none lives. Raises Refused, Unreachable."""
+    from orchestrator.pipelines import prepare_in_cluster
+
+    config = workspace.pipeline.prepare
+    job = prepare_in_cluster.live(prepare_in_cluster.jobs_of(api, workspace.store, config.name)) if config is not None else None
+    return [f"the preparation {job.name}"] if job is not None else []
 
 
 def drives_in_cluster(holder: Lease, pipeline: str, store_url: str) -> bool:

@@ -99,9 +99,10 @@ def to_resume(workspace: Workspace, settings: Sequence[str] = ()) -> Workspace:
 def snapshot(workspace: Workspace) -> Snapshot:
     """What the ledger says now; what cannot be read of it is in `remarks`. Raises Unreachable."""
     from orchestrator.accounting import status
+    from orchestrator.pipelines import preparing
 
     current = status.take_snapshot(workspace.pipeline, workspace.history, time.time())
-    return replace(current, remarks=(*workspace.remarks, *current.remarks))
+    return replace(current, remarks=(*workspace.remarks, *current.remarks), preparation=preparing.status_of(workspace))
 
 
 def say_remarks(remarks: Sequence[str], say: Callable[[str], None]) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from orchestrator.ledger.records import Event
     from orchestrator.pipelines.host import Host
     from orchestrator.ports import Backend, Evaluator, NodeCounter, Store
+    from orchestrator.prepare.records import Order
     from orchestrator.recipe.pipeline import Pipeline
 
 MLFLOW_WAIT_S = 60.0
@@ -42,14 +43,26 @@ class Prepared:
     """Stages; empty: all."""
     all_committed: bool
     """Whether there is nothing left to train."""
+    order: Order | None = None
+    """What is prepared in the cluster first; none: nothing."""
 
-    def runner(self, on_event: Callable[[Event], None] = lambda event: None) -> Runner:
-        """The driver, for one run in this process. Raises UsageError where there is no kubeconfig."""
+    def runner(self, on_event: Callable[[Event], None] = lambda event: None, say: Callable[[str], None] = lambda text: None) -> Runner:
+        """The driver, for one run in this process. Raises UsageError where there is no kubeconfig.
+
+        Args:
+            say: is told what people should hear of a preparation that comes first.
+        """
         from orchestrator.driver.runner import Runner
 
         workspace = self.workspace
         backend = backend_of(workspace.pipeline, workspace.store, workspace.store_url, self.host)
         nodes = nodes_of(workspace.pipeline, self.host)
+        first = None
+        if self.order is not None:
+            from orchestrator.pipelines import cluster_driver
+            from orchestrator.pipelines.prepare_first import PreparedFirst
+
+            first = PreparedFirst(workspace, self.order, self.targets, cluster_driver.connect(workspace), say)
         evaluator = evaluator_of(workspace.pipeline, workspace.store_url, self.host)
         return Runner(
             workspace.pipeline,
@@ -59,6 +72,7 @@ class Prepared:
             prices=workspace.prices,
             nodes=nodes,
             evaluator=evaluator,
+            first=first,
         )
 
     def mlflow(self, say: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
@@ -77,12 +91,14 @@ def prepare(
     *,
     known: Snapshot | None,
     estimate: Plan,
+    order: Order | None = None,
 ) -> Prepared:
     """Everything that comes before the driver, for a workspace that has its contents (`Workspace.with_contents`).
 
     Args:
         known: what a local ledger knows already (`plans.local_snapshot`).
         estimate: the plan, which is held against the budget.
+        order: what the driver has prepared in the cluster first.
 
     Raises:
         UsageError: the pipeline, its store or a decision is not as it has to be.
@@ -90,7 +106,7 @@ def prepare(
         Unreachable: the store did not answer.
     """
     from orchestrator.accounting.plan import check_budget
-    from orchestrator.pipelines import changes, cluster_driver
+    from orchestrator.pipelines import changes, cluster_driver, prepare_first
     from orchestrator.pipelines.find import snapshot
     from orchestrator.recipe import adapt, launched
 
@@ -105,8 +121,11 @@ def prepare(
             cluster_driver.check_none(api, workspace)
     workspace.store.probe()
     launched.check_ours(workspace.ledger)
-    changes.settle(workspace, targets, decisions, say)
-    all_committed = all(row.basis == "committed" for row in estimate.rows)
+    if order is None:
+        changes.settle(workspace, targets, decisions, say)
+    else:
+        prepare_first.check_decisions(pipeline.name, decisions)
+    all_committed = order is None and all(row.basis == "committed" for row in estimate.rows)
     if pipeline.backend == "kubernetes" and not all_committed:
         from orchestrator.kube.image_check import refuse_old_image
 
@@ -116,7 +135,7 @@ def prepare(
     host = workspace.host
     if pipeline.backend == "local":  # attempts share what one of them, or `osctl encode`, has encoded
         host = workspace.told_of_imports().having(OSCTL_LATENTS=str(host.latents))
-    return Prepared(workspace, host, tuple(targets), all_committed)
+    return Prepared(workspace, host, tuple(targets), all_committed, order)
 
 
 def check_writable(workspace: Workspace) -> None:

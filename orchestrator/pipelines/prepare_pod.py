@@ -32,6 +32,7 @@ def asked_by(order: Order, store: Store, host: Host, shards: int = 1) -> Asked:
     from orchestrator.inputs import imports
     from orchestrator.kube.prepare_job import JOB, SELECTOR
     from orchestrator.pipelines.preparing import folder_of
+    from orchestrator.prepare.order import made_of
     from orchestrator.prepare.records import Keys
     from orchestrator.prepare.run import Asked
     from orchestrator.prepare.shards import Shards
@@ -46,7 +47,7 @@ def asked_by(order: Order, store: Store, host: Host, shards: int = 1) -> Asked:
     return Asked(
         config, order.stages, store, folder_of(host, config.name), told.env, parents=order.parents, price=order.price, gpu=order.gpu,
         gpu_price=order.gpu_price, holder=f"osctl@{socket.gethostname()}", own=(host.home,), replace=order.replace, retry=order.retry,
-        where=host.env.get(JOB, ""), pods=watch, place=place,
+        where=host.env.get(JOB, ""), made_of=made_of(order), pods=watch, place=place,
     )  # fmt: skip
 
 

@@ -16,9 +16,11 @@ from orchestrator.pipelines.workspace import Workspace
 
 if TYPE_CHECKING:
     from opensora.dataset.prepare_config import PrepareConfig
+    from orchestrator.accounting.status import PreparationStatus
     from orchestrator.inputs.datasets import DataSet
     from orchestrator.ports import Store
     from orchestrator.prepare.run import Asked
+    from orchestrator.recipe.pipeline import Pipeline
 
 
 def folder_of(host: Host, name: str) -> Path:
@@ -107,11 +109,83 @@ def known(workspace: Workspace) -> DataSet | None:
     return found[-1] if found and found[-1].prepared is not None else None
 
 
+def status_of(workspace: Workspace) -> PreparationStatus | None:
+    """How far the clips of a recipe's `prepare:` are, and what they cost. None: it has none. Raises Unreachable."""
+    from orchestrator.accounting.status import PreparationStatus
+    from orchestrator.errors import Refused
+    from orchestrator.prepare import watching
+    from orchestrator.prepare.watching import State
+
+    config = workspace.pipeline.prepare
+    if config is None:
+        return None
+    try:
+        state = watching.look(workspace.store, config.name, folder_of(workspace.host, config.name))
+    except Refused:
+        state = State(config.name, None, {}, (), None)
+    steps = {row["name"]: row for row in watching.steps_of(state.status)}
+    now = steps.get(str(state.status.get("step", ""))) or next(reversed(steps.values()), None)
+    eta, bill, known = state.status.get("eta_s"), state.bill, state.data_set
+    seconds: dict[str, float] = {}
+    for line in bill.sorted():
+        seconds[line.step] = seconds.get(line.step, 0.0) + line.seconds
+    return PreparationStatus(
+        name=config.name,
+        state=state.word,
+        step=str(now["name"]) if now is not None else "",
+        done=now["kept"] + now["dropped"] + now["quarantined"] if now is not None else 0,
+        rows=now["in"] if now is not None else 0,
+        eta_s=float(eta) if isinstance(eta, int | float) else None,
+        reason=state.reason,
+        attempts=len(state.attempts),
+        core_hours=bill.core_hours,
+        gpu_hours=bill.gpu_hours,
+        usd=bill.usd,
+        not_priced=bill.not_priced,
+        device_seconds=seconds,
+        clips=known.rows if known is not None else None,
+        place=known.source if known is not None else None,
+        digest=known.prepared if known is not None else None,
+    )
+
+
 def on_prepared(workspace: Workspace, place: str) -> Workspace:
     """The same pipeline, whose stages train on what was prepared."""
     from orchestrator.recipe import adapt
 
     return workspace.of_pipeline(adapt.on_prepared(workspace.pipeline, place))
+
+
+def to_come(workspace: Workspace) -> Workspace:
+    """The same pipeline, whose stages train on a data set of which no version is known yet: nothing of it can be started so."""
+    from orchestrator.inputs.datasets import ROOT
+
+    config = workspace.pipeline.prepare
+    assert config is not None
+    return workspace.of_pipeline(_without_clips(workspace.pipeline, f"{workspace.store_url}/{ROOT}/{config.name}"))
+
+
+def is_on_version(pipeline: Pipeline) -> bool:
+    """Whether its stages train on a version of a prepared data set."""
+    from orchestrator.inputs.contents import PREPARED
+
+    return all(PREPARED in getattr(stage.config.data.source, "path", "") for stage in pipeline.stages)
+
+
+def alike(one: Pipeline, other: Pipeline) -> bool:
+    """Whether both are the same, whichever version of the data set that is made first they are on."""
+    if one.prepare is None or other.prepare is None:
+        return one == other
+    return _without_clips(one, "") == _without_clips(other, "")
+
+
+def _without_clips(pipeline: Pipeline, place: str) -> Pipeline:
+    from orchestrator.recipe import adapt
+
+    stages = []
+    for stage in adapt.on_prepared(pipeline, place).stages:
+        stages.append(stage.model_copy(update={"contents": stage.contents.model_copy(update={"data": None})}))
+    return pipeline.model_copy(update={"stages": tuple(stages)})
 
 
 def on_known(workspace: Workspace) -> Workspace:

@@ -81,10 +81,15 @@ class Views:
     def _read(self) -> None:
         from orchestrator.accounting import status
         from orchestrator.errors import OsctlError
+        from orchestrator.pipelines import preparing
 
+        made = None
         while not self._stopped.is_set():
             try:
-                self._current = status.take_snapshot(self.workspace.pipeline, self._history, time.time())
+                current = status.take_snapshot(self.workspace.pipeline, self._history, time.time())
+                if made is None or made.state != "prepared":  # what is prepared costs no more, and is not asked for again
+                    made = preparing.status_of(self.workspace)
+                self._current = replace(current, preparation=made)
                 self._trouble = ""
             except OsctlError as error:  # the display is no reason to stop a run; the runner reports a store that is gone by itself
                 self._trouble = str(error)

@@ -161,11 +161,22 @@ class Workspace:
                 f"launch {name}: there is no recipe of that name here to launch. To go on as it was launched: osctl resume {name}"
             )
 
-    def with_contents(self, *, needed: bool, far: bool = True, ask_store: bool = True, say: Callable[[str], None]) -> Workspace:
-        """The same with the contents of its clips recorded, as far as they can be seen.
+    def with_contents(
+        self,
+        *,
+        needed: bool,
+        clips: bool = True,
+        imports: bool = True,
+        far: bool = True,
+        ask_store: bool = True,
+        say: Callable[[str], None],
+    ) -> Workspace:
+        """The same with the contents of its clips and imports recorded, as far as they can be seen.
 
         Args:
             needed: contents that nobody sees are a reason to refuse.
+            clips: False: of clips that are still to be made nothing is looked for.
+            imports: False: what is known of weights and encoders stays.
             far: whether addresses are read, too.
             ask_store: whether the store is asked for what is registered.
 
@@ -178,8 +189,9 @@ class Workspace:
         from orchestrator.inputs.import_sources import ImportSources
 
         ask = (lambda: self.store) if ask_store else None
-        files, sources = DataFiles(self.host.home, self.host.env), ImportSources(self.host.home, self.host.env)
-        found = resolve_contents(self.pipeline, ask, files, sources, needed=needed, far=far, cluster=self.cluster_argument)
+        files = DataFiles(self.host.home, self.host.env)
+        sources = ImportSources(self.host.home, self.host.env) if imports else None
+        found = resolve_contents(self.pipeline, ask, files, sources, needed=needed, clips=clips, far=far, cluster=self.cluster_argument)
         for note in found.notes:
             say(note)
         return replace(self, pipeline=found.pipeline, found=found)

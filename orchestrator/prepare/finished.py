@@ -29,13 +29,18 @@ from orchestrator.prepare.run_directory import FINISHED, RunDirectory, read_json
 
 def mark(config: PrepareConfig, stages: Mapping[str, Mapping[str, Any]], directory: RunDirectory, left_out: LeftOut) -> str:
     """64 hex digits. Raises UsageError, where links lead to the same folders too often."""
-    counted = config.model_dump(mode="json", exclude={"workers", "engine", "ray", "download", "max_quarantined", "exclude"})
-    for name in EXECUTION.get(config.caption.kind, ()):
-        counted["caption"].pop(name, None)
-    lines = [json.dumps([counted, stages, code_version()], sort_keys=True)]
+    lines = [json.dumps([counted(config), stages, code_version()], sort_keys=True)]
     for given in config.sources:
         lines += _files(given.path, left_out) if "://" not in given.path else []
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def counted(config: PrepareConfig) -> dict[str, Any]:
+    """Of a configuration what decides what comes out."""
+    content = config.model_dump(mode="json", exclude={"workers", "engine", "ray", "download", "max_quarantined", "exclude"})
+    for name in EXECUTION.get(config.caption.kind, ()):
+        content["caption"].pop(name, None)
+    return content
 
 
 def remember(directory: RunDirectory, of: str, published: Published) -> None:

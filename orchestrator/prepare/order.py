@@ -6,6 +6,8 @@ Owns that only what pods can see is asked for. Refuses to start anything.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
@@ -13,8 +15,12 @@ from urllib.parse import urlsplit
 from opensora.dataset.prepare_config import CaptionLlava, CaptionServer, PrepareConfig
 from opensora.printable import quoted
 from orchestrator.errors import NotFound, Refused, StoreConflict, UsageError
+from orchestrator.inputs import datasets
+from orchestrator.inputs.datasets import DataSet
 from orchestrator.ledger.record import Damaged
 from orchestrator.ports import Store
+from orchestrator.prepare import attempts
+from orchestrator.prepare.finished import counted
 from orchestrator.prepare.records import Keys, Order
 
 FAR = ("s3", "http", "https")
@@ -56,6 +62,29 @@ def read(store: Store, name: str, digest: str) -> Order:
         raise Refused(f"data set {name}: {key} is not in {store.url}. Ask for it again: osctl prepare run") from None
     except Damaged as error:
         raise Refused(f"{key}: {error}; {error.advice}") from error
+
+
+def made_of(order: Order) -> str:
+    """What of an order decides what comes out, as 16 hex digits: neither prices nor pods, nor whether to look again."""
+    config = PrepareConfig.model_validate(order.config)
+    content = [counted(config), order.stages, order.parents, order.imports]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def done(store: Store, order: Order) -> DataSet | None:
+    """The data set that was made by such an order, if its name still means that; less what was taken out since. None: there is none.
+
+    Nothing is looked at again, neither behind addresses nor on claims: no more than a run on a laptop asks a server. Raises Unreachable.
+    """
+    known = datasets.of_name(store, order.name)
+    if not known or known[-1].prepared is None:
+        return None
+    now = known[-1]
+    for one in reversed(attempts.all_of(store, Keys(order.name))):
+        if one.intent is not None and one.outcome is not None and one.outcome.class_ == "completed":
+            named = now.prepared == one.outcome.dataset or now.time > one.outcome.ended  # later: something was taken out of it
+            return now if named and one.intent.made_of == made_of(order) else None
+    return None
 
 
 def is_asked(store: Store, name: str) -> bool:

@@ -86,7 +86,7 @@ DeviceKind = Literal["cpu", "cuda"]
 class Intent(Record):
     """What an attempt was made with, before anything of it is started."""
 
-    ADDED: ClassVar = ("gpu", "gpu_price", "where")
+    ADDED: ClassVar = ("gpu", "gpu_price", "where", "made_of")
 
     name: str
     attempt: PositiveInt
@@ -108,6 +108,8 @@ class Intent(Record):
     gpu_price: Price | None = None
     where: str = ""
     """Name of the Job or RayJob whose pods it holds; empty: it holds the cores of one machine."""
+    made_of: str = ""
+    """Of an order, what decides what comes out (`orchestrator.prepare.order.made_of`); empty: there was no order."""
     code: str
     """Version of this package."""
 

@@ -81,6 +81,8 @@ class Asked:
     """Look again although nothing has changed: at addresses, and at rows that could not be worked on."""
     where: str = ""
     """Name of the Job or RayJob that this runs in; empty: on one machine."""
+    made_of: str = ""
+    """Of the order that it works on (`orchestrator.prepare.order.made_of`); empty: there is none."""
     pods: pods_of.Watch | None = None
     """Says which pods it holds there; None: none."""
     place: Place | None = None
@@ -240,7 +242,8 @@ class _Run:
         intent = Intent(
             name=self.name, attempt=number, epoch=self.lease.epoch, created=self.clock.now(), config=config.model_dump(mode="json"),
             stages=tuple(self.asked.stages), workers=config.workers or cores(), device=DEVICE, price=self.asked.price,
-            gpu=self.asked.gpu, gpu_price=self.asked.gpu_price, where=self.asked.where, code=code_version(),
+            gpu=self.asked.gpu, gpu_price=self.asked.gpu_price, where=self.asked.where, made_of=self.asked.made_of,
+            code=code_version(),
         )  # fmt: skip
         self.lease.check()
         self.store.create(self.keys.intent(number), intent.encode())

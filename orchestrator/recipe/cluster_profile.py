@@ -167,6 +167,8 @@ class PreparePods(Frozen):
     """What a core of them costs; none: the price list's cpu-core."""
     ray_pods: Annotated[PositiveInt, Unit("pods")] = 4
     """Pods that decode, with engine ray."""
+    gpus: Annotated[NonNegativeInt, Unit("GPUs")] = 0
+    """For models that caption, score or encode; with engine ray as many pods more, with one each. `--gpus` says otherwise for one run."""
     ray_image: Image | None = None
     """Image with Ray (Dockerfile's target `ray`), pinned; none: the trainer's."""
     head_cpu: Cores = "1"

@@ -55,6 +55,14 @@ def resolve(ledger: Ledger, number: int, revision: Revision) -> Pipeline:
     return found
 
 
+def read(revision: Revision) -> Pipeline | None:
+    """None: another release wrote it."""
+    try:
+        return Pipeline.model_validate(revision.pipeline)
+    except ValidationError:
+        return None
+
+
 def check_ours(ledger: Ledger) -> None:
     """Before anything is written. Raises Refused where a newer release has launched this pipeline."""
     newer = next((remark for remark in last(ledger).remarks if remark.kind == "newer"), None)

@@ -7,7 +7,10 @@ Rights = dict[tuple[str, str], tuple[str, ...]]
 
 READ, WATCH = ("get", "list"), ("get", "list", "watch")
 OWN = (*WATCH, "create", "patch", "delete")
+MADE = (*READ, "create", "delete")
 OF_DRIVER: Rights = {
+    ("batch", "jobs"): MADE,
+    ("ray.io", "rayjobs"): MADE,
     ("kubeflow.org", "pytorchjobs"): OWN,
     ("trainer.kubeflow.org", "trainjobs"): OWN,
     ("trainer.kubeflow.org", "trainingruntimes"): OWN,
