@@ -39,7 +39,7 @@ from orchestrator.accounting.status import Snapshot
 from orchestrator.environment import at_home
 from orchestrator.errors import CorruptCheckpoint
 from orchestrator.inputs.own_clips import may_be_name
-from orchestrator.pipelines import accounts, cluster_driver, find, plans, preparing, watching
+from orchestrator.pipelines import accounts, cluster_driver, find, plans, prepare_first, preparing, watching
 from orchestrator.pipelines import launch as launching
 from orchestrator.pipelines.changes import Decisions
 from orchestrator.pipelines.cluster_view import ClusterView
@@ -47,6 +47,7 @@ from orchestrator.pipelines.driver_process import DriverProcess, End
 from orchestrator.pipelines.host import Host
 from orchestrator.pipelines.preparing_process import DataSet
 from orchestrator.pipelines.workspace import Workspace
+from orchestrator.prepare.records import Order
 from orchestrator.recipe import files
 
 __all__ = ["ClusterView", "DataSet", "Launch", "Pipeline", "Plan", "Result", "Row", "Snapshot", "prepare"]
@@ -221,7 +222,6 @@ class Pipeline:
         workspace = self._workspace.fresh()
         workspace.check_recipe()
         find.check_stage(workspace, stage, "launch")
-        workspace = preparing.needs_prepared(workspace)
         launched = _launch(workspace, stage, Decisions(tuple(keep), tuple(anew)), resume=False)
         return launched.wait() if wait else launched
 
@@ -286,7 +286,7 @@ class Pipeline:
         return _plain(accounts.losses(self._launched()))
 
     def lineage(self, stage: str | None = None, *, verify: bool = False, check: bool = True) -> list[Row]:
-        """A row for each checkpoint from a stage's result back to its root.
+        """A row for each checkpoint from a stage's result back to its root; then one for each data set that was made of raw videos.
 
         Args:
             stage: None: the last that is committed.
@@ -380,8 +380,12 @@ def prepare(
 
 def _launch(workspace: Workspace, stage: str | None, decisions: Decisions, *, resume: bool, changed: bool = False) -> Launch:
     targets = [stage] if stage else []
+    order = None
+    if workspace.pipeline.prepare is not None and not preparing.is_on_version(workspace.pipeline):
+        workspace, order = _with_clips(workspace)
+        resume = False
     if workspace.pipeline.backend == "kubernetes":
-        return _launch_in_cluster(workspace, targets, decisions, resume=resume, changed=changed)
+        return _launch_in_cluster(workspace, targets, decisions, resume=resume, changed=changed, order=order)
     launching.check_writable(workspace)
     if changed or not resume:
         workspace = workspace.with_contents(needed=True, say=log.info)
@@ -392,12 +396,23 @@ def _launch(workspace: Workspace, stage: str | None, decisions: Decisions, *, re
     return Launch(f"process {process.pid}", process.wait, workspace)
 
 
-def _launch_in_cluster(workspace: Workspace, targets: Sequence[str], decisions: Decisions, *, resume: bool, changed: bool) -> Launch:
+def _with_clips(workspace: Workspace) -> tuple[Workspace, Order | None]:
+    """The pipeline on the clips that its recipe's raw videos became; with an order its driver has them made first. Raises UsageError where
+    a terminal has to make them."""
+    if workspace.pipeline.backend == "kubernetes" and not prepare_first.only_here(workspace):
+        cluster_driver.check_store(workspace)
+        return prepare_first.at_launch(workspace, log.info)
+    return preparing.needs_prepared(workspace), None
+
+
+def _launch_in_cluster(
+    workspace: Workspace, targets: Sequence[str], decisions: Decisions, *, resume: bool, changed: bool, order: Order | None
+) -> Launch:
     cluster_driver.check_store(workspace)
     with contextlib.closing(cluster_driver.connect(workspace)) as api:
         if changed or not resume:
-            workspace = workspace.with_contents(needed=True, say=log.info)
-        driver = cluster_driver.find_or_submit(api, workspace, targets, decisions, log.info, attach=resume)
+            workspace = workspace.with_contents(needed=True, clips=order is None, say=log.info)
+        driver = cluster_driver.find_or_submit(api, workspace, targets, decisions, log.info, attach=resume, order=order)
     if driver is None:
         return Launch(None, lambda _: End(0, "succeeded: every stage that was asked for is committed"), workspace)
 

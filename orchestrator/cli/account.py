@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from opensora.printable import several
 from orchestrator.cli import options, output
 from orchestrator.cli.subject import launched, launched_or_stage, snapshot
 from orchestrator.cli.typed import expanded
+
+SOURCES = 5
+"""Videos of a lineage that are named to people. Arbitrary; json has them all."""
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -118,7 +122,7 @@ def lineage(
     store: options.Store = None,
     output_: options.Output = output.Format.table,
 ) -> None:
-    """Walk a checkpoint back to its root, and verify it.
+    """Walk a checkpoint back to its root, and to the videos that its clips were cut from; verify it.
 
     With --verify a flipped byte, a missing or exchanged file, an edited manifest are found and named (exit 4).
 
@@ -137,6 +141,12 @@ def lineage(
         for row in rows:
             for one in row["imports"]:
                 output.note(f"{row['name']} imports {_imported(one)}")
+            for one in row["sources"][:SOURCES]:
+                licence = one.get("licence") or "not recorded"
+                made = f"{several(one['clips'], 'clip')} of {one['uri']} (licence: {licence}, sha256 {one['sha256'][:12]})"
+                output.note(f"{row['name']} has {expanded(made)}")
+            if (more := len(row["sources"]) - SOURCES) > 0:
+                output.note(f"{row['name']} has clips of {more:,} more: osctl data show {row['name']} --about")
     if found.fault:
         raise CorruptCheckpoint(found.fault)
 

@@ -76,7 +76,6 @@ def before_launch(workspace: Workspace, *, dry_run: bool, quiet: bool) -> tuple[
 
 def _before_launch_there(workspace: Workspace, *, dry_run: bool) -> tuple[Workspace, Order | None]:
     from orchestrator.pipelines import cluster_driver, prepare_first, preparing
-    from orchestrator.prepare import order as orders
 
     config = workspace.pipeline.prepare
     assert config is not None
@@ -87,11 +86,7 @@ def _before_launch_there(workspace: Workspace, *, dry_run: bool) -> tuple[Worksp
     cluster_driver.check_store(workspace)
     with contextlib.closing(cluster_driver.connect(workspace)) as api:
         cluster_driver.drivers(api, workspace)  # with the cluster away, the store is not written to
-    order = prepare_first.order_of(workspace)
-    if (made := orders.done(workspace.store, order)) is None:
-        return preparing.to_come(workspace), order
-    output.note(f"{config.name}: nothing has changed since it was prepared; {several(made.rows, 'clip')}, at {made.source}")
-    return preparing.on_prepared(workspace, made.source), None
+    return prepare_first.at_launch(workspace, output.note)
 
 
 def _before_launch_here(workspace: Workspace, *, dry_run: bool, quiet: bool) -> Workspace:

@@ -6,11 +6,12 @@ Every figure is a number with its unit in its name; how a row looks to people is
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from opensora.printable import several
 from orchestrator.pipelines.find import check_stage, snapshot
 from orchestrator.pipelines.workspace import Workspace
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.ledger.lineage import Link
     from orchestrator.ledger.records import JournalPiece
     from orchestrator.ledger.store import Ledger
+    from orchestrator.prepare.origin import Origin
 
 NOT_RECORDED = "not recorded"
 """Said of contents that a release up to 0.1.0 did not write down."""
@@ -186,15 +188,16 @@ def _held_s(attempt: AttemptHistory, moment: float) -> float:
 @dataclass(frozen=True)
 class Lineage:
     rows: list[dict[str, Any]]
-    """A row for each checkpoint, the newest first."""
+    """A row for each checkpoint, the newest first; then one for each data set that was made of raw videos, with its `sources`."""
     fault: str
     """What is wrong with it; empty: nothing was found."""
 
 
 def lineage(workspace: Workspace, stage: str | None, *, verify: bool = False) -> Lineage:
-    """The checkpoints from a stage's result back to its root. `stage` None: the last that is committed.
+    """The checkpoints from a stage's result back to its root, and to the videos that its clips were cut from. `stage` None: the last that
+    is committed.
 
-    With `verify` every file of every checkpoint is read and hashed.
+    With `verify` every file of every checkpoint, and of such data sets, is read and hashed.
 
     Raises:
         UsageError: there is no such stage.
@@ -204,6 +207,7 @@ def lineage(workspace: Workspace, stage: str | None, *, verify: bool = False) ->
     from orchestrator.errors import Refused
     from orchestrator.inputs import datasets
     from orchestrator.ledger import lineage as lineages
+    from orchestrator.prepare.origin import origin
 
     committed = [status for status in snapshot(workspace).stages if status.committed or status.broken]
     chosen = [status for status in committed if stage in (None, status.name)]
@@ -230,15 +234,54 @@ def lineage(workspace: Workspace, stage: str | None, *, verify: bool = False) ->
             or ("verified" if verify else "present"),
             "contents": link.contents.model_dump() if link.contents else None,
             "remarks": list(link.remarks),
+            "sources": [],
         }
         for link in links
     ]
-    faults = [fault for link in links for fault in link.faults]
+    faults = [(fault.key, fault.text) for link in links for fault in link.faults]
+    for place, digest in _prepared_places(workspace.ledger, links).items():
+        if (found := origin(workspace.store, place, digest, full=verify)) is not None:
+            rows.append(_of_origin(found, digest, verified=verify))
+            faults += found.faults
     if not faults:
         return Lineage(rows, "")
     count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
-    fact = f"lineage {last.name}: {count}, first: {faults[0].key}: {faults[0].text}"
+    fact = f"lineage {last.name}: {count}, first: {faults[0][0]}: {faults[0][1]}"
     return Lineage(rows, f"{fact}. Do not train on it; make the stage again")
+
+
+def _prepared_places(ledger: Ledger, links: Sequence[Link]) -> dict[str, str]:
+    """By place of a data set that a stage was trained on: the digest of its manifest."""
+    from orchestrator.inputs.contents import PREPARED
+
+    found = {}
+    for link in links:
+        place = getattr(link.intent.config.data.source, "path", "") if link.intent is not None else ""
+        digest = _trained_on(ledger, link, {})["data_digest"]
+        if PREPARED in place and digest is not None:
+            found[place] = digest
+    return found
+
+
+def _of_origin(found: Origin, digest: str, *, verified: bool) -> dict[str, Any]:
+    good = "verified" if verified else "present"
+    faults = "; ".join(f"{key.rpartition('/')[2]}: {text}" for key, text in found.faults)
+    return {
+        "name": found.name,
+        "inputs": None,
+        "attempt": found.attempt,
+        "step": None,
+        "weights": None,
+        "manifest": digest[:12],
+        "data": several(len(found.sources), "video") if found.is_there else None,
+        "data_digest": digest,
+        "imports": [],
+        "verdict": faults or (good if found.is_there else "deleted"),
+        "contents": None,
+        "remarks": [] if found.is_there else [f"{found.place}: is deleted, since a video was taken out of it (osctl data remove)"],
+        "sources": [dict(one) for one in found.sources],
+        "made_by": found.made_by or None,
+    }
 
 
 def _trained_on(ledger: Ledger, link: Link, named: Mapping[str, str]) -> dict[str, str | None]:

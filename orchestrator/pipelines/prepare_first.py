@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from opensora.printable import several
 from orchestrator.driver.decide import Finish
 from orchestrator.driver.first import NotYet
 from orchestrator.errors import Refused, UsageError
@@ -45,6 +46,21 @@ def only_here(workspace: Workspace) -> str:
     except UsageError as error:
         return str(error)
     return ""
+
+
+def at_launch(workspace: Workspace, say: Callable[[str], None]) -> tuple[Workspace, Order | None]:
+    """The pipeline on its clips, if nothing has changed since they were made; else on clips that are still to come, and their order.
+
+    Raises UsageError, Refused, Unreachable; nothing was written then.
+    """
+    from orchestrator.prepare import order as orders
+
+    order = order_of(workspace)
+    made = orders.done(workspace.store, order)
+    if made is None:
+        return preparing.to_come(workspace), order
+    say(f"{order.name}: nothing has changed since it was prepared; {several(made.rows, 'clip')}, at {made.source}")
+    return preparing.on_prepared(workspace, made.source), None
 
 
 def order_of(workspace: Workspace) -> Order:

@@ -16,11 +16,15 @@ from pydantic import ValidationError
 
 from orchestrator.accounting.cost import AttemptTime
 from orchestrator.accounting.history import AttemptHistory, History
+from orchestrator.errors import Refused
 from orchestrator.inputs.standing import results
 from orchestrator.ledger.records import ClipsUsed, Committed, Evaluation, Event, Intent, JournalPiece, Outcome, Placement
 from orchestrator.ledger.store import Ledger
+from orchestrator.prepare import watching
+from orchestrator.prepare.watching import State
 from orchestrator.recipe.pipeline import Pipeline, Published
 from orchestrator.recipe.prices import Prices, load_prices
+from orchestrator.tracking.preparations import NOWHERE
 
 KEPT_PIECES = 512
 """How many journal pieces are kept in memory: a stage's curve needs an attempt's pieces again once a checkpoint has their steps."""
@@ -85,6 +89,8 @@ class Facts:
     """Whether a driver holds the lease."""
     now: float = 0.0
     """Unix time at which the lease was read."""
+    preparation: State | None = None
+    """Of its clips. None means that its recipe names no raw videos, or that nothing of them was prepared yet."""
 
 
 class LedgerReader:
@@ -94,6 +100,7 @@ class LedgerReader:
         """`prices` gives the price list for attempts without a price in the ledger; see `orchestrator.accounting.history`."""
         self.history = History(ledger, prices, keep=KEPT_PIECES)
         self.ledger = self.history.ledger
+        self._made: State | None = None
 
     def read(self) -> Facts | None:
         """The facts. None means the pipeline was never launched, or this release can read none of its revisions. Raises Unreachable."""
@@ -109,7 +116,20 @@ class LedgerReader:
             created=first.created,
             events=tuple(event for event in self.events() if event.kind in ("launched", "ended")),
             stages=tuple(self._stages(pipelines, time.time())),
+            preparation=self._preparation(pipelines[0]),
         )
+
+    def _preparation(self, pipeline: Pipeline) -> State | None:
+        """What is prepared costs no more, so it is read once."""
+        if pipeline.prepare is None:
+            return None
+        if self._made is None or self._made.word != "prepared":
+            try:
+                found = watching.look(self.ledger.store, pipeline.prepare.name, NOWHERE)
+            except Refused:  # nothing of it is there
+                return None
+            self._made = found if found.attempts else None
+        return self._made
 
     def events(self) -> list[Event]:
         """All events of the ledger, in order. Raises Unreachable."""

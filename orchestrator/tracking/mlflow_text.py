@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -21,8 +22,8 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w\-. /:]", "_", name)
 
 
-def flatten(config: StageConfig) -> dict[str, str]:
-    """Every field of a stage as a parameter of MLflow (`model.depth: 4`), cut at VALUE_CHARACTERS."""
+def flatten(config: StageConfig | Mapping[str, Any]) -> dict[str, str]:
+    """Every field of a stage, or of a preparation, as a parameter of MLflow (`model.depth: 4`), cut at VALUE_CHARACTERS."""
     flat: dict[str, str] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -32,7 +33,7 @@ def flatten(config: StageConfig) -> dict[str, str]:
         else:
             flat[prefix] = cut(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
-    walk("", config.model_dump(mode="json"))
+    walk("", config.model_dump(mode="json") if isinstance(config, StageConfig) else dict(config))
     return flat
 
 

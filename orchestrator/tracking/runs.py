@@ -1,4 +1,4 @@
-"""What each run in MLflow should show: pipeline > stage > attempt. Pure.
+"""What each run in MLflow should show: pipeline > stage > attempt, and pipeline > preparation. Pure.
 
 Owns the names, contents and links of runs and model versions. Refuses to know what MLflow shows now, and to change it (`sync`).
 """
@@ -16,8 +16,9 @@ from orchestrator.ledger.keys import Keys
 from orchestrator.ledger.record import sha256
 from orchestrator.ledger.records import ClipsUsed, Committed
 from orchestrator.ports import LoggedCheckpoint, Point, RunStatus
+from orchestrator.prepare.watching import State
 from orchestrator.recipe.pipeline import Published
-from orchestrator.tracking import descriptions
+from orchestrator.tracking import descriptions, preparations
 from orchestrator.tracking.curves import attempt_curve, stage_curve
 from orchestrator.tracking.facts import AttemptFacts, Facts, StageFacts
 from orchestrator.tracking.mlflow_text import alias_of, artifact_name, cut, flatten, metric_name, source_uri
@@ -79,6 +80,8 @@ def run_specs(facts: Facts) -> list[RunSpec]:
     whole = merge(bills)
     categories = [category for category, seconds in whole.seconds.items() if seconds]
     runs = [_pipeline_run(facts, whole, categories)]
+    if facts.preparation is not None:
+        runs.append(_preparation_run(facts, facts.preparation))
     for stage, bill in zip(facts.stages, bills, strict=True):
         runs.append(_stage_run(facts, stage, bill, categories))
         runs += [_attempt_run(facts, stage, *pair, categories) for pair in zip(stage.attempts, bill.attempts, strict=True)]
@@ -118,7 +121,7 @@ def stage_key(facts: Facts, stage: StageFacts) -> str:
     return f"{facts.pipeline.name}/{stage.name}@{stage.inputs_digest}"
 
 
-# --- The three kinds of runs -----------------------------------------------------------------------------------------------------------
+# --- The four kinds of runs -----------------------------------------------------------------------------------------------------------
 
 
 def _pipeline_run(facts: Facts, bill: Bill, categories: Sequence[str]) -> RunSpec:
@@ -133,8 +136,34 @@ def _pipeline_run(facts: Facts, bill: Bill, categories: Sequence[str]) -> RunSpe
         ended=ended,
         tags=_common_tags(facts, "pipeline")
         | {Tag.STORE: facts.store, Tag.BACKEND: facts.pipeline.backend, Tag.NOTE: descriptions.of_pipeline(facts)},
-        readings=_bill_readings(bill, categories) | _reference_readings(bill, published),
+        readings=_with_clips(_bill_readings(bill, categories), facts) | _reference_readings(bill, published),
         as_of=newest_record(facts),
+    )
+
+
+def _with_clips(readings: dict[str, float], facts: Facts) -> dict[str, float]:
+    """One bill: what the clips cost is in the pipeline's."""
+    if facts.preparation is None:
+        return readings
+    made = preparations.readings(facts.preparation)
+    return readings | {name: readings[name] + made[name] for name in ("usd", "gpu_hours", "device_hours")}
+
+
+def _preparation_run(facts: Facts, state: State) -> RunSpec:
+    status, ended = preparations.status(state)
+    first = state.attempts[0].intent
+    return RunSpec(
+        key=preparations.key_of(facts.pipeline.name, state.name),
+        parent=facts.pipeline.name,
+        name=f"prepare {state.name}",
+        start=first.created if first is not None else facts.created,
+        status=status,
+        ended=ended,
+        tags=_common_tags(facts, "preparation") | preparations.tags(state),
+        readings=preparations.readings(state),
+        as_of=preparations.newest(state),
+        params=preparations.params(state),
+        dataset=preparations.dataset(state),
     )
 
 
@@ -223,6 +252,8 @@ def _stage_tags(facts: Facts, stage: StageFacts) -> dict[str, str]:
     pools = dict.fromkeys(one.placement.pool for one in stage.attempts if one.placement is not None and one.placement.pool is not None)
     if pools:
         tags |= {Tag.POOL: ", ".join(pools)}
+    if facts.preparation is not None and preparations.made_by(intent.config, facts.preparation):
+        tags |= {Tag.PREPARATION: preparations.key_of(facts.pipeline.name, facts.preparation.name)}
     if intent.parent is not None:
         tags |= {Tag.PARENT_STAGE: intent.parent.stage, Tag.PARENT_MANIFEST: intent.parent.manifest_digest}
     if committed is not None:

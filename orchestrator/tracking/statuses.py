@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from orchestrator.ledger.records import Outcome
 from orchestrator.ports import RunStatus
+from orchestrator.tracking import preparations
 from orchestrator.tracking.facts import AttemptFacts, Facts, StageFacts
 
 KILLED = frozenset({"drained", "signal", "lost", "moved"})
@@ -54,6 +55,7 @@ def is_undecided(facts: Facts) -> bool:
 def newest_record(facts: Facts) -> float:
     """Unix time of the newest record."""
     times = [facts.created, *(event.time for event in facts.events)]
+    times += [preparations.newest(facts.preparation)] if facts.preparation is not None else []
     for stage in facts.stages:
         times += [stage.committed.time] if stage.committed else []
         times += [evaluation.ended for evaluation in stage.evaluations]

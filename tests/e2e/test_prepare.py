@@ -17,10 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tiny_recipe import Osctl, warm_trainer, write
 
 from orchestrator.api import prepare
 from orchestrator.errors import RunFailed, UsageError
+from orchestrator.labels import Tag
+from orchestrator.ledger.store import Ledger
+from orchestrator.stores import open_store
+from orchestrator.tracking.facts import LedgerReader
+from orchestrator.tracking.runs import run_specs
 
 pytestmark = pytest.mark.long
 
@@ -119,6 +125,38 @@ def test_one_command_leads_from_raw_films_to_a_model(osctl: Osctl, films: Path) 
     assert "nothing has changed since it was prepared" in again
     log = osctl("logs", "stage3").stdout
     assert "7 of 6x16x16 pixels" in log
+    _one_bill_and_one_lineage(osctl, films)
+
+
+def _shown_in_mlflow(osctl: Osctl, digest: str, usd: float) -> None:
+    """What MLflow is to show of it; that it shows what it is to show is tested in tests/orchestrator/tracking."""
+    env = osctl.environment()
+    store = env.get("OSCTL_STORE") or yaml.safe_load((osctl.folder / "osctl.yaml").read_text())["store"]
+    facts = LedgerReader(Ledger(open_store(store if "://" in store else str(osctl.folder / store), env), "tiny")).read()
+    assert facts is not None
+    whole, made, *rest = run_specs(facts)
+    assert (made.key, made.parent, made.status) == ("tiny/prepare/tiny", "tiny", "FINISHED") and made.params["cut.max_s"] == "4.0"
+    assert (made.readings["clips"], made.readings["clips/kept"], made.readings["frames/in"]) == (7, 7, 2)
+    assert whole.readings["usd"] == pytest.approx(usd) and made.readings["usd"] > 0
+    stages = [run for run in rest if run.tags[Tag.KIND] == "stage"]
+    assert {run.tags[Tag.PREPARATION] for run in stages} == {made.key}
+    assert {run.dataset[:2] for run in (made, *stages) if run.dataset} == {("folder", digest[:32])}, "MLflow shows who used it"
+
+
+def _one_bill_and_one_lineage(osctl: Osctl, films: Path) -> None:
+    """The clips are a line of the bill, and the lineage ends at the films; what was exchanged under it is found."""
+    clips, *stages = osctl.json("cost")
+    made = osctl.json("prepare", "status", "tiny")
+    assert clips["name"] == "tiny" and clips["held_s"] > 0 and clips["usd"] == made["usd"]
+    whole = osctl.json("status")
+    assert float(whole["usd"]) == pytest.approx(sum(float(row["usd"]) for row in (clips, *stages)))
+    assert (whole["preparation"]["state"], whole["preparation"]["clips"]) == ("prepared", 7)
+    *links, origin = osctl.json("lineage", "--verify")
+    assert [link["name"] for link in links] == ["stage3", "stage2", "stage1"]
+    assert (origin["name"], origin["attempt"], origin["verdict"]) == ("tiny", 1, "verified")
+    assert {Path(one["uri"]) for one in origin["sources"]} == {films / "bikes.mp4", films / "bigbuckbunny.mp4"}
+    _shown_in_mlflow(osctl, origin["data_digest"], float(whole["usd"]))
+    assert f"of {films / 'bikes.mp4'} (licence: cc-by" in osctl("lineage").stderr.replace("file://", "")
 
 
 def test_a_launcher_that_is_stopped_or_killed_leaves_no_process_and_the_next_comes_to_the_same_data_set(
