@@ -80,7 +80,9 @@ def test_a_job_prepares_and_three_stages_follow_though_the_driver_is_killed(site
     assert "drives it already" in osctl("launch", "-q").stderr
     (pod,) = site.pods("whole", "driver")
     site.cluster.kubectl("-n", site.namespace, "delete", "pod", pod["metadata"]["name"], "--grace-period=0", "--force")
-    assert until("another driver drives", lambda: [one for one in site.pods("whole", "driver") if one["metadata"]["name"] != pod["metadata"]["name"]])
+    assert until(
+        "another driver drives", lambda: [one for one in site.pods("whole", "driver") if one["metadata"]["name"] != pod["metadata"]["name"]]
+    )
     assert ended(osctl, 400)["state"] == "succeeded"
     assert [one["metadata"]["name"] for one in of_role(site, "prepare")] == [job["metadata"]["name"]], "nothing is made twice"
     one_bill_and_one_lineage(site, "whole", films, tmp_path / "elsewhere")
