@@ -184,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
                 )
             if any(path.startswith(f"{KINDS[kind]}/") for kind in KINDS.keys() - fake.serves):
                 return 404, self._status(404, "the server could not find the requested resource")
-            if method == "GET" and path.rpartition("/")[2] in (*KINDS, "jobs", "pods", "events"):
+            if method == "GET" and path.rpartition("/")[2] in (*KINDS, "jobs", "pods", "events", "workloads"):
                 return 200, self._list(fake, path, query)
             if there is None:
                 return 404, self._status(404, f"{path} not found", "NotFound")

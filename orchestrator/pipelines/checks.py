@@ -137,6 +137,7 @@ def _kueue(profile: ClusterProfile, api: Api, operator: Installation | None, sta
             lambda: kueue_checks.quota(api, profile, stage, requests),
             f"take fewer nodes: --set {stage}.resources.nodes=N, or ask an administrator for more quota: kubectl edit clusterqueue NAME",
         )
+        yield _try("queue's RayJobs", lambda: kueue_checks.rayjobs(api, profile), kueue_checks.INSTALL)
         yield _try("queue's flavors", lambda: kueue_checks.flavors(api, profile, operator), kueue_checks.TOLERATIONS)
 
 

@@ -21,7 +21,7 @@ from orchestrator.kube.jobs import DRIVER_REQUESTS
 from orchestrator.kube.manifest import pods
 from orchestrator.kube.nodes import quantity
 from orchestrator.pipelines import room
-from orchestrator.pipelines.cluster_checks import NotChecked
+from orchestrator.pipelines.cluster_checks import NotChecked, serves_rayjobs
 from orchestrator.pipelines.operator_checks import Installation
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 GROUP = "/apis/kueue.x-k8s.io"
 FRAMEWORKS: Mapping[str, str] = {"pytorchjob": "kubeflow.org/pytorchjob", "trainjob": "trainer.kubeflow.org/trainjob"}
 """By operator, what Kueue's setting `integrations.frameworks` calls its jobs."""
+RAYJOB = "ray.io/rayjob"
 UNQUEUED = "Kueue holds back jobs without a queue here (its setting manageJobsWithoutQueueName): this one would never start"
 SETTINGS = "/api/v1/namespaces/kueue-system/configmaps/kueue-manager-config"
 INSTALL = "an administrator installs it: kubectl apply --server-side -k k8s/kueue, then the queues: kubectl apply -k k8s/queues"
@@ -80,6 +81,22 @@ def held_back(api: Api, profile: ClusterProfile, operator: Installation | None, 
         lacking = FRAMEWORKS[operator.name]
         raise Refused(f"a job with a queue is not held back: Kueue does not run, or its setting integrations.frameworks lacks {lacking}")
     return f"Kueue holds back each {operator.said} with a queue" if suspended else "Kueue holds back no job without a queue"
+
+
+def rayjobs(api: Api, profile: ClusterProfile) -> str:
+    """Whether Kueue starts the RayJob of a preparation, which is sent suspended: of one that it does not know, nothing would ever start.
+
+    Raises Refused, NotChecked where there are no RayJobs, Unreachable.
+    """
+    from orchestrator.kube.ray_job import ray_job
+
+    if not serves_rayjobs(api):
+        raise NotChecked("the cluster serves no RayJobs")
+    job = ray_job(profile, "s3://osctl/asks", "asks", "0" * 16, 1, pods=1)
+    returned = api.create("rayjobs", {**job, "spec": {**job["spec"], "suspend": False}}, dry_run=True)
+    if not returned["spec"].get("suspend"):
+        raise Refused(f"Kueue does not know RayJobs: its setting integrations.frameworks lacks {RAYJOB}, so that none would ever start")
+    return "Kueue holds back and starts RayJobs with a queue"
 
 
 def queue(api: Api, profile: ClusterProfile, requests: Sequence[Mapping[str, str]]) -> str:

@@ -59,6 +59,8 @@ class There:
     state: State
     reason: str
     """Why it failed, in the cluster's words."""
+    queued: bool = False
+    """Whether it waits in a queue of Kueue."""
 
     @classmethod
     def of(cls, job: Mapping[str, Any], kind: Kind = "jobs") -> There:
@@ -76,6 +78,7 @@ class There:
             order=next(value for option, value in itertools.pairwise(words) if option == "--order"),
             state=end,
             reason=reason,
+            queued=Label.QUEUE_NAME in metadata["labels"] and bool(spec.get("suspend")),
         )
 
 
@@ -299,9 +302,13 @@ def wait(api: Api, store: Store, there: There, look: Callable[[], None], say: Ca
 
 
 def waits_for(api: Api, there: There) -> str:
-    """Why its pods cannot start, in Kubernetes' words; empty: no reason is known."""
-    from orchestrator.kube import side_job
+    """Why its pods cannot start, in Kueue's or Kubernetes' words; empty: no reason is known. Raises Unreachable."""
+    from orchestrator.kube import queue_look, side_job
 
+    if there.queued:
+        with contextlib.suppress(NotFound):
+            if held := queue_look.why_held_now(api, api.get(there.kind, there.name), time.time()):
+                return held
     return side_job.waits_for(api, there.name, f"{Label.RUN}={there.run}")
 
 

@@ -73,9 +73,9 @@ def readings(state: State) -> dict[str, float]:
     found = {"usd": float(bill.usd), "gpu_hours": bill.gpu_hours, "device_hours": bill.core_hours + bill.gpu_hours}
     found["core_hours"] = bill.core_hours
     if known is not None:
-        found |= {"clips": float(known.rows), "hours_of_video": known.seconds / 3600, "gigabytes": known.size / 1e9}
+        found |= {"data/clips": float(known.rows), "data/hours": known.seconds / 3600, "data/gigabytes": known.size / 1e9}
     for row in steps_of(state.status):
-        found |= {f"{metric_name(row['name'])}/{count}": float(row[count]) for count in ("in", "kept", "dropped", "quarantined")}
+        found |= {f"rows/{metric_name(row['name'])}/{count}": float(row[count]) for count in ("in", "kept", "dropped", "quarantined")}
     return found
 
 

@@ -56,6 +56,11 @@ def of_role(site: Site, role: str, kind: str = "jobs") -> list[Any]:
     return list(site.json("get", kind, "-l", f"osctl/role={role}")["items"])
 
 
+def drivers(site: Site, pipeline: str) -> set[str]:
+    """Names of the driver's living pods."""
+    return {pod["metadata"]["name"] for pod in site.pods(pipeline, "driver")}
+
+
 def one_bill_and_one_lineage(site: Site, name: str, films: str, folder: Path) -> None:
     """As somebody sees it who has nothing but the store."""
     folder.mkdir()

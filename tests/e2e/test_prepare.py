@@ -136,7 +136,7 @@ def _shown_in_mlflow(osctl: Osctl, digest: str, usd: float) -> None:
     assert facts is not None
     whole, made, *rest = run_specs(facts)
     assert (made.key, made.parent, made.status) == ("tiny/prepare/tiny", "tiny", "FINISHED") and made.params["cut.max_s"] == "4.0"
-    assert (made.readings["clips"], made.readings["clips/kept"], made.readings["frames/in"]) == (7, 7, 2)
+    assert (made.readings["data/clips"], made.readings["rows/clips/kept"], made.readings["rows/frames/in"]) == (7, 7, 2)
     assert whole.readings["usd"] == pytest.approx(usd) and made.readings["usd"] > 0
     stages = [run for run in rest if run.tags[Tag.KIND] == "stage"]
     assert {run.tags[Tag.PREPARATION] for run in stages} == {made.key}

@@ -59,3 +59,12 @@ def test_who_may_not_read_flavors_is_told_so(site: tuple[FakeApiServer, Api]) ->
     fake.faults.append(Fault("GET", "/resourceflavors/h800", status=403, message="forbidden"))
     with pytest.raises(NotChecked, match="you may not read the flavors of ClusterQueue gpus"):
         kueue_checks.flavors(api, PROFILE, V2)
+
+
+def test_a_rayjob_that_kueue_does_not_know_would_never_start(site: tuple[FakeApiServer, Api]) -> None:
+    fake, api = site
+    with pytest.raises(NotChecked, match="serves no RayJobs"):
+        kueue_checks.rayjobs(api, PROFILE)
+    fake.objects["/apis/ray.io/v1"] = {"resources": [{"name": "rayjobs"}]}
+    with pytest.raises(Refused, match=r"integrations\.frameworks lacks ray\.io/rayjob"):  # as an API server without that webhook answers
+        kueue_checks.rayjobs(api, PROFILE)
