@@ -80,6 +80,7 @@ def _launch(
 ) -> None:
     """What a recipe asks for, from its raw videos on where it has any."""
     from orchestrator.pipelines.launch import check_writable
+    from orchestrator.pipelines.preparing import is_to_come
 
     order = None
     if workspace.pipeline.prepare is not None:
@@ -89,7 +90,7 @@ def _launch(
     if not dry_run and workspace.pipeline.backend == "local":
         check_writable(workspace)
     if dry_run or workspace.pipeline.backend == "local" or foreground:
-        workspace = workspace.with_contents(needed=not dry_run, clips=order is None, say=output.note)
+        workspace = workspace.with_contents(needed=not dry_run, clips=not is_to_come(workspace), say=output.note)
         run_here(workspace, stage, decisions, dry_run=dry_run, quiet=quiet, output_=output_, order=order)
         return
     targets = [stage] if stage else []

@@ -158,11 +158,23 @@ def on_prepared(workspace: Workspace, place: str) -> Workspace:
 
 def to_come(workspace: Workspace) -> Workspace:
     """The same pipeline, whose stages train on a data set of which no version is known yet: nothing of it can be started so."""
+    return workspace.of_pipeline(_without_clips(workspace.pipeline, _place_to_come(workspace)))
+
+
+def is_to_come(workspace: Workspace) -> bool:
+    """Whether its clips are still to be made by a driver in the cluster: nothing of them can be looked for."""
+    if workspace.pipeline.prepare is None:
+        return False
+    place = _place_to_come(workspace)
+    return all(getattr(stage.config.data.source, "path", "") == place for stage in workspace.pipeline.stages)
+
+
+def _place_to_come(workspace: Workspace) -> str:
     from orchestrator.inputs.datasets import ROOT
 
     config = workspace.pipeline.prepare
     assert config is not None
-    return workspace.of_pipeline(_without_clips(workspace.pipeline, f"{workspace.store_url}/{ROOT}/{config.name}"))
+    return f"{workspace.store_url}/{ROOT}/{config.name}"
 
 
 def is_on_version(pipeline: Pipeline) -> bool:

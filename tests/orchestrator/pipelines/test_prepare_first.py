@@ -6,7 +6,6 @@ A real S3; an API server in memory; the pod's own program runs here, on real fil
 from __future__ import annotations
 
 import contextlib
-import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -120,6 +119,8 @@ def site(tmp_path: Path, s3: Any) -> Iterator[Site]:
 
 
 def test_a_launch_orders_the_clips_and_makes_a_driver_alone(site: Site) -> None:
+    foretold = site.osctl("launch", "--cluster", "lab.yaml", "--dry-run").stderr
+    assert f"first: its driver has films prepared of {site.films}; not prepared yet" in foretold and site.fake.objects == {}
     words = site.launch()
     assert words[-2] == "--prepare" and site.jobs("prepare") == [], site.said
     assert order.read(open_store(site.store, site.env), "films", words[-1]).config["sources"][0]["path"] == site.films
@@ -218,6 +219,6 @@ def test_a_decision_waits_until_it_is_known_what_changed(site: Site) -> None:
 
 def test_films_of_this_machine_are_prepared_here_and_that_is_said(site: Site) -> None:
     change(site, lambda recipe: recipe["prepare"].update(sources=[{"path": str(site.folder / "a.mp4")}]))
-    said = site.osctl("launch", "--cluster", "lab.yaml", "-q").stderr
-    assert "films: is prepared on this machine" in said and "which no pod sees" in said and site.jobs("prepare") == []
-    assert "--prepare" not in shlex.join(site.jobs("driver")[0]["spec"]["template"]["spec"]["containers"][0]["command"])
+    said = site.osctl("launch", "--cluster", "lab.yaml", "--dry-run").stderr
+    assert "films: is prepared on this machine" in said and "which no pod sees" in said
+    assert "first: prepares films of" in said and site.fake.objects == {}
