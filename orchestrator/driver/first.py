@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 from orchestrator.driver.decide import Finish
 from orchestrator.recipe.pipeline import Pipeline
 
-LOOK_S = 1.0
+LOOK_S = 2.0
 """Seconds between two looks."""
 
 
