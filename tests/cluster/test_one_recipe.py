@@ -16,7 +16,7 @@ import yaml
 from cluster.pipelines import Site, ended, installed, until
 from cluster.test_prepare_in_cluster import ray_image
 from conftest import Cluster
-from tiny_recipe import FORKED, Osctl
+from tiny_recipe import Osctl
 
 from orchestrator.stores import open_store
 
@@ -47,9 +47,15 @@ def films(site: Site, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def recipe(site: Site, folder: Path, films: str, **more: Any) -> Osctl:
-    prepare = {"name": f"{folder.name}-films", "sources": [{"path": films, "licence": "mine"}], "filter": {"rules": []}} | more
+    prepare = {
+        "name": f"{folder.name}-films",
+        "sources": [{"path": films, "licence": "mine"}],
+        "filter": {"rules": []},
+        "limits": {"deadline_s": 60},
+    }
+    prepare |= more
     small = {"steps": 2, "checkpoint": {"every_steps": 2}, "batch_size": 1, "prompts": ["rust that moves"]}
-    return site.osctl(folder, nodes=1, devices=1, changes=small, prepare=prepare, trainer=FORKED)
+    return site.osctl(folder, nodes=1, devices=1, changes=small, prepare=prepare)
 
 
 def of_role(site: Site, role: str, kind: str = "jobs") -> list[Any]:
