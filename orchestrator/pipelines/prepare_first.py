@@ -67,8 +67,12 @@ def order_of(workspace: Workspace) -> Order:
     """What pods are to prepare. Raises UsageError, Refused, Unreachable."""
     config, profile = workspace.pipeline.prepare, _profile(workspace)
     assert config is not None
-    own = profile.prepare
-    return there.order_for(config, workspace.store, workspace.host, profile, pods=own.ray_pods, gpus=own.gpus)
+    return there.order_for(config, workspace.store, workspace.host, profile, pods=_pods(profile, config.engine), gpus=profile.prepare.gpus)
+
+
+def _pods(profile: ClusterProfile, engine: str) -> int:
+    """That decode."""
+    return profile.prepare.ray_pods if engine == "ray" else 1
 
 
 def check_decisions(name: str, decisions: Decisions) -> None:
@@ -142,9 +146,10 @@ class PreparedFirst:
             return self._on(made)
         if self._job:
             return self._failed(next((one for one in found if one.name == self._job), None))
-        own = _profile(self.workspace).prepare
+        profile = _profile(self.workspace)
+        pods = _pods(profile, str(self.order.config.get("engine")))
         job, _ = there.submit(
-            self.api, self.workspace.store, self.order, _profile(self.workspace), pods=own.ray_pods, gpus=own.gpus
+            self.api, self.workspace.store, self.order, profile, pods=pods, gpus=profile.prepare.gpus
         )  # fmt: skip
         assert job is not None
         return self._follow(job)
