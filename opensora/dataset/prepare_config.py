@@ -270,9 +270,9 @@ class OnRay(Frozen):
     num_cpus: Annotated[PositiveFloat, Unit("cores")] = 1
     """Of each actor; it works on one row at a time. There are `workers` of them."""
     num_gpus: Annotated[NonNegativeFloat, Unit("GPUs")] = 0
-    """Of each actor that computes `scores`; 0: those are computed where the rest is."""
+    """Of each actor that holds models (LLaVA, `scores`); 0: it has `num_cpus` cores."""
     gpu_actors: Annotated[PositiveInt, Field(le=MOST_WORKERS), Unit("processes")] = 1
-    """Actors that compute `scores`, where `num_gpus` is not 0."""
+    """Actors that hold models, each of them all."""
     shared_files: bool | None = None
     """Whether all nodes see the sources and this run directory under the same names; none: only where Ray is started here. Where they do
     not, nodes fetch sources by their addresses, and clips' files travel through Ray."""

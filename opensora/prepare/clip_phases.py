@@ -81,7 +81,7 @@ def with_files(state: RunState, rows: Rows, clips: ClipRows) -> ClipRows:
         name = clips.id(place)
         kept = state.files.read(name)
         # of another machine's clips a shard has what is kept, not the files: these are in the store before it (orchestrator's Mirror)
-        if isinstance(kept, ClipFile) and (state.shard is not None or _has_size(state.files.name(name, ".mp4"), kept.size)):
+        if isinstance(kept, ClipFile) and (state.shard is not None or has_size(state.files.name(name, ".mp4"), kept.size)):
             clips.set_file(place, kept)
             there[place] = 1
             tally.kept += 1
@@ -92,7 +92,7 @@ def with_files(state: RunState, rows: Rows, clips: ClipRows) -> ClipRows:
     under_way: dict[str, int] = {}
 
     def to_cut() -> Iterator[CutOut | Later]:
-        for ready in _with_source(rows, clips, missing):
+        for ready in with_source(rows, clips, missing):
             if isinstance(ready, Later):
                 yield ready
                 continue
@@ -126,7 +126,7 @@ def with_files(state: RunState, rows: Rows, clips: ClipRows) -> ClipRows:
     return clips.chosen(place for place in range(len(clips)) if there[place])
 
 
-def _with_source(rows: Rows, clips: ClipRows, places: Sequence[int]) -> Iterator[tuple[int, str | Leaves] | Later]:
+def with_source(rows: Rows, clips: ClipRows, places: Sequence[int]) -> Iterator[tuple[int, str | Leaves] | Later]:
     """Each of these clips with where its source lies (empty: it is fetched elsewhere), or why it cannot be had. Sources that
     are not on this machine are fetched, last.
 
@@ -398,7 +398,7 @@ def _content(row: Any) -> dict[str, Any]:
     return asdict(row) if is_dataclass(row) and not isinstance(row, type) else dict(vars(row))
 
 
-def _has_size(path: str, size: int) -> bool:
+def has_size(path: str, size: int) -> bool:
     try:
         return os.stat(path).st_size == size  # noqa: PTH116 - once a clip
     except OSError:

@@ -54,8 +54,8 @@ class Held:
         self._devices: dict[str, Device] = {}
         self._step = ""
         self._since = 0.0
-        self._cuda: tuple[Device, float] | None = None
-        """The device that is held now, and since when."""
+        self._cuda: tuple[Device, float, str] | None = None
+        """The device that is held now, since when, and by which step."""
 
     def begin(self, step: str) -> None:
         """From now on the cores are this step's. It may be said again."""
@@ -66,12 +66,12 @@ class Held:
             self._settle()
             self._step, self._since = step, self._clock()
 
-    def take(self, device: Device) -> None:
-        """The step of now holds this device as well. It may be said again, and of the CPU it changes nothing."""
+    def take(self, device: Device, step: str | None = None) -> None:
+        """The step of now, or this one, holds this device as well. It may be said again, and of the CPU it changes nothing."""
         with self._lock:
             if device.kind == "cuda" and self._cuda is None and self._step:
-                self._cuda = device, self._clock()
-                self._devices[self._step] = device
+                self._cuda = device, self._clock(), step or self._step
+                self._devices[self._cuda[2]] = device
 
     def release(self) -> bool:
         """Nothing is on a CUDA device any more. Whether something was."""
@@ -108,5 +108,6 @@ class Held:
         if cores:
             one["cpu"] = one.get("cpu", 0.0) + self._cores * (now - self._since)
         if self._cuda is not None:
-            device, since = self._cuda
+            device, since, step = self._cuda
+            one = to[step]
             one["cuda"] = one.get("cuda", 0.0) + device.count * (now - since)

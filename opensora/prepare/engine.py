@@ -26,7 +26,7 @@ from opensora.dataset.prepare_config import EngineName, PrepareConfig
 from opensora.dataset.prepared_rows import BESIDE_CAPTION
 from opensora.dataset.rows import NO_CAPTION, Clip
 from opensora.errors import ConfigError, DataError, TrainerError
-from opensora.prepare import clip_phases, manifest, publish
+from opensora.prepare import clip_phases, manifest, publish, streamed
 from opensora.prepare.compact import ClipRows
 from opensora.prepare.devices import Device, Held
 from opensora.prepare.digests import result_digest
@@ -169,7 +169,7 @@ def _run(
     workers = workers_of(config)
     with pool(config, folders, steps, workers, halt) as guards:
         state = RunState(folders, config, steps, guards, Held(workers), halt, retry, shard)
-        guards.on_tell = lambda content: state.held.take(content) if isinstance(content, Device) else None
+        guards.on_tell = lambda content: state.held.take(content, state.models_step) if isinstance(content, Device) else None
         try:
             with state, Status(folders.path / "status.json", folders.temporary, state.tallies, workers) as status:
                 state.status = status
@@ -196,6 +196,7 @@ def _phases(state: RunState, stages: Mapping[str, Path]) -> Ended:
     rows = SourcePhase(state).run()
     clips = clip_phases.filtered(state, rows.clips, alone)
     rows.clips.clear()  # what is left has its own list of the same bytes
+    streamed.through_models(state, rows, clips)
     clips = clip_phases.with_files(state, rows, clips)
     clips = clip_phases.scored(state, clips, alone)
     clips = clip_phases.captioned(state, clips, alone)

@@ -120,6 +120,7 @@ class Guards:
         self.cpu_s: dict[str, float] = defaultdict(float)
         """CPU-seconds of guards, by the function's name."""
         self.shares_files = True
+        self.chain = None
         self.on_tell: Callable[[Any], None] = lambda content: None
         """Hears what functions tell (`guarded.tell`), at once."""
 

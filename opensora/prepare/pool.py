@@ -7,6 +7,7 @@ steps, rows and results.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Protocol, TypeVar
 
@@ -30,8 +31,41 @@ class Lost(Quarantine):
     """What the function had told (`guarded.tell`) before."""
 
 
+@dataclass(frozen=True)
+class Handed:
+    """What the first function of a chain gives."""
+
+    kept: Any
+    """Comes back with the row."""
+    onward: Any
+    """A row of the second function; None: there is nothing for it to do."""
+
+
+class Chain(Protocol):
+    """Two functions one after the other, each with processes of its own: rows stream from the one to the other."""
+
+    def chained(
+        self, first: Callable[[Any], Handed], then: Callable[[list[Any]], list[Any]], rows: Iterable[Any],
+        deadline_s: Callable[[Any], float], then_s: float,
+    ) -> Iterator[tuple[Any, tuple[Any, Any]]]:  # fmt: skip
+        """Each row with (what `first` kept of it or Leaves, what `then` made of it, Leaves or None).
+
+        Otherwise as `Pool.map` says. Once the run is to leave, rows that wait for `then` come back without it. `then` is called with all
+        rows that wait for it, up to a batch. When it crashes or hangs over several rows each of them is tried alone, so that the one at
+        fault leaves alone.
+
+        Args:
+            deadline_s: of a row in `first`.
+            then_s: of one call of `then`, in seconds.
+        """
+
+
 class Pool(Protocol):
     """A context manager; leaving it ends all its processes."""
+
+    @property
+    def chain(self) -> Chain | None:
+        """None: models run in this process, one step after the other."""
 
     on_tell: Callable[[Any], None]
     """Hears what functions tell (`guarded.tell`)."""

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from opensora.dataset.prepare_config import PrepareConfig
 from opensora.dataset.rows import Captioned, ClipFile, Drop, Fetched, Leaves, Looked, Media, Quarantine
 from opensora.prepare.devices import Held
 from opensora.prepare.digests import Digests, digests
+from opensora.prepare.for_models import describe, show
 from opensora.prepare.kept import Columns, Kept, KeptFiles, SingleFiles
 from opensora.prepare.pool import Pool
 from opensora.prepare.reconcile import Tally, check_share
@@ -93,17 +95,20 @@ class Results(Kept[Row]):
         self._aside: Kept[Row] = SingleFiles(state.folders.quarantined, state.folders.temporary, step, digest, kind)
         self._any_aside = Path(self._aside.name("")).parent.parent.exists()
         self._retry = state.retry
+        self._tried = set[str]()
+        """Keys that this run itself put aside: it tries none of them twice."""
 
     def has(self, key: str) -> bool:
         return super().has(key) or (not self._retry and self._aside.read(key) is not None)
 
     def read(self, key: str, stamp: str = "") -> Row | Leaves | None:
         found = super().read(key, stamp)
-        return self._aside.read(key) if found is None and not self._retry else found
+        return self._aside.read(key) if found is None and (not self._retry or key in self._tried) else found
 
     def write(self, key: str, outcome: Row | Leaves, stamp: str = "") -> None:
         if isinstance(outcome, Quarantine):
             self._any_aside = True
+            self._tried.add(key)
             self._aside.write(key, outcome)
             return
         super().write(key, outcome, stamp)
@@ -132,6 +137,8 @@ class RunState:
     tallies: dict[str, Tally] = field(default_factory=dict)
     status: Status | None = None
     refetched: int = 0
+    models_step: str | None = None
+    """Which step's models a guard puts on a device; None: those of the step that is worked on."""
 
     def __post_init__(self) -> None:
         self.digests: Digests = digests(self.config, self.steps.versions())
@@ -187,9 +194,14 @@ class RunState:
 
     def cpu_s(self) -> Mapping[str, float]:
         """CPU-seconds of guards by step."""
-        names = {self.steps.inspect: "frames", self.steps.cut_out: "clips", self.steps.measure: "score"}
+        steps = self.steps
+        names = {steps.inspect: "frames", steps.cut_out: "clips", show: "clips", steps.measure: "score", describe: "caption"}
         by_name: dict[str, str] = {getattr(function, "__name__", ""): step for function, step in names.items()}
-        return {by_name[name]: seconds for name, seconds in self.guards.cpu_s.items() if name in by_name}
+        used = defaultdict[str, float](float)
+        for name, seconds in self.guards.cpu_s.items():
+            if name in by_name:
+                used[by_name[name]] += seconds
+        return used
 
     def let_go(self) -> None:
         """The guards' models leave the GPU, where they were on one: the next step, or another process, gets its memory."""

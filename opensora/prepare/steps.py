@@ -20,6 +20,8 @@ from opensora.prepare.devices import Device
 
 FRAMES_SHARES = (0.2, 0.5, 0.8)
 """Where in a clip frames are taken for text area and scores."""
+LOAD_S = 1800.0
+"""For models to be read from a folder, which may be far away and have 14 GB."""
 FRAMES_SIDE = 640
 """Pixels of their longer side."""
 
@@ -174,17 +176,18 @@ def measure(row: Measure) -> dict[str, float]:
 
         found["text_area"] = text_area(jpegs)
     if row.scores:
-        found |= _scorer(row.scores).score(jpegs, row.caption)
+        found |= scorer(row.scores).score(jpegs, row.caption)
     return found
 
 
 @cache
-def _scorer(folder: str) -> Any:
+def scorer(folder: str) -> Any:
     """Loaded once in each guard."""
     from opensora.prepare import devices
     from opensora.prepare.clip_scores import Scorer
 
     guarded.tell(devices.here())
+    guarded.allow(LOAD_S)
     return Scorer(Path(folder))
 
 

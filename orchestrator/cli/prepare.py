@@ -145,6 +145,7 @@ def plan(
     network: Annotated[float | None, typer.Option("--network", metavar="MBIT", min=0.1, max=1e7, help="Mbit/s of the line.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, max=100_000, help="Cores. Default: this machine's.")] = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, max=100_000, help="GPUs that caption and encode.")] = 8,
+    pod_cores: Annotated[int, typer.Option("--pod-cores", min=1, max=1024, help="Cores of a CPU pod; with --engine ray.")] = 16,
     file: Recipe = None,
     changes: Set = None,
     prices: options.Prices = None,
@@ -153,6 +154,7 @@ def plan(
     """Hours, dollars and bytes of each step before anything runs, from measured rates; what is an assumption is called one.
 
     Captions stand there with the published 6 GPU-seconds each, and yours beside it. What this machine's own runs took is beside the rest.
+    Where LLaVA captions, it says how many CPU pods of --pod-cores keep --gpus pods with one GPU each busy (--engine ray).
 
     Examples: osctl prepare plan prepare.yaml --clips 400000          osctl prepare plan ~/videos --hours 20 --caption-gpu-s 1.5
     """
@@ -164,7 +166,7 @@ def plan(
     config = encoding(of_typed(given, settings=changes or (), env=host.env, any_name=True), file, None)
     if workers is not None:  # of a whole cluster, too: one machine's run has fewer
         config = config.model_copy(update={"workers": workers})
-    asked = prepare_plan.Asked(clips, hours, size, caption_gpu_s, network, gpus, prices)
+    asked = prepare_plan.Asked(clips, hours, size, caption_gpu_s, network, gpus, prices, pod_cores)
     prepare_plan.show(config, asked, host, output_)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from opensora.config import StageConfig
     from opensora.dataset.prepare_config import PrepareConfig
     from orchestrator.pipelines.host import Host
+    from orchestrator.prepare.balance import Balance
 
 NOT_PRICED = "not priced"
 COUNT_S = 3.0
@@ -37,6 +38,8 @@ class Asked:
     network: float | None = None
     gpus: int = 8
     prices: Path | None = None
+    pod_cores: int = 16
+    """Of a CPU pod."""
     gpu: str = "h800"
     """Its name in the price list."""
 
@@ -59,14 +62,15 @@ def show(config: PrepareConfig, asked: Asked, host: Host, output_: output.Format
         caption_gpu_s=asked.caption_gpu_s, network_mbit_s=asked.network, gpu=asked.gpu,
     )  # fmt: skip
     core_h, gpu_h, usd, size = planning.total(rows)
+    pods = _streams(config, rows, what, asked)
     no_price = planning.not_priced(rows)
     if output_ is not output.Format.table:
         about = {"clips": what.clips, "hours": what.raw_s / 3600, "videos": what.videos, "raw_bytes": what.raw_bytes}
         content = [_content(row) for row in rows]
         total = {"core_hours": core_h, "gpu_hours": gpu_h, "usd": usd, "not_priced": no_price, "bytes": size}
-        output.emit(
-            {"name": config.name, **about, "steps": content, "total": total, "assumed": [vars(one) for one in what.assumed]}, output_
-        )
+        assumed = [vars(one) for one in what.assumed]
+        balance = vars(pods) if pods is not None else None
+        output.emit({"name": config.name, **about, "steps": content, "total": total, "balance": balance, "assumed": assumed}, output_)
         return
     cells = [_cells(row) for row in rows]
     cells.append(
@@ -80,6 +84,27 @@ def show(config: PrepareConfig, asked: Asked, host: Host, output_: output.Format
     columns |= {"size": "bytes", "own": "yours, hours", "own_cost": "yours, cost"}
     output.table(cells, columns)
     _say_sources(config, rows, what, own, seen, whole)
+    if pods is not None:
+        _say_balance(pods)
+
+
+def _streams(config: PrepareConfig, rows: Any, what: Any, asked: Asked) -> Balance | None:
+    """A server captions what is cut already: no row streams to it."""
+    from orchestrator.prepare.balance import balance
+
+    if config.caption.kind != "llava":
+        return None
+    return balance(rows, clips=what.clips, gpus=asked.gpus, pod_cores=asked.pod_cores)
+
+
+def _say_balance(pods: Balance) -> None:
+    from orchestrator.prepare.rates import SUPPLY
+
+    output.note(
+        f"on --engine ray {several(pods.cpu_pods, 'CPU pod')} of {several(pods.pod_cores, 'core')} for {several(pods.gpu_pods, 'GPU pod')} "
+        f"keeps the GPUs busy: {pods.cores_a_gpu:.2g} cores a GPU ({pods.core_s:.3g} CPU-s against {pods.gpu_s:.3g} GPU-s a clip, "
+        f"times {pods.supply:g}; {SUPPLY.basis}, {SUPPLY.source}, {SUPPLY.date})"
+    )
 
 
 def money(usd: Decimal | None, no_price: Sequence[str] = ()) -> str:

@@ -26,9 +26,7 @@ def ui(
     pipeline: options.Named = None,
     file: options.File = None,
     store: options.Store = None,
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; by default this machine alone sees the page.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; by default this machine alone sees the page.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser where there is one.")] = True,
 ) -> None:

@@ -39,6 +39,10 @@ CAPTION = Rate(6.0, "GPU-s a caption", "published", "Open-Sora 1.0: LLaVA on 2 G
 KEPT = Rate(0.5, "of all clips are kept", "published", "Wan (arXiv:2503.20314): cheap filters drop about half", "2025-03-26")
 CLIP_S = Rate(5.0, "seconds a clip", "assumption", "half of cut.max_s", "2026-11-30")
 VIDEO_S = Rate(60.0, "seconds a video", "assumption", "nobody has counted yours", "2026-11-30")
+SUPPLY = Rate(
+    1.5, "clips that decoders make for each that models take", "measured",
+    "bench/ray_streaming.py: a model of 0.5 s a row was busy all the time at 1.5, half of it at 0.5", "2026-11-30",
+)  # fmt: skip
 NETWORK = Rate(100.0, "Mbit/s", "assumption", "a line of an office", "2026-11-30")
 KL_FLOPS = Rate(
     4.26e6, "FLOPs a pixel", "counted", "encoder of Stable Diffusion's AutoencoderKL at 512x512, torch's FlopCounterMode", "2026-11-30"

@@ -194,11 +194,16 @@ def _all(
                 on_done(clip.id, found)
             else:
                 seen.append((clip, found))
-        for (clip, jpegs), said in zip(seen, model.ask([jpegs for _, jpegs in seen]) if seen else [], strict=True):
-            result, said = _settled(model, jpegs, said, settings)
+        for (clip, _), (result, said) in zip(seen, answered(model, [jpegs for _, jpegs in seen], settings), strict=True):
             on_tokens(said.tokens_in, said.tokens_out)
             on_done(clip.id, result)
     return True
+
+
+def answered(model: Llava, clips: Sequence[list[bytes]], settings: CaptionLlava) -> Iterator[tuple[Captioned | Quarantine, Said]]:
+    """Of each clip's JPEGs the caption, or why there is none, and what it took in all. Raises OutOfMemory."""
+    for jpegs, said in zip(clips, model.ask(clips) if clips else [], strict=True):
+        yield _settled(model, jpegs, said, settings)
 
 
 def _settled(model: Llava, jpegs: list[bytes], said: Said, settings: CaptionLlava) -> tuple[Captioned | Quarantine, Said]:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import pickle
 import shutil
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,7 +31,8 @@ from ray.data import ActorPoolStrategy, DataContext
 from opensora.dataset.ray_cores import of_actor
 from opensora.errors import ConfigError
 from opensora.prepare.ray.feed import Feed, Rows
-from opensora.prepare.ray.setup import Answer, Ended, Failed, Heard, Ready, Refusal, Setup
+from opensora.prepare.ray.models import Models
+from opensora.prepare.ray.setup import Answer, Ended, Failed, Heard, Leave, Ready, Refusal, Setup
 from opensora.prepare.ray.worker import Worker
 from opensora.printable import one_line
 
@@ -58,7 +61,7 @@ def main(wire: Connection) -> int:
         for target, name in ((_rows_in, "rows"), (_heard, "heard")):
             threading.Thread(target=target, args=(wire, send, feed, setup), daemon=True, name=name).start()
         for table in _answers(setup, feed):
-            columns = (table.column(name).to_pylist() for name in ("number", "answer", "cpu_s"))
+            columns = (table.column(name).to_pylist() for name in (Answer._fields if setup.models is not None else Answer._fields[:3]))
             send([Answer(*one) for one in zip(*columns, strict=True)])
         send(Ended(_spilled()))
     except ConfigError as error:
@@ -75,7 +78,7 @@ def _start(setup: Setup) -> None:
         ray.init(address=setup.address, log_to_driver=False)
     else:
         ray.init(
-            num_cpus=max(1, round(setup.actors * setup.num_cpus)) + 1, include_dashboard=False, log_to_driver=False,
+            num_cpus=_cores(setup), include_dashboard=False, log_to_driver=False,
             object_store_memory=setup.object_store, object_spilling_directory=setup.spill, _temp_dir=setup.temporary,
             _node_ip_address="127.0.0.1",  # Ray 2.60 takes the machine's own address all the same: its token keeps others out
         )  # fmt: skip
@@ -91,10 +94,22 @@ def _with_room(setup: Setup) -> Setup:
     if not setup.address:
         return setup
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    fits = of_actor(setup.num_cpus, nodes)
-    if fits != setup.num_cpus:
-        sys.stdout.write(f"ray.num_cpus {setup.num_cpus:g} would fill every node, so an actor asks for {fits:g}\n")  # into ray.log
-    return replace(setup, num_cpus=fits)
+    setup = replace(setup, num_cpus=_fitting(setup.num_cpus, nodes))
+    if setup.models is None or not setup.models.num_cpus:  # who holds a GPU asks for no core
+        return setup
+    return replace(setup, models=replace(setup.models, num_cpus=_fitting(setup.models.num_cpus, nodes)))
+
+
+def _fitting(wanted: float, nodes: Sequence[float]) -> float:
+    fits = of_actor(wanted, nodes)
+    if fits != wanted:
+        sys.stdout.write(f"ray.num_cpus {wanted:g} would fill every node, so an actor asks for {fits:g}\n")  # into ray.log
+    return fits
+
+
+def _cores(setup: Setup) -> int:
+    models = setup.models.actors * setup.models.num_cpus if setup.models is not None else 0.0
+    return max(1, math.ceil(setup.actors * setup.num_cpus + models)) + 1
 
 
 def _answers(setup: Setup, feed: Any) -> Any:
@@ -107,6 +122,16 @@ def _answers(setup: Setup, feed: Any) -> Any:
         Worker, fn_constructor_args=(setup, feed), batch_size=1, batch_format="numpy", compute=pool, num_cpus=setup.num_cpus,
         max_restarts=-1, max_task_retries=TASK_RETRIES, **resources,
     )  # fmt: skip
+    if (models := setup.models) is not None:
+        pool = ActorPoolStrategy(
+            min_size=1 if setup.address else models.actors, max_size=models.actors, max_tasks_in_flight_per_actor=models.in_flight,
+            max_concurrent_calls_per_actor=models.calls, enable_true_multi_threading=True,
+        )  # fmt: skip
+        gpus = {"num_gpus": models.num_gpus} if models.num_gpus else {}
+        done = done.map_batches(
+            Models, fn_constructor_args=(setup, feed), batch_size=1, batch_format="numpy", compute=pool, num_cpus=models.num_cpus,
+            max_restarts=-1, max_task_retries=TASK_RETRIES, **gpus,
+        )  # fmt: skip
     return done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
@@ -114,7 +139,7 @@ def _rows_in(wire: Connection, _send: Any, feed: Any, setup: Setup) -> None:
     """Rows of the engine, until it ends them or goes away."""
     try:
         while (rows := wire.recv()) is not None:
-            ray.get(feed.put.remote(rows))
+            ray.get(feed.leave.remote() if isinstance(rows, Leave) else feed.put.remote(rows))
         ray.get(feed.end.remote())
     except (EOFError, OSError):  # the engine is gone
         ray.shutdown()

@@ -24,7 +24,7 @@ class Feed:
 
     def __init__(self) -> None:
         self._rows: list[Sent] = []
-        self._ends = False
+        self._ends = self._leaves = False
         self._more = asyncio.Event()
         self._told: list[bytes] = []
         self._heard, self._worked_by = time.monotonic(), False
@@ -48,8 +48,13 @@ class Feed:
     async def say(self, told: bytes) -> None:
         self._told.append(told)
 
-    async def beat(self) -> None:
+    async def leave(self) -> None:
+        self._leaves = True
+
+    async def beat(self) -> bool:
+        """An actor lives. Whether the run is to leave."""
         self._heard, self._worked_by = time.monotonic(), True
+        return self._leaves
 
     async def heard(self) -> tuple[list[bytes], float, bool]:
         told, self._told = self._told, []
@@ -75,6 +80,6 @@ def _reader(feed: Any) -> Callable[[], Iterator[Any]]:
     def read() -> Iterator[Any]:
         while rows := ray.get(feed.take.remote()):
             for row in rows:
-                yield pyarrow.table({"number": [row.number], "seconds": [row.seconds], "content": [row.content]})
+                yield pyarrow.table({name: [value] for name, value in row._asdict().items()})
 
     return read

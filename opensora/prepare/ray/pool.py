@@ -17,13 +17,13 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from opensora.dataset.prepare_config import Download
 from opensora.dataset.rows import Leaves
 from opensora.errors import TrainerError
 from opensora.prepare.elsewhere import Back, Fetch, There, there
-from opensora.prepare.pool import Later, Lost, Result, Row
+from opensora.prepare.pool import Chain, Handed, Later, Lost, Result, Row
 from opensora.prepare.ray.setup import Answer, Sent
 from opensora.prepare.ray.stream import Stream, StreamLost
 
@@ -42,8 +42,12 @@ STARTS = 4
 log = logging.getLogger(__name__)
 
 
+Kind = Literal["cpu", "gpu", "chain"]
+"""Which actors a stream has: those that decode, those that hold a GPU, or the first and behind them those that hold models."""
+
+
 class Opened(Protocol):
-    def __call__(self, *, gpu: bool) -> Stream: ...
+    def __call__(self, kind: Kind) -> Stream: ...
 
 
 class EngineLost(TrainerError):
@@ -61,6 +65,22 @@ class Away:
     most_bytes: int
 
 
+@dataclass(frozen=True)
+class _Work:
+    function: Callable[[Any], Any]
+    seconds_of: Callable[[Any], float]
+    then: Callable[[list[Any]], list[Any]] | None = None
+    then_s: float = 0.0
+
+
+def _result(answer: bytes) -> Any:
+    """Raises what is about all rows."""
+    kind, content = pickle.loads(answer)  # noqa: S301 - an actor of ours wrote it
+    if kind == "stop":
+        raise content
+    return content
+
+
 @dataclass
 class _Flying:
     row: Any
@@ -71,23 +91,31 @@ class _Flying:
 
 class RayPool:
     def __init__(
-        self, opened: Opened, actors: int, halt: Callable[[], bool], on_gpu: Container[str] = (), away: Away | None = None
+        self, opened: Opened, actors: int, halt: Callable[[], bool], on_gpu: Container[str] = (), away: Away | None = None,
+        model_rows: int = 0,
     ) -> None:  # fmt: skip
         """
         Args:
             opened: starts Ray, and gives the stream to it.
             on_gpu: names of functions whose actors hold a GPU. They are other actors than those of the rest.
             away: None: actors see the files of this process.
+            model_rows: that actors with models may have at a time, all together; 0: there are none.
         """
+        self.chain: Chain | None = self if model_rows else None
+        self._model_rows = model_rows
         self._away, self.shares_files = away, away is None
         self._opened, self._actors, self._halt, self._on_gpu = opened, actors, halt, on_gpu
-        self._is_on_gpu = False
+        self._kind: Kind = "cpu"
         self._stream: Stream | None = None
+        self._leaving: Stream | None = None
+        """The stream whose models know that the run is to leave."""
         self._number = 0
         self._fruitless, self._put_aside = 0, 0
         self._lately = deque[float](maxlen=MOST // 2)
         """When rows were answered."""
         self.cpu_s: dict[str, float] = defaultdict(float)
+        self.busy_s: dict[str, float] = defaultdict(float)
+        """Seconds that actors with models worked, by the function's name."""
         self.on_tell: Callable[[Any], None] = lambda content: None
         self.spilled = 0
         """Bytes that Ray's object stores had no room for."""
@@ -112,10 +140,25 @@ class RayPool:
         self, function: Callable[[Row], Result], rows: Iterable[Row | Later], deadline_s: float | Callable[[Row], float]
     ) -> Iterator[tuple[Row, Result | Leaves]]:
         """As `Pool.map` says. Rows that wait while no actor is there are not begun. Raises EngineLost."""
-        given, flying, again = iter(rows), dict[int, _Flying](), deque[_Flying]()
         seconds_of = deadline_s if callable(deadline_s) else lambda row: deadline_s
+        self._begin("gpu" if function.__name__ in self._on_gpu else "cpu")
+        yield from self._mapped(_Work(function, seconds_of), rows)
+
+    def chained(
+        self, first: Callable[[Any], Handed], then: Callable[[list[Any]], list[Any]], rows: Iterable[Any],
+        deadline_s: Callable[[Any], float], then_s: float,
+    ) -> Iterator[tuple[Any, tuple[Any, Any]]]:  # fmt: skip
+        """As `Chain.chained` says. Raises EngineLost."""
+        self._begin("chain")
+        began, before = time.monotonic(), self.busy_s[then.__name__]
+        for row, ended in self._mapped(_Work(first, deadline_s, then, then_s), rows):
+            yield row, ended if isinstance(ended, tuple) else (ended, None)
+        if (busy_s := self.busy_s[then.__name__] - before) > 0:
+            log.info("ray: models worked for %.0f s, all actors together; the stream took %.0f s", busy_s, time.monotonic() - began)
+
+    def _mapped(self, work: _Work, rows: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        given, flying, again = iter(rows), dict[int, _Flying](), deque[_Flying]()
         more, waits = True, False
-        self._begin(gpu=function.__name__ in self._on_gpu)
         try:
             while True:
                 waits, some = False, []
@@ -126,7 +169,7 @@ class RayPool:
                         continue
                     if not isinstance(one, _Flying):
                         self._number += 1
-                        one = _Flying(one, Sent(self._number, seconds_of(one), self._packed(function, one)))
+                        one = _Flying(one, self._sent(work, one))
                     flying[one.sent.number] = one
                     some.append(one.sent)
                 if not flying and (self._halt() or not (more or again)):
@@ -143,16 +186,20 @@ class RayPool:
                     yield from self._lost(error, flying, again)
                     continue
                 for answer in answers:
-                    yield self._answered(answer, flying, function.__name__)
+                    yield self._answered(answer, flying, work)
         finally:
             if flying and self._stream is not None:  # whoever asked for the rows went away
                 self._stream.kill()
                 self._stream = None
 
-    def _begin(self, *, gpu: bool) -> None:
-        if gpu != self._is_on_gpu:
+    def _begin(self, kind: Kind) -> None:
+        if kind != self._kind:
             self.empty()
-            self._is_on_gpu = gpu
+            self._kind = kind
+
+    def _sent(self, work: _Work, row: Any) -> Sent:
+        then = pickle.dumps(work.then) if work.then is not None else b""
+        return Sent(self._number, work.seconds_of(row), self._packed(work.function, row), then, work.then_s)
 
     def _packed(self, function: Callable[[Any], Any], row: Any) -> bytes:
         """Pickled (function, row). Of a clip's file its bytes come along where nodes share no files; of a source its address."""
@@ -166,35 +213,40 @@ class RayPool:
         if self._fruitless > 1 or sum(len(one.sent.content) for one in flying.values()) > MOST_BYTES:
             return 1
         since = time.monotonic() - 2
-        return min(MOST, max(AHEAD * self._actors, sum(moment > since for moment in self._lately)))
+        least = AHEAD * self._actors + (self._model_rows if self._kind == "chain" else 0)
+        return min(max(MOST, least), max(least, sum(moment > since for moment in self._lately)))
 
     def _exchanged(self, some: list[Sent]) -> list[Answer]:
         """Send these rows; what has been answered meanwhile. Raises StreamLost."""
         if self._stream is None:
-            self._stream = self._opened(gpu=self._is_on_gpu)
+            self._stream = self._opened(self._kind)
         if some:
             self._stream.send(some)
+        if self._kind == "chain" and self._leaving is not self._stream and self._halt():
+            self._leaving = self._stream
+            self._stream.leave()
         answers = self._stream.answers(POLL_S)
         for told in self._stream.told():
             self.on_tell(told)
         return answers
 
-    def _answered(self, answer: Answer, flying: dict[int, _Flying], name: str) -> tuple[Any, Any]:
+    def _answered(self, answer: Answer, flying: dict[int, _Flying], work: _Work) -> tuple[Any, Any]:
         self._fruitless = self._put_aside = 0
         self._lately.append(time.monotonic())
-        self.cpu_s[name] += answer.cpu_s
+        self.cpu_s[work.function.__name__] += answer.cpu_s
         one = flying.pop(answer.number)
-        kind, content = pickle.loads(answer.content)  # noqa: S301 - an actor of ours wrote it
-        if kind == "stop":
-            raise content
-        ended, told = content
+        ended, told = _result(answer.content)
         if isinstance(ended, Lost):
             ended.told = told
         if isinstance(ended, Back):
             if ended.data is not None:
                 Path(one.row.to).write_bytes(ended.data)
             ended = ended.result
-        return one.row, ended
+        if work.then is None:
+            return one.row, ended
+        self.cpu_s[work.then.__name__] += answer.then_cpu_s
+        self.busy_s[work.then.__name__] += answer.busy_s
+        return one.row, (ended, _result(answer.then) if answer.then else None)
 
     def _lost(self, error: StreamLost, flying: dict[int, _Flying], again: deque[_Flying]) -> Iterator[tuple[Any, Any]]:
         """What was on its way is sent again, or put aside. Raises EngineLost."""

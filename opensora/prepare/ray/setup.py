@@ -1,6 +1,6 @@
 """What the engine and the process that drives Ray tell each other. Owns the messages; refuses to import ray.
 
-engine → driver   Setup, then lists of Sent, then None (end)
+engine → driver   Setup, then lists of Sent, Leave, then None (end)
 driver → engine   Ready, lists of Answer, Heard, Failed, Ended
 """
 
@@ -10,6 +10,29 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from opensora.dataset.prepare_config import Limits
+
+
+@dataclass(frozen=True)
+class ModelActors:
+    """The second actors of a stream: each holds models, which it loads once."""
+
+    actors: int
+    """At most."""
+    num_cpus: float
+    num_gpus: float
+    """Of each."""
+    batch: int
+    """Rows that a model works on at once, at most."""
+
+    @property
+    def calls(self) -> int:
+        """Rows that are in such an actor at a time: a batch that it works on, and one that waits, so that it never waits for Ray Data."""
+        return 2 * self.batch
+
+    @property
+    def in_flight(self) -> int:
+        """Rows that are given to one at most. Ray Data starts another actor where there are 1.75 times as many as calls."""
+        return 2 * self.calls
 
 
 @dataclass(frozen=True)
@@ -32,6 +55,8 @@ class Setup:
     limits: Limits
     """Of a guard."""
     preload: tuple[str, ...]
+    models: ModelActors | None
+    """None: one function does all that is done with a row."""
     silent_s: float
     """So long may no actor be heard of: they say that they live every five seconds, also while a row takes hours."""
 
@@ -44,6 +69,10 @@ class Sent(NamedTuple):
     """Until its deadline."""
     content: bytes
     """Pickled (function, row)."""
+    then: bytes
+    """Pickled function of the model actors; empty: none."""
+    then_s: float
+    """Until the deadline of one call of it."""
 
 
 class Answer(NamedTuple):
@@ -51,6 +80,16 @@ class Answer(NamedTuple):
     content: bytes
     """Pickled (`done`, result or Leaves) or (`stop`, error that is about all rows)."""
     cpu_s: float
+    then: bytes = b""
+    """The same of the second function; empty: it had nothing to do."""
+    then_cpu_s: float = 0.0
+    busy_s: float = 0.0
+    """Seconds that a model actor worked on this row: its share of the batch's."""
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Models begin with no further row: those that wait for them come back as they are."""
 
 
 @dataclass(frozen=True)

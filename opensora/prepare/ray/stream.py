@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from opensora.errors import ConfigError
-from opensora.prepare.ray.setup import Answer, Ended, Failed, Heard, Ready, Refusal, Sent, Setup
+from opensora.prepare.ray.setup import Answer, Ended, Failed, Heard, Leave, Ready, Refusal, Sent, Setup
 
 START_S = 300.0
 """For Ray to start here, or to be reached."""
@@ -75,6 +75,10 @@ class Stream:
     def send(self, rows: list[Sent]) -> None:
         """Raises StreamLost."""
         self._send(rows)
+
+    def leave(self) -> None:
+        """Models are to begin with no further row. Raises StreamLost."""
+        self._send(Leave())
 
     def answers(self, patience_s: float) -> list[Answer]:
         """What has been answered, waiting so long for the first. Raises StreamLost, and ConfigError where no other try helps."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import subprocess
@@ -17,12 +16,11 @@ import torch
 from doc_commands import commands_of
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_models import WIDTH, clip, layers
 
 from opensora.dataset.rows import Quarantine
 from opensora.errors import ConfigError
 from opensora.prepare.clip_scores import HEAD, Scorer
-
-WIDTH = 8
 
 
 def jpeg(seed: int) -> bytes:
@@ -33,43 +31,7 @@ def jpeg(seed: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of some thousand weights, as transformers saves one."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
-
-    root = tmp_path_factory.mktemp("clip")
-    letters = [chr(code) for code in range(33, 127)]
-    vocabulary = {
-        token: number for number, token in enumerate([*letters, *(f"{one}</w>" for one in letters), "<|startoftext|>", "<|endoftext|>"])
-    }
-    (root / "vocab.json").write_text(json.dumps(vocabulary))
-    (root / "merges.txt").write_text("#version: 0.2\n")
-    ends: dict[str, Any] = {"bos_token_id": len(vocabulary) - 2, "eos_token_id": len(vocabulary) - 1, "pad_token_id": len(vocabulary) - 1}
-    small: dict[str, Any] = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "projection_dim": WIDTH,
-    }
-    text = small | ends | {"vocab_size": len(vocabulary), "max_position_embeddings": 20}
-    torch.manual_seed(0)
-    config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 32, "patch_size": 16}, projection_dim=WIDTH)
-    CLIPModel(config).save_pretrained(root)
-    sizes: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPProcessor(CLIPImageProcessor(**sizes), CLIPTokenizer(str(root / "vocab.json"), str(root / "merges.txt"))).save_pretrained(root)
-    save_file(layers(), root / HEAD)
-    return root
-
-
-def layers() -> dict[str, torch.Tensor]:
-    """As LAION's: numbered, with gaps, and more than nine."""
-    torch.manual_seed(1)
-    shapes = {"layers.0": (6, WIDTH), "layers.2": (4, 6), "layers.10": (1, 4)}
-    return {
-        f"{name}.{part}": torch.randn(shape if part == "weight" else shape[:1])
-        for name, shape in shapes.items()
-        for part in ("weight", "bias")
-    }
+    return clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

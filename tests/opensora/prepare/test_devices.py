@@ -50,6 +50,16 @@ def test_one_pass_over_the_sources_stands_under_one_step(held: Held, clock: Cloc
     assert held.content() == {"frames": {"device": "cpu", "devices": 2, "held_s": {"cpu": 8.0}}}
 
 
+def test_a_gpu_of_models_that_clips_stream_to_stands_under_their_step(held: Held, clock: Clock) -> None:
+    held.begin("clips")
+    held.take(GPU, "caption")
+    clock.now += 3
+    held.end()
+    found = held.content()
+    assert found["caption"] == {"device": "NVIDIA H200", "devices": 1, "held_s": {"cuda": 3.0}}
+    assert found["clips"] == {"device": "cpu", "devices": 2, "held_s": {"cpu": 6.0}}
+
+
 def test_a_gpu_is_held_from_a_models_load_until_it_is_let_go_however_many_put_one_there(held: Held, clock: Clock) -> None:
     held.begin("caption")
     clock.now += 2

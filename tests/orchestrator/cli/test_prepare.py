@@ -88,6 +88,10 @@ def test_a_plan_tells_cores_from_gpus_and_a_device_without_a_price_is_told_as_su
     caption = next(step for step in found["steps"] if step["name"] == "caption")
     assert (caption["device"], caption["usd"], found["total"]["not_priced"]) == ("h800", None, ["h800"])
     assert found["total"]["gpu_hours"] == pytest.approx(400_000 * 6 / 3600) and float(found["total"]["usd"]) > 0
+    assert found["balance"].items() >= {"gpu_s": 6.0, "gpu_pods": 8, "pod_cores": 16}.items()
+    assert found["balance"]["cpu_pods"] * 16 >= 8 * found["balance"]["cores_a_gpu"] > 0
+    fast = osctl("prepare", "plan", str(videos), *llava, "--caption-gpu-s", "0.5", "--pod-cores", "4", "--gpus", "2").stderr
+    assert "CPU pods of 4 cores for 2 GPU pods" in fast and "GPU-s a clip" in fast
     assert "h800 not priced" in osctl("prepare", "plan", str(videos), *llava, "--prices", "cores.yaml").stdout
 
 

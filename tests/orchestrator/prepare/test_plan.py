@@ -12,6 +12,7 @@ from opensora.config import StageConfig
 from opensora.dataset.prepare_config import Filter, Given, PrepareConfig
 from orchestrator.errors import UsageError
 from orchestrator.prepare import rates
+from orchestrator.prepare.balance import Balance, balance
 from orchestrator.prepare.plan import Own, Row, amount, not_priced, plan, total
 from orchestrator.recipe import resolve
 from orchestrator.recipe.files import find
@@ -112,3 +113,24 @@ def test_files_that_are_there_are_counted(tmp_path: Path) -> None:
     (tmp_path / "deep/a.MP4").write_bytes(b"x" * 1000)
     (tmp_path / "notes.txt").write_bytes(b"x")
     assert counted(PrepareConfig(name="mine", sources=(Given(path=str(tmp_path)),))) == ((1, 1000), True)
+
+
+def test_the_ratio_of_cpu_pods_to_gpu_pods_is_that_of_their_work_and_yours_counts_before_the_table() -> None:
+    def pods(gpus: int, cores: int, **more: Any) -> Balance:
+        found = balance(list(rows(config(caption=LLAVA), **more).values()), clips=400_000, gpus=gpus, pod_cores=cores)
+        assert found is not None
+        return found
+
+    one = pods(8, 4)
+    assert one.core_s == pytest.approx(rates.CUT_OUT.value * 5) and one.gpu_s == rates.CAPTION.value
+    assert one.cores_a_gpu == pytest.approx(rates.SUPPLY.value * one.core_s / one.gpu_s)
+    assert one.cpu_pods == -(-8 * one.cores_a_gpu // 4) and one.gpu_pods == 8
+    assert one.cpu_pods * 4 >= 8 * one.cores_a_gpu > (one.cpu_pods - 1) * 4, "no pod more than it takes"
+    faster = pods(8, 4, caption_gpu_s=1.5)
+    assert faster.cores_a_gpu == pytest.approx(4 * one.cores_a_gpu)
+    assert pods(8, 4, own=Own(cut_out=2 * rates.CUT_OUT.value)).cores_a_gpu == pytest.approx(2 * one.cores_a_gpu)
+    assert pods(1, 64).cpu_pods == 1
+
+
+def test_there_is_no_ratio_where_no_gpu_captions() -> None:
+    assert balance(list(rows(config()).values()), clips=400_000, gpus=8, pod_cores=16) is None

@@ -15,6 +15,7 @@ import clip_rows
 import pytest
 import torch
 from PIL import Image
+from tiny_models import PROMPT, frame, make, taught_llava, teach
 
 from opensora.dataset.prepare_config import CaptionLlava
 from opensora.dataset.rows import Captioned, Clip, ClipFile, Leaves, Quarantine
@@ -24,9 +25,6 @@ from opensora.prepare.captions import Spent, caption_all
 
 pytestmark = pytest.mark.long  # transformers alone takes 4 s to import
 
-COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220)}
-WORDS = ["a", "red", "blue", "square", "on", "grey", "ground", "what", "is", "there", "USER:", "ASSISTANT:"]
-PROMPT = "what is there"
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}"
     "{% endif %}{% endfor %}{% endfor %} ASSISTANT:"
@@ -34,80 +32,11 @@ TEMPLATE = (
 Make = Callable[..., Path]
 
 
-def make(folder: Path, kind: str, *, template: str | None = None) -> Any:
-    """A random model and its processor, in a folder; the model."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    special = ["<pad>", "</s>", "<unk>", "<image>"]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(special + WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", extra_special_tokens={"image_token": "<image>"}
-    )
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16, projection_dim=32
-    )
-    text = transformers.LlamaConfig(
-        vocab_size=len(special) + len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, pad_token_id=0, eos_token_id=1, bos_token_id=None, max_position_embeddings=512,
-    )  # fmt: skip
-    size = {"height": 32, "width": 32}
-    torch.manual_seed(0)
-    if kind == "llava":
-        config = transformers.LlavaConfig(
-            vision_config=vision, text_config=text, image_token_index=3, vision_feature_layer=-1, image_seq_length=4
-        )
-        model: Any = transformers.LlavaForConditionalGeneration(config)
-        pictures: Any = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
-        kinds: Any = transformers.LlavaProcessor
-    else:
-        config = transformers.LlavaNextConfig(
-            vision_config=vision, text_config=text, image_token_index=3, vision_feature_layer=-1, image_grid_pinpoints=[[32, 32], [64, 32]]
-        )
-        model = transformers.LlavaNextForConditionalGeneration(config)
-        pictures = transformers.LlavaNextImageProcessor(
-            size={"shortest_edge": 32}, crop_size=size, image_grid_pinpoints=[[32, 32], [64, 32]]
-        )
-        kinds = transformers.LlavaNextProcessor
-    processor = kinds(
-        pictures, fast, patch_size=16, vision_feature_select_strategy="default", chat_template=template, num_additional_image_tokens=1
-    )
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return model, processor
-
-
-def frame(colour: str, width: int = 64, height: int = 32) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (width, height), COLOURS[colour]).save(content, "JPEG")
-    return content.getvalue()
-
-
 def frames_of(path: Path, shares: Sequence[float], side: int) -> list[bytes]:
     """Of a file that is called by its colour."""
     if path.stem == "broken":
         raise Quarantine("clip cannot be decoded")
     return [frame(path.stem.split("-")[0]) for _ in shares]
-
-
-def teach(model: Any, processor: Any, prompt: str, frames: int) -> None:
-    """Until it says "a red square" of red frames and "a blue square" of blue ones."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    pictures = [Image.open(io.BytesIO(frame(colour))) for colour in COLOURS for _ in range(frames)]
-    answers = [f"{prompt} a {colour} square on grey ground </s>" for colour in COLOURS]
-    inputs = processor(images=pictures, text=answers, return_tensors="pt", padding=True)
-    labels = inputs["input_ids"].clone()
-    labels[:, :-7] = -100
-    for _ in range(200):
-        loss = model(**inputs, labels=labels).loss
-        if loss.item() < 0.05:
-            return
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    raise AssertionError(f"not learned: {loss.item()}")
 
 
 def rows(*names: str) -> list[Clip]:
@@ -135,11 +64,7 @@ def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["llava", "llava_next"])
 def taught(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param) / "tiny-llava"
-    model, processor = make(folder, request.param)
-    teach(model, processor, f"USER: <image>\n<image>\n{PROMPT} ASSISTANT:", 2)
-    model.save_pretrained(folder)
-    return folder
+    return taught_llava(tmp_path_factory.mktemp(request.param) / "tiny-llava", request.param)
 
 
 def test_a_caption_says_what_the_frames_show_and_how_it_came_to_be(taught: Path) -> None:
