@@ -17,6 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -241,6 +242,18 @@ class _Search:
             self._away = error
             raise
 
+    @cached_property
+    def _names(self) -> list[imports.Source]:
+        """What every name of weights and encoders means, read once: a recipe names three, and each look took seven requests."""
+        assert self.store is not None, "only who asks a store looks there"
+        return self._ask(self.store, imports.named)
+
+    @cached_property
+    def _data_sets(self) -> list[datasets.DataSet]:
+        """What every name of a data set means, read once."""
+        assert self.store is not None, "only who asks a store looks there"
+        return self._ask(self.store, datasets.registered)
+
     def _data(self, source: FilesSource) -> str | None:
         """The digest of a data set; None: nobody knows it."""
         if said := self._hidden_from_pods(source.path):
@@ -272,7 +285,7 @@ class _Search:
         if any(Path(place).is_relative_to(volume.path) for volume in profile.volumes):
             return ""
         with contextlib.suppress(Unreachable, Refused):
-            known = self._ask(self.store, lambda store: datasets.of_source(store, place)) if self.store is not None else None
+            known = datasets.of_source(self._data_sets, place) if self.store is not None else None
             if known is not None and known.holder.rpartition("@")[2] != socket.gethostname():
                 return ""  # somebody has read it where pods see it: in their image, say
         mounts = ", ".join(volume.path for volume in profile.volumes) or "nothing"
@@ -298,7 +311,7 @@ class _Search:
                 return manifest.digest
         if self.store is None or self.pipeline.backend == "local":
             return None
-        found = self._ask(self.store, lambda store: datasets.of_source(store, source.path))
+        found = datasets.of_source(self._data_sets, source.path)
         if found is None:
             return None
         if self.far and "://" in source.path:
@@ -367,7 +380,7 @@ class _Search:
         """What the store has of this name or source. A path of this machine is read instead: its files may have changed."""
         if self.store is None or at_home(name).exists():
             return None
-        found = self._ask(self.store, lambda store: imports.find(store, name, role))
+        found = self._ask(self.store, lambda store: imports.find(store, name, role, self._names))
         if found is None or not imports.is_stored(self.store(), found.manifest):
             return None
         self.stored[name] = found.manifest

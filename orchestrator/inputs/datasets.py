@@ -152,9 +152,9 @@ def registered(store: Store) -> list[DataSet]:
     return [found[-1] for name in names if (found := of_name(store, name))]
 
 
-def of_source(store: Store, source: str) -> DataSet | None:
-    """The newest registration of what lies at this place; none: nobody has registered it."""
-    return max((one for one in registered(store) if one.source == source), key=lambda one: one.time, default=None)
+def of_source(known: Iterable[DataSet], source: str) -> DataSet | None:
+    """The newest registration of what lies at this place; none: there is none. `known`: what names mean now (`registered`)."""
+    return max((one for one in known if one.source == source), key=lambda one: one.time, default=None)
 
 
 def of_place(store: Store, source: str) -> DataSet | None:

@@ -237,9 +237,12 @@ def sources_of(store: Store, digest: str) -> list[Source]:
     )
 
 
-def find(store: Store, name: str, role: Role) -> Source | None:
-    """What a stage's word means here: a name, or a source that was brought in before; of a hub id without a revision, the newest."""
-    known = named(store)
+def find(store: Store, name: str, role: Role, names: Sequence[Source] | None = None) -> Source | None:
+    """What a stage's word means here: a name, or a source that was brought in before; of a hub id without a revision, the newest.
+
+    `names`: what every name means (`named`), where it was read already.
+    """
+    known = list(named(store) if names is None else names)
     for one in known:
         if one.name == name:
             return one

@@ -66,7 +66,7 @@ def find(ledger: Ledger, stage: Stage, parent: Committed | None) -> str:
     """`<inputs>` of a stage, given its parent's result. Raises Unreachable, Refused."""
     wanted = name_of(stage, parent)
     known = ledger.inputs_of(stage.name)
-    if wanted in known:
+    if wanted in known or not known:
         return wanted
     decision = ledger.decision(stage.name, wanted)
     if decision is not None and decision.action == "keep":
@@ -116,7 +116,7 @@ def stand(ledger: Ledger, stage: Stage, parent: Committed | None) -> Standing:
     others = [_earlier(ledger, stage, parent, other) for other in known if other != inputs_digest]
     of_use = [one for one in others if one is not None and one.changes]
     nearest = min(of_use, key=lambda one: (not one.step, len(one.changes)), default=None)
-    decision = ledger.decision(stage.name, inputs_digest)
+    decision = ledger.decision(stage.name, inputs_digest) if known else None  # decided is only on earlier work
     mine = first(ledger, stage.name, inputs_digest) if inputs_digest in known else None
     since = mine[0].created if mine is not None else None
     return Standing(stage, inputs_digest, inputs_digest in known, nearest, decision is not None and decision.action == "anew", since)

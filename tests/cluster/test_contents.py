@@ -108,8 +108,9 @@ def test_a_recipe_of_raw_videos_is_prepared_here_and_pods_train_on_what_came_out
     said = osctl("launch", "--wait", timeout=240).stderr
     place = f"{site.store}/datasets/raw/"
     assert f"raw: prepared; 2 clips, 4.0 s, at {place}" in said, said
-    (root,) = osctl.json("lineage", "--verify")
+    root, origin = osctl.json("lineage", "--verify")
     assert root["verdict"] == "verified" and root["data"].endswith(" raw"), root
+    assert (origin["name"], origin["verdict"]) == ("raw", "verified"), origin
     assert "2 of 1x16x16 pixels" in osctl("logs", "stage1").stdout
 
 
@@ -144,15 +145,14 @@ class Told(Exception):
 
 def test_pods_that_cannot_be_made_are_told_of_in_kubernetes_words(fresh: Site, tmp_path: Path) -> None:
     """Without its service account a Job gets no pod: there are events about the Job, and nothing else to look at."""
-    accounts = ("osctl-trainer", "osctl-driver")
-    fresh.cluster.kubectl("-n", fresh.namespace, "delete", "serviceaccount", *accounts)
+    fresh.cluster.kubectl("-n", fresh.namespace, "delete", "serviceaccount", "osctl-driver")
 
     def say(words: str) -> None:
         if " waits: " in words:
             raise Told(words)
 
     profile = ClusterProfile.model_validate(yaml.safe_load(fresh.profile.read_text()))
-    with client(fresh.cluster.kubeconfig, fresh.namespace) as api, pytest.raises(Told, match='serviceaccount "osctl-trainer" not found'):
+    with client(fresh.cluster.kubeconfig, fresh.namespace) as api, pytest.raises(Told, match='serviceaccount "osctl-driver" not found'):
         image_check.check(api, profile, fresh.store, ImageNeeds(abilities=("imports",)), "launch demo", ["imports"], say)
 
     osctl = fresh.osctl(tmp_path / "orphan", stages=1, nodes=1, devices=1)
