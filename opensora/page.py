@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -171,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine alone]")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on [7860]")
     args = parser.parse_args(argv)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server is closed, and its files are removed
 
     def on_start(address: str) -> None:
         sys.stdout.write(f"{address}\n")

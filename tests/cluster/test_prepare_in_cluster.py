@@ -84,6 +84,23 @@ def test_a_job_makes_the_data_set_that_a_laptop_makes_and_is_billed_by_its_pod(s
     assert "nothing to do" in again or "prepared" in again
 
 
+def test_pods_that_divide_the_sources_make_the_same_and_are_all_billed(site: Site, films: str, tmp_path: Path) -> None:
+    laptop = Osctl(tmp_path, {**site.env, **site.cluster.s3})
+    here = laptop.json("prepare", "run", films, "--name", "one-pod", *QUICK, "--quiet")
+    profile = yaml.safe_load(site.profile.read_text())
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(profile | {"prepare": {"cpu": "300m", "memory": "2Gi", "scratch": "2Gi"}}))
+    osctl = person(site, tmp_path / "elsewhere")
+    asked = ("prepare", "run", films, "--name", "shards", "--pods", "2", "--cluster", str(tmp_path / "small.yaml"), *QUICK)
+    said = osctl(*asked, "--follow", timeout=280).stderr
+    state = osctl.json("prepare", "status", "shards")
+    assert (state["state"], state["clips"], state["digest"]) == ("prepared", len(FILMS), here["digest"]), said
+    (job,) = (one for one in prepare_jobs(site) if one["spec"].get("completionMode") == "Indexed")
+    assert job["status"]["completedIndexes"] == "0,1"
+    (attempt,) = state["attempts"]
+    pods = site.json("get", "pods", "-l", f"batch.kubernetes.io/job-name={job['metadata']['name']}")["items"]
+    assert {pod["name"] for pod in attempt["pods"]} == {pod["metadata"]["name"] for pod in pods} and len(pods) == 2
+
+
 def test_a_rayjob_makes_the_same_and_its_workers_are_billed(cluster: Cluster, site: Site, films: str, tmp_path: Path) -> None:
     profile = yaml.safe_load(site.profile.read_text())
     small = {"cpu": "300m", "memory": "3Gi", "scratch": "2Gi", "head_cpu": "300m", "head_memory": "4Gi", "ray_pods": 1}

@@ -74,10 +74,10 @@ class Recorder:
     def draw_time(self, clips: int, generator: torch.Generator) -> Tensor:
         return self.real.draw_time(clips, generator)
 
-    def loss(self, network: Network, clean: Tensor, time: Tensor, noise: Tensor) -> Tensor:
+    def loss(self, network: Network, clean: Tensor, time: Tensor, noise: Tensor, given: Tensor | None = None) -> Tensor:
         self.given.append((clean, time, noise))
         self.then()
-        loss = self.real.loss(network, clean, time, noise)
+        loss = self.real.loss(network, clean, time, noise, given)
         return loss * float("nan") if len(self.given) - 1 == self.spoilt else loss
 
 

@@ -154,7 +154,7 @@ def test_schemas_are_for_editors(osctl: Osctl) -> None:
 def test_every_command_shows_an_example(osctl: Osctl) -> None:
     listing = osctl("--help").stdout.split("Commands:")[1]
     names = [line.split()[0] for line in listing.splitlines() if line.startswith("  ") and not line.startswith("   ")]
-    assert len(names) == 25
+    assert len(names) == 28
     groups = {
         "data": ("register", "add", "list", "show", "remove"),
         "weights": ("add", "list"),
