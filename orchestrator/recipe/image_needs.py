@@ -13,9 +13,11 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from opensora.config import ADDED, ADDED_TO_DATA, ADDED_TO_SAMPLING, StageConfig
+from opensora.config import ADDED, ADDED_TO_DATA, ADDED_TO_IDDPM, ADDED_TO_OPTIMIZER, ADDED_TO_SAMPLING, StageConfig
 from orchestrator.recipe.pipeline import Stage
 
+NEW_IN = {"data": ADDED_TO_DATA, "sampling": ADDED_TO_SAMPLING, "objective": ADDED_TO_IDDPM, "optimizer": ADDED_TO_OPTIMIZER}
+"""By part of a stage, fields that 0.1.0 did not have."""
 METHODS_OF_OLD = ("ancestral", "ddim", "euler")
 """What 0.1.0 and 0.2.0 draw samples by."""
 ABILITIES = ("imports",)
@@ -53,9 +55,8 @@ def newest_config(stage: Stage) -> StageConfig:
 def new_fields(config: StageConfig) -> list[str]:
     """Fields that 0.1.0 did not have, where they say something else than their default."""
     content = config.model_dump(mode="json")
-    parts = {"data": ADDED_TO_DATA, "sampling": ADDED_TO_SAMPLING}
     found = [name for name in ADDED if name in content]
-    found += [f"{part}.{name}" for part, names in parts.items() for name in names if name in content[part]]
+    found += [f"{part}.{name}" for part, names in NEW_IN.items() for name in names if name in content[part]]
     return [*found, *(["sampling.method"] if config.sampling.method not in METHODS_OF_OLD else [])]
 
 

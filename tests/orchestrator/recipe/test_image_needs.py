@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 from tiny_recipe import write
 
-from opensora.config import ADDED, ADDED_TO_DATA, ADDED_TO_SAMPLING
+from opensora.config import ADDED
 from opensora.identity import Contents
 from orchestrator.agent import accepts
 from orchestrator.recipe.files import find
-from orchestrator.recipe.image_needs import ImageNeeds, needs_of, unmet
+from orchestrator.recipe.image_needs import NEW_IN, ImageNeeds, needs_of, unmet
 from orchestrator.recipe.pipeline import Pipeline
 from orchestrator.recipe.resolve import load
 
 DIGEST = "sha256:" + 64 * "0"
 NEW: dict[str, Any] = {"accumulate": 2, "data.fps": 8.0, "data.max_left_out": 0.9, "masks": {"first_frame": 0.5}}
+NEW |= {"routing": {"rate": 0.5, "first_blocks": 1, "last_blocks": 1}, "judging": "beside"}
+NEW |= {"objective.min_snr": 5.0, "optimizer.matrices": "muon", "optimizer.momentum": 0.9}
 NEW |= {"sampling.guidance_interval": [0.1, 0.8], "sampling.guidance_rescale": 0.5, "sampling.method": "heun"}
 
 
@@ -30,8 +32,14 @@ def pipeline(folder: Path, **changes: Any) -> Pipeline:
             content["data"] = {"source": {"kind": "digits", "clips": 48}, "frames": 1, "height": 16, "width": 16, name[5:]: value}
         elif name.startswith("sampling."):
             content["sampling"] = {"steps": 2, "method": "euler", "guidance": 2.0, name[9:]: value}
+        elif name == "objective.min_snr":
+            content |= {"objective": {"kind": "iddpm", "min_snr": value}, "sampling": {"steps": 2, "method": "ddim", "guidance": 2.0}}
+        elif name.startswith("optimizer."):
+            content["optimizer"] = {"lr": 1e-3, name[10:]: value}
         else:
             content[name] = value
+    if "routing" in changes:
+        content["model"] = {"depth": 3, "width": 32, "heads": 2, "latent_channels": 8, "caption_width": 16, "caption_tokens": 8}
     if "masks" in changes:
         content |= {"freeze": "none", "data": {"source": {"kind": "digits", "clips": 48}, "frames": 4, "height": 16, "width": 16}}
     return load(write(folder, stages=1, changes=content) / "osctl.yaml")
@@ -42,7 +50,7 @@ def test_stages_that_0_1_0_can_run_ask_nothing(tmp_path: Path) -> None:
 
 
 def test_every_field_that_0_1_0_did_not_have_is_tried_here() -> None:
-    added = {*ADDED, *(f"data.{name}" for name in ADDED_TO_DATA), *(f"sampling.{name}" for name in ADDED_TO_SAMPLING)}
+    added = {*ADDED, *(f"{part}.{name}" for part, names in NEW_IN.items() for name in names)}
     assert set(NEW) == added | {"sampling.method"}
 
 
