@@ -33,6 +33,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
+from opensora import docstrings
+
 _HALF = re.compile("[\ud800-\udfff]")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -54,7 +56,18 @@ class Unit:
 class Frozen(BaseModel):
     """A part of a configuration: unknown keys are errors, values never change after loading."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The schema, each field with what stands under it in the source."""
+        schema = handler(core_schema)
+        fields = handler.resolve_ref_schema(schema).get("properties", {})
+        for kind in cls.__mro__:
+            for name, text in docstrings.of_fields(kind).items() if issubclass(kind, Frozen) else ():
+                if name in fields:
+                    fields[name].setdefault("description", text)
+        return schema
 
     @model_validator(mode="after")
     def _is_text(self) -> Self:

@@ -62,7 +62,8 @@ def settle(workspace: Workspace, targets: Collection[str], decisions: Decisions,
                 raise UsageError(f"launch {option} {name}: {workspace.pipeline.name} has no such stage; it has {', '.join(names)}")
     if both := sorted({*keep} & {*anew}):
         raise UsageError(f"launch --keep {both[0]} --anew {both[0]}: one of the two, keep its result or train it anew")
-    for name in names:
+    begun = bool(workspace.ledger.lenient().stages())  # a first launch has nothing to settle, and asks the store once for that
+    for name in names if begun or keep or anew else ():
         # Each is looked at once what was decided of its parents counts: whether it has to be decided on hangs on what it starts from.
         for standing in standings(workspace, {name}) if not targets or name in targets else ():
             if name in keep:
