@@ -7,6 +7,7 @@ it. gradio is an extra, imported here alone.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import os
@@ -174,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the server is closed, and its files are removed
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: so it ends with an `osctl ui` that was killed
 
     def on_start(address: str) -> None:
         sys.stdout.write(f"{address}\n")
