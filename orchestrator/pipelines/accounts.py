@@ -278,7 +278,9 @@ def _of_origin(found: Origin, digest: str, *, verified: bool) -> dict[str, Any]:
         "imports": [],
         "verdict": faults or (good if found.is_there else "deleted"),
         "contents": None,
-        "remarks": [] if found.is_there else [f"{found.place}: is deleted, since a video was taken out of it (osctl data remove)"],
+        "remarks": []
+        if found.is_there or faults
+        else [f"{found.place}: is deleted, since a video was taken out of it (osctl data remove)"],
         "sources": [dict(one) for one in found.sources],
         "made_by": found.made_by or None,
     }

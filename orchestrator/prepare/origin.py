@@ -15,7 +15,7 @@ from typing import Any
 from orchestrator.errors import CorruptCheckpoint, NotFound
 from orchestrator.inputs import datasets
 from orchestrator.ports import Store
-from orchestrator.prepare import attempts
+from orchestrator.prepare import attempts, removed
 from orchestrator.prepare.publish import CAPTIONS, Description, described, manifest_of
 from orchestrator.prepare.records import DATASET, Keys
 
@@ -60,8 +60,9 @@ def origin(store: Store, place: str, digest: str, *, full: bool = False) -> Orig
         about = described(store, known.name, folder.rpartition("/")[2])
         sources = tuple(about.sources)
         faults = list(_faults(store, folder, about, digest, full=full))
-    except NotFound:
-        pass  # deleted on request: the records say so, and nothing is left to compare
+    except NotFound:  # nothing is left to compare: that is right for a version that was deleted on request, and a loss otherwise
+        if not removed.is_deleted(store, Keys(known.name), digest):
+            faults = [(f"{folder}/{DATASET}", "is missing")]
     except CorruptCheckpoint as error:
         faults = [(f"{folder}/{DATASET}", str(error))]
     where = first.intent.where if first is not None and first.intent is not None else ""

@@ -39,6 +39,15 @@ def remember(store: Store, keys: Keys, manifest: str, sources: Iterable[str]) ->
             store.upload(keys.held(manifest), path)
 
 
+def is_deleted(store: Store, keys: Keys, manifest: str) -> bool:
+    """Whether this version was deleted on request. Raises Unreachable."""
+    try:
+        store.size(keys.held(manifest))
+    except NotFound:
+        return False
+    return True
+
+
 def manifests_that_held(store: Store, keys: Keys, sha256: str) -> set[str]:
     """Digests of the manifests of deleted versions that held a source. Raises Unreachable."""
     found = set()
